@@ -1,0 +1,355 @@
+"""NeuralMemory as its specification reads: one sequence, one head, one chunk at a time, with real weight matrices.
+
+Slow on purpose and independent of the library: only the memory models are shared. Give it float64 tensors.
+Everything is differentiable; under `torch.no_grad()` no outer graph is kept.
+
+Letters: `b` batch, `h` heads, `r` = b·h rows (head fastest), `t` tokens, `n` chunks, `u` writes per token, `m` width of
+the layer, `d` width of a head, `o` momentum orders, `...` a memory weight's own shape. Positions i count from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from titans_pytorch import memory_models
+
+Weights = dict[str, Tensor]
+
+
+def mean_squared_error(pred: Tensor, target: Tensor) -> Tensor:
+    """(... d), (... d) -> (...)"""
+    return (pred - target).square().mean(dim=-1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of NeuralMemory with their defaults."""
+
+    dim: int
+    chunk_size: int | tuple[int, int] = 1
+    batch_size: int | None = None
+    dim_head: int | None = None
+    heads: int = 1
+    store_memory_loss_fn: Callable[[Tensor, Tensor], Tensor] = mean_squared_error
+    adaptive_step_transform: Callable[[Tensor], Tensor] | None = None
+    default_step_transform_max_lr: float = 1.0
+    per_parameter_lr_modulation: bool = False
+    max_mem_layer_modulation: float = 1.0
+    per_head_learned_parameters: bool = True
+    attn_pool_chunks: bool = False
+    momentum: bool = True
+    momentum_order: int = 1
+    learned_momentum_combine: bool = False
+    learned_combine_include_zeroth: bool = False
+    num_kv_per_token: int = 1
+    qkv_receives_diff_views: bool = False
+    pre_rmsnorm: bool = True
+    post_rmsnorm: bool = False
+    qk_rmsnorm: bool = False
+    max_grad_norm: float | None = None
+    activation: nn.Module | None = None
+    accept_weight_residual: bool = False
+    spectral_norm_surprises: bool = False
+    gated_transition: bool = False
+    store_with_lookahead_value: bool = False
+    max_weight_growth: float | None = None
+    # read by `memory_model` only
+    model: nn.Module | None = None
+    default_model_kwargs: dict = field(default_factory=lambda: {"depth": 2, "expansion_factor": 4.0})
+    mem_model_norm_add_residual: bool = True
+    # these shape the initial parameters or the speed: read by nobody here
+    init_adaptive_step_bias: float | None = None
+    init_momentum_bias: float | None = None
+    init_decay_bias: float | None = None
+    use_accelerated_scan: bool = False
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """(retrieve, store)"""
+        return (self.chunk_size, self.chunk_size) if isinstance(self.chunk_size, int) else self.chunk_size
+
+    @property
+    def orders(self) -> int:
+        return self.momentum_order if self.momentum else 0
+
+
+@dataclass(frozen=True)
+class OracleOutput:
+    retrieved: Tensor  # (b t m)
+    loss: Tensor  # (b h stored·u), without θ
+    rates: Tensor  # (b h stored·u), θ
+    updates: Weights  # (r n+1 ...), the weights as read: before every chunk, and after the last
+    base: Weights  # (r ...), the base at the end
+    last: Weights  # (r ...), the current weights at the end
+    momenta: Weights  # (o r ...), empty without momentum
+
+
+@dataclass
+class Row:
+    """The memory of one head of one sequence."""
+
+    current: Weights  # w
+    base: Weights  # where surprises are measured
+    momenta: list[Weights]  # one per order
+    trajectory: list[Weights]  # w_0, w_1, …
+    loss: list[Tensor] = field(default_factory=list)  # each (u)
+    rates: list[Tensor] = field(default_factory=list)  # each (u)
+
+
+def norm_of(weights: Weights) -> Tensor:
+    """Frobenius norm over all the parameters of one memory together."""
+    return torch.cat([weight.flatten() for weight in weights.values()]).norm()
+
+
+def limit_gradient(g: Tensor, limit: float) -> Tensor:
+    """g·(max·tanh(‖g‖/max)/‖g‖): close to g where ‖g‖ is small, g itself at 0, never longer than max."""
+    norm = g.norm()
+    return g if norm == 0 else g * (limit * torch.tanh(norm / limit) / norm)
+
+
+def orthogonalise(t: Tensor) -> Tensor:
+    """Five Newton-Schulz iterations; vectors pass unchanged."""
+    if t.ndim != 2:
+        return t
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = t.shape[0] > t.shape[1]
+    t = t.mT if is_tall else t
+    t = t / t.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = t @ t.mT  # A
+        t = a * t + (b * gram + c * gram @ gram) @ t  # at + Bt
+    return t.mT if is_tall else t
+
+
+@dataclass(frozen=True)
+class Layer:
+    """NeuralMemory: its parameters `p` by name, its memory model, its arguments."""
+
+    p: Mapping[str, Tensor]
+    model: nn.Module
+    options: Options
+
+    # layers, by the names of their parameters
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.p[f"{name}.weight"], self.p.get(f"{name}.bias"))
+
+    def pre_norm(self, name: str, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.p[f"{name}.weight"]) if self.options.pre_rmsnorm else x
+
+    def head_norm(self, name: str, x: Tensor, head: int) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:]) * (self.p[f"{name}.gamma"][head, 0] + 1)
+
+    def of_head(self, name: str, x: Tensor, head: int) -> Tensor:
+        """A projection of tokens whose outputs are laid out (h ...), one head of it.  x: (t m) -> (t ...)"""
+        return self.linear(name, x).unflatten(-1, (self.options.heads, -1))[..., head, :]
+
+    def project(self, name: str, x: Tensor, head: int) -> Tensor:
+        """Queries, keys or values of one head, the writes of a token next to each other.  x: (t m) -> (t·u d)"""
+        activation = self.options.activation
+        out = self.of_head(name if activation is None else f"{name}.0", x, head)  # (t u·d)
+        out = out if activation is None else activation(out)
+        return out.reshape(-1, self.options.dim_head or self.options.dim)
+
+    def apply(self, weights: Weights, x: Tensor) -> Tensor:
+        """The memory model with these weights.  x: (t d) -> (t d)"""
+        return functional_call(self.model, weights, (x,))
+
+    def initial(self, head: int) -> Weights:
+        """The learned initial memory of a head."""
+        of = {name: self.p[f"memory_model_parameters.{i}"] for i, (name, _) in enumerate(self.model.named_parameters())}
+        return {name: w[head] for name, w in of.items()} if self.options.per_head_learned_parameters else of
+
+    # storing
+
+    def pool(self, s_k: Tensor) -> Tensor:
+        """r, what the gates of a chunk look at.  s_k, its stored tokens: (t m) -> (m)"""
+        if not self.options.attn_pool_chunks:
+            return s_k.mean(dim=0)
+        return (self.linear("reduce_to_chunk_rep.to_attn_logits", s_k).softmax(dim=0) * s_k).sum(dim=0)
+
+    def rates(self, s_k: Tensor, head: int) -> Tensor:
+        """θ.  s_k: (t m) -> (t·u)"""
+        raw = self.of_head("to_adaptive_step.0", s_k, head).flatten()
+        if self.options.adaptive_step_transform is not None:
+            return self.options.adaptive_step_transform(raw)
+        return raw.sigmoid() * self.options.default_step_transform_max_lr
+
+    def surprise(self, at: Weights, s_k: Tensor, s_v: Tensor, head: int) -> tuple[Weights, Tensor, Tensor]:
+        """u = -∇ Σ θ·loss(model(key; at), value), with its losses and θ.  s_k, s_v: (t m) -> u, (t·u), (t·u)"""
+        keep_graph = torch.is_grad_enabled()
+        keys, values = self.project("to_keys", s_k, head), self.project("to_values", s_v, head)
+        keys = self.head_norm("k_norm", keys, head) if self.options.qk_rmsnorm else keys
+        rates = self.rates(s_k, head)
+        with torch.enable_grad():
+            at = {name: w if w.requires_grad else w.detach().requires_grad_() for name, w in at.items()}
+            loss = self.options.store_memory_loss_fn(self.apply(at, keys), values)
+            total = (rates * loss).sum()
+            grads = torch.autograd.grad(total, list(at.values()), create_graph=keep_graph, materialize_grads=True)
+        if self.options.max_grad_norm is not None:
+            grads = [limit_gradient(g, self.options.max_grad_norm) for g in grads]
+        return {name: -g for name, g in zip(at, grads, strict=True)}, loss, rates
+
+    def step(self, row: Row, u: Weights, pooled: Tensor, head: int) -> Weights:
+        """Momentum, orders chained: moves `row.momenta` on and returns step_j."""
+        o, steps = self.options, {}
+        eta = self.of_head("to_momentum.0", pooled, head).sigmoid() if o.momentum else ()
+        for name in u:
+            chain = [u[name]]
+            for order in range(o.orders):
+                chain.append(eta[order] * row.momenta[order][name] + chain[-1])  # mᵒ_j = η mᵒ_j₋₁ + mᵒ⁻¹_j
+                row.momenta[order][name] = chain[-1]
+            steps[name] = chain[-1]
+            if o.learned_momentum_combine:
+                shares = self.of_head("to_learned_momentum_combine.0", pooled, head).softmax(dim=-1)
+                chosen = chain if o.learned_combine_include_zeroth else chain[1:]
+                steps[name] = sum(share * m for share, m in zip(shares, chosen, strict=True))  # Σ combine_o mᵒ_j
+        return {name: orthogonalise(s) for name, s in steps.items()} if o.spectral_norm_surprises else steps
+
+    def transition(self, row: Row, head: int) -> Weights:
+        """The weights with which a new batch begins."""
+        w, o = row.current, self.options
+        if o.gated_transition:
+            gate = self.p["transition_gate"].sigmoid()
+            w = {name: row.base[name] + gate * (w[name] - row.base[name]) for name in w}
+        if o.max_weight_growth is not None:
+            norm, most = norm_of(w), o.max_weight_growth * norm_of(self.initial(head))
+            w = {name: weight * (most / norm) for name, weight in w.items()} if most < norm else w
+        return w
+
+    def store_chunk(self, row: Row, head: int, keys: Tensor, values: Tensor, stored: list[bool], prev: Weights | None):
+        """One complete chunk, not yet normed.  keys, values: (t m), stored: its mask, prev: the other weights"""
+        o = self.options
+        shift = int(o.store_with_lookahead_value)  # the keys of token j go with the values of token j + shift
+        pairs = [(t, t + shift) for t in range(len(stored) - shift)]
+        written = [(k, v) for k, v in pairs if stored[k] and stored[v]]
+        loss, theta = ({pair: keys.new_zeros(o.num_kv_per_token) for pair in pairs} for _ in range(2))
+        if any(stored):
+            pooled = self.pool(self.pre_norm("store_norm", keys[[t for t in range(len(stored)) if stored[t]]]))
+            u = {name: torch.zeros_like(w) for name, w in row.base.items()}
+            if written:
+                s_k = self.pre_norm("store_norm", keys[[k for k, _ in written]])
+                s_v = self.pre_norm("store_norm", values[[v for _, v in written]])
+                at = row.base
+                if prev is not None:  # base + mix_j · prevW_j₋₁
+                    mix = self.of_head("to_learned_weight_residual_mix.0", pooled, head).sigmoid()
+                    at = {name: w + mix * prev[name] for name, w in row.base.items()}
+                u, chunk_loss, chunk_theta = self.surprise(at, s_k, s_v, head)
+                loss |= zip(written, chunk_loss.split(o.num_kv_per_token), strict=True)
+                theta |= zip(written, chunk_theta.split(o.num_kv_per_token), strict=True)
+            if o.per_parameter_lr_modulation:
+                modulation = self.of_head("to_layer_modulation.0", pooled, head).sigmoid() * o.max_mem_layer_modulation
+                u = {name: part * u[name] for part, name in zip(modulation, u, strict=True)}  # λ_w u
+            steps = self.step(row, u, pooled, head)
+            alpha = self.of_head("to_decay_factor.0", pooled, head).sigmoid()
+            row.current = {name: (1 - alpha) * w + steps[name] for name, w in row.current.items()}  # w_j
+        row.loss += loss.values()
+        row.rates += theta.values()
+
+    def store(
+        self, head: int, keys: Tensor, values: Tensor, mask: Tensor, prev: Weights | None, batch_size: int | None
+    ) -> Row:
+        """All complete chunks of one sequence.  keys, values: (t m), mask: (t), prev: (n+1 ...)"""
+        w = self.initial(head)
+        zeros = {name: torch.zeros_like(weight) for name, weight in w.items()}
+        row = Row(current=w, base=w, momenta=[dict(zeros) for _ in range(self.options.orders)], trajectory=[w])
+        _, c = self.options.chunks
+        for start in range(0, len(keys) - c + 1, c):
+            chunk = slice(start, start + c)
+            prev_before = None if prev is None else {name: weights[start // c] for name, weights in prev.items()}
+            self.store_chunk(row, head, keys[chunk], values[chunk], mask[chunk].tolist(), prev_before)
+            if batch_size is not None and (start + c) % batch_size == 0:  # i reaches a multiple of B
+                row.base = row.current = self.transition(row, head)
+            row.trajectory.append(row.current)
+        return row
+
+    # reading
+
+    def read_head(self, row: Row, queries: Tensor) -> Tensor:
+        """Position i reads w after ⌊i/c_r⌋·c_r tokens, all positions of one ⌊i/c_r⌋ together.  (t d) -> (t d)"""
+        c_r, c_s = self.options.chunks
+        at_position = torch.cat((torch.zeros_like(queries[:1]), queries))  # position 0: an all-zero query
+        answers = []
+        for start in range(0, len(at_position), c_r):  # start = ⌊i/c_r⌋·c_r
+            answers.append(self.apply(row.trajectory[start // c_s], at_position[start : start + c_r]))
+        return torch.cat(answers)[1:]
+
+    def read(self, rows: list[Row], x: Tensor) -> Tensor:
+        """One sequence, all heads.  x: (t m) -> (t m)"""
+        o = self.options
+        x = self.pre_norm("retrieve_norm", x)
+        answers = []
+        for head, row in enumerate(rows):
+            queries = self.project("to_queries", x, head)
+            y = self.read_head(row, self.head_norm("q_norm", queries, head) if o.qk_rmsnorm else queries)
+            y = self.head_norm("multihead_rmsnorm", y, head) if o.post_rmsnorm else y
+            answers.append(y * self.of_head("retrieve_gate.0", x, head).sigmoid() if o.heads > 1 else y)
+        merged = torch.cat(answers, dim=-1)  # (t h·d)
+        return self.linear("combine_heads", merged) if o.heads > 1 else merged
+
+
+def oracle(
+    parameters: Mapping[str, Tensor],
+    model: nn.Module,
+    seq: Tensor,
+    /,
+    *,
+    store_seq: Tensor | None = None,
+    store_mask: Tensor | None = None,
+    prev_updates: Weights | None = None,
+    ttt_batch_size: int | None = None,
+    **options,
+) -> OracleOutput:
+    """What NeuralMemory answers to a whole sequence, from a fresh state.
+
+    parameters: a state_dict; model: see `memory_model`; seq: (b t m), or views of queries, keys and values (3 b t m);
+    store_seq: (b t m), with views (2 b t m); store_mask: (b t); prev_updates: the `updates` of the previous layer
+    (r n+1 ...); options: the arguments of NeuralMemory.
+    """
+    options = Options(**options)
+    layer = Layer(parameters, model, options)
+    has_views, heads = options.qkv_receives_diff_views, options.heads
+    batch_size = options.batch_size if ttt_batch_size is None else ttt_batch_size
+    queries = seq[0] if has_views else seq
+    to_store = store_seq if store_seq is not None else seq[1:] if has_views else seq
+    keys, values = to_store if has_views else (to_store, to_store)
+    mask = torch.ones(queries.shape[:2], dtype=torch.bool) if store_mask is None else store_mask
+    rows, retrieved = [], []
+    for b in range(len(queries)):
+        of_heads = []
+        for head in range(heads):
+            prev = None if prev_updates is None else {name: w[b * heads + head] for name, w in prev_updates.items()}
+            of_heads.append(layer.store(head, keys[b], values[b], mask[b], prev, batch_size))
+        retrieved.append(layer.read(of_heads, queries[b]))
+        rows += of_heads
+
+    def reported(lists: list[list[Tensor]]) -> Tensor:
+        flat = [torch.cat(tensors) if tensors else queries.new_zeros(0) for tensors in lists]
+        return torch.stack(flat).unflatten(0, (-1, heads))
+
+    def stacked(lists: list[list[Weights]]) -> Weights:
+        return {name: torch.stack([torch.stack([w[name] for w in ws]) for ws in lists]) for name in lists[0][0]}
+
+    return OracleOutput(
+        retrieved=torch.stack(retrieved),
+        loss=reported([row.loss for row in rows]),
+        rates=reported([row.rates for row in rows]),
+        updates=stacked([row.trajectory for row in rows]),
+        base={name: w[0] for name, w in stacked([[row.base for row in rows]]).items()},
+        last={name: w[0] for name, w in stacked([[row.current for row in rows]]).items()},
+        momenta=stacked([[row.momenta[o] for row in rows] for o in range(options.orders)]) if options.orders else {},
+    )
+
+
+def memory_model(**options) -> nn.Module:
+    """The memory model that NeuralMemory makes of its arguments, in float64."""
+    o = Options(**options)
+    width = o.dim_head or o.dim
+    model = memory_models.MemoryMLP(width, **o.default_model_kwargs) if o.model is None else o.model
+    return (memory_models.ResidualNorm(width, model) if o.mem_model_norm_add_residual else model).double()

@@ -1,0 +1,162 @@
+"""Checks of arguments, with one voice: what was wrong, what came, what is allowed."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_positive(**sizes: float | None) -> None:
+    """Every given number is above zero; None is left alone."""
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, (int, float))):
+            raise TypeError(f"{name} must be a number, got {size!r}")
+        if size is not None and not size > 0:
+            raise ValueError(f"{name} must be positive, got {size}")
+
+
+def check_whole(**sizes: int | None) -> None:
+    """Every given number is a whole one above zero; None is left alone."""
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+            raise TypeError(f"{name} must be a whole number, got {size!r}")
+    check_positive(**sizes)
+
+
+def check_chunk_size(chunk_size: Any) -> tuple[int, int]:
+    """-> (retrieve, store)"""
+    pair = (chunk_size, chunk_size) if isinstance(chunk_size, int) else tuple(chunk_size)
+    if len(pair) != 2:
+        raise ValueError(f"chunk_size must be a whole number or a pair (retrieve, store), got {chunk_size!r}")
+    check_whole(**{"chunk_size for reading": pair[0], "chunk_size for storing": pair[1]})
+    return pair
+
+
+def check_multiple(name: str, size: int | None, chunk: int) -> None:
+    if size is not None and size % chunk != 0:
+        raise ValueError(f"{name} must be a multiple of the store chunk size {chunk}, got {size}")
+
+
+def check_dim_head(dim: int, dim_head: int, heads: int) -> None:
+    if heads == 1 and dim_head != dim:
+        raise ValueError(f"dim_head must equal dim ({dim}) with one head, got {dim_head}; use heads > 1 for another")
+
+
+def check_momentum(
+    momentum: bool,
+    momentum_order: int,
+    learned_momentum_combine: bool,
+    learned_combine_include_zeroth: bool,
+    init_momentum_bias: float | None,
+) -> None:
+    """Options that contradict are errors; the ones that the published package ignores are warnings."""
+    if learned_momentum_combine and not (momentum and momentum_order > 1):
+        got = f"momentum={momentum} and momentum_order={momentum_order}"
+        raise ValueError(f"learned_momentum_combine needs momentum of more than one order, got {got}")
+    if init_momentum_bias is not None and not momentum:
+        raise ValueError(f"init_momentum_bias needs momentum, got {init_momentum_bias} with momentum=False")
+    if momentum_order > 1 and not momentum:
+        warn_ignored(f"momentum_order={momentum_order}", "momentum=False")
+    if learned_combine_include_zeroth and not learned_momentum_combine:
+        warn_ignored("learned_combine_include_zeroth=True", "learned_momentum_combine=False")
+
+
+def warn_ignored(option: str, because: str) -> None:
+    warnings.warn(f"{option} has no effect with {because}", UserWarning, stacklevel=4)
+
+
+def check_sequence(name: str, seq: Any, *, views: int | None, dim: int, dtype: torch.dtype) -> None:
+    """seq: (b n dim) or one token (b dim), with views (views b n dim) or (views b dim)"""
+    pattern = "(batch, tokens, dim) or (batch, dim)" if views is None else f"({views} views, batch, tokens, dim)"
+    if not isinstance(seq, Tensor):
+        raise TypeError(f"{name} must be a tensor {pattern}, got {type(seq).__name__}")
+    if seq.ndim - (views is not None) not in (2, 3):
+        raise ValueError(f"{name} must have the shape {pattern}, got {tuple(seq.shape)}")
+    if views is not None and seq.shape[0] != views:
+        raise ValueError(f"{name} must have {views} views along its first axis, got {seq.shape[0]}: {tuple(seq.shape)}")
+    if seq.shape[-1] != dim:
+        raise ValueError(
+            f"{name} must have {dim} features along its last axis, got {seq.shape[-1]}: {tuple(seq.shape)}"
+        )
+    if 0 in seq.shape:
+        raise ValueError(f"{name} must not be empty, got {tuple(seq.shape)}")
+    if not seq.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {seq.dtype}")
+    if seq.dtype != dtype and not torch.is_autocast_enabled(seq.device.type):
+        raise TypeError(f"{name} must have the dtype of the module, {dtype}, got {seq.dtype} (or use autocast)")
+
+
+def check_same_tokens(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(given) != tuple(expected):
+        raise ValueError(f"{name} must have the batch and length of seq, {tuple(expected)}, got {tuple(given)}")
+
+
+def check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a boolean tensor, got {got}")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name} must have the shape (batch, tokens) = {tuple(shape)}, got {tuple(mask.shape)}")
+
+
+def check_weights(name: str, weights: Any, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """weights: a mapping name -> tensor; shapes: what each must have"""
+    if not hasattr(weights, "keys") or set(weights.keys()) != set(shapes):
+        got = sorted(weights.keys()) if hasattr(weights, "keys") else type(weights).__name__
+        raise ValueError(f"{name} must hold the weights {sorted(shapes)} of this module, got {got}")
+    for key, shape in shapes.items():
+        weight = weights[key]
+        if tuple(weight.shape) != tuple(shape):
+            raise ValueError(f"{name}[{key!r}] must have the shape {tuple(shape)}, got {tuple(weight.shape)}")
+        if weight.dtype != dtype:
+            raise TypeError(f"{name}[{key!r}] must have the dtype {dtype}, got {weight.dtype}")
+
+
+def check_batching(batch_size: int | None, chunk: int, gated_transition: bool, max_weight_growth: float | None) -> None:
+    check_multiple("batch_size", batch_size, chunk)
+    check_positive(max_weight_growth=max_weight_growth)
+    if max_weight_growth is not None and max_weight_growth < 1:
+        raise ValueError(f"max_weight_growth must be at least 1 (times the initial memory), got {max_weight_growth}")
+    if gated_transition and batch_size is None:
+        warn_ignored("gated_transition=True", "batch_size=None (unless a call sets ttt_batch_size)")
+
+
+def check_chunking(chunk: int, attn_pool_chunks: bool, looks_ahead: bool) -> None:
+    for name, is_on in (("attn_pool_chunks", attn_pool_chunks), ("store_with_lookahead_value", looks_ahead)):
+        if is_on and chunk == 1:
+            raise ValueError(f"{name} needs a store chunk size of at least 2 tokens, got 1")
+
+
+def check_scan(use_accelerated_scan: bool) -> None:
+    if not use_accelerated_scan:
+        return
+    has_package = importlib.util.find_spec("accelerated_scan") is not None
+    if not (has_package and torch.cuda.is_available()):
+        raise ValueError(
+            "use_accelerated_scan needs a CUDA device and the package accelerated-scan, "
+            f"got CUDA {'available' if torch.cuda.is_available() else 'not available'} "
+            f"and the package {'installed' if has_package else 'not installed'}"
+        )
+
+
+def check_batch(name: str, given: int, expected: int) -> None:
+    if given != expected:
+        raise ValueError(f"{name} must be of the input's batch size {expected}, got one of {given}")
+
+
+def check_waiting(segment: Tensor, *, views: int | None, dim: int, chunk: int) -> None:
+    """The waiting tokens of a state fit a module."""
+    if segment.ndim != (3 if views is None else 4) or segment.shape[-1] != dim or segment.shape[-2] >= chunk:
+        expected = f"({'' if views is None else '2 views, '}batch, fewer than {chunk} tokens, {dim})"
+        raise ValueError(f"state.cache_store_segment must have the shape {expected}, got {tuple(segment.shape)}")
+
+
+def check_enough_chunks(given: int, needed: int) -> None:
+    if given < needed:
+        raise ValueError(
+            f"weights must hold the memory after {needed} chunks to read this sequence, got {given} chunks"
+        )

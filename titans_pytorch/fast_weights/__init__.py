@@ -1,0 +1,1 @@
+"""How the weights of a memory evolve over a sequence; knows nothing of projections or attention."""

@@ -1,0 +1,98 @@
+"""Which way a memory's weights evolve: chosen once, from what the memory model does and what the options need.
+
+factored   weights are never built                          (models that use their matrices as `x @ W`)
+dense      each chunk's weights are built from the factors  (the same models, for options that act on each step)
+general    each chunk's gradient and weights are built      (any other model)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from titans_pytorch.fast_weights.factored import FactoredBlock
+from titans_pytorch.fast_weights.general import OpaqueModel, StillBlock, build
+from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Residual, Rows, Writes
+from titans_pytorch.fast_weights.limits import safe_norm, smooth_limit
+from titans_pytorch.fast_weights.recurrence import unroll
+from titans_pytorch.fast_weights.taps import Surprises, TappedModel, Use
+
+EngineName = Literal["factored", "dense", "general"]
+
+# Found by measuring: what starting a block costs in multiplications, and up to which size weights are built at once.
+BLOCK_OVERHEAD = 2e8
+DENSE_BLOCK_ELEMENTS = 2**22
+
+
+class Rules(NamedTuple):
+    """What happens to surprises and steps besides momentum and forgetting."""
+
+    max_grad_norm: float | None = None
+    is_spectral: bool = False
+    use_accelerated_scan: bool = False
+
+
+class Engine:
+    """Stores writes into weights and reads queries from them.
+
+    uses: how the memory model uses its matrices, None if that is not known
+    """
+
+    def __init__(self, name: EngineName, model: nn.Module, uses: tuple[Use, ...] | None, loss_fn: LossFn, rules: Rules):
+        if uses is None and name != "general":
+            raise ValueError(
+                f"engine {name!r} needs a memory model that uses its matrices as x @ w; got 'general' only"
+            )
+        self.name, self.rules = name, rules
+        self.model = (
+            OpaqueModel(model, loss_fn) if name == "general" or uses is None else TappedModel(model, uses, loss_fn)
+        )
+        self.matrices = [p.shape for p in model.parameters() if p.ndim == 2]
+        self.num_elements = sum(p.numel() for p in model.parameters())
+
+    def store(self, carry: Carry, writes: Writes, residual: Residual | None = None) -> tuple[Block, Tensor]:
+        """A block of chunks, all surprised at the base.  -> the block, the loss of every write (r n c)"""
+        surprises, loss = self.model.gradients(carry.base, writes, residual)
+        surprises = steps_of(surprises, writes, self.rules.max_grad_norm)
+        with torch.autocast(loss.device.type, enabled=False):
+            if self.name == "factored":
+                return FactoredBlock(carry, surprises, unroll(writes.gates)), loss
+            return build(carry, surprises, writes.gates, self.rules.is_spectral, self.rules.use_accelerated_scan), loss
+
+    def at_rest(self, carry: Carry) -> Block:
+        return StillBlock(carry)
+
+    def read(self, block: Block, queries: Tensor, rows: Rows) -> Tensor:
+        """queries: (r g k d), rows: the entry of the block that each group reads -> (r g k d)"""
+        return self.model.read(block, queries, rows)
+
+    def block_chunks(self, rows: int, writes_per_chunk: int) -> int:
+        """How many chunks make the cheapest block: products over pairs of writes grow with its square, the cost of a
+        block itself (starting it, carrying the weights) is shared by its writes."""
+        if self.name != "factored":
+            return max(1, DENSE_BLOCK_ELEMENTS // (rows * self.num_elements))
+        per_pair = 4 * rows * sum(i + j for i, j in self.matrices)
+        fixed = BLOCK_OVERHEAD + 100 * rows * self.num_elements
+        return max(1, round(math.sqrt(fixed / max(per_pair, 1)) / writes_per_chunk))
+
+
+def steps_of(surprises: Surprises, writes: Writes, max_grad_norm: float | None) -> Surprises:
+    """Gradients to surprises: u = -gradient, limited in norm, times the parameter's modulation."""
+
+    def scale(name: str, square: Tensor | None) -> Tensor:
+        limit = smooth_limit(safe_norm(square), max_grad_norm) if square is not None and max_grad_norm else None
+        scale = -torch.ones_like(writes.rates[..., 0]) if limit is None else -limit
+        share = writes.modulation.get(name)
+        return scale if share is None else scale * share
+
+    factors = {
+        name: f.scaled(scale(name, f.square() if max_grad_norm else None)) for name, f in surprises.factors.items()
+    }
+    tensors = {}
+    for name, t in surprises.tensors.items():
+        square = t.reshape(*t.shape[:2], -1).square().sum(dim=2) if max_grad_norm else None
+        tensors[name] = t * scale(name, square).reshape(*t.shape[:2], *[1] * (t.ndim - 2))
+    return Surprises(factors, tensors)

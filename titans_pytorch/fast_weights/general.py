@@ -1,0 +1,204 @@
+"""Weights that are built, chunk by chunk, block by block: for what the factored engine cannot represent.
+
+`DenseBlock` holds every chunk's weights as tensors, which is what spectral normalisation needs (it acts on each step as
+a matrix) and what any use of the weights can be made from. `OpaqueModel` runs memory models that do something with
+their weights beyond products, one chunk at a time under `vmap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from assoc_scan import AssocScan
+from torch import Tensor, nn
+from torch.func import vmap
+
+from titans_pytorch.fast_weights.answering import Substitute
+from titans_pytorch.fast_weights.inner_gradient import Tap, gradients
+from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Residual, Rows, Weights, Writes
+from titans_pytorch.fast_weights.recurrence import Gates, momenta, poison_after, products, steps
+from titans_pytorch.fast_weights.spectral import orthogonalised
+from titans_pytorch.fast_weights.taps import Surprises
+
+Scan = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""gates (r n), inputs (r n ...), start (r ...) -> x_j = gate_j x_{j-1} + input_j (r n ...)"""
+
+
+class OpaqueModel:
+    """A memory model of which nothing is known but its forward."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self.model, self.loss_fn = model, loss_fn
+        self.parameters = dict(model.named_parameters())
+
+    def call(self, weights: Weights, x: Tensor) -> Tensor:
+        with Substitute(self.parameters, weights):
+            return self.model(x)
+
+    def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
+        """Gradient tensors of each chunk's weighted loss at the base, and the loss of every write (r n c)."""
+        names, num_chunks = list(base), writes.num_chunks
+
+        def objective(weights: list[Tensor], _: Tap) -> tuple[Tensor, list[Tensor]]:
+            prediction = vmap(vmap(self.call))(dict(zip(names, weights, strict=True)), writes.keys)
+            loss = self.loss_fn(prediction, writes.values)
+            return (loss * writes.rates).sum(), [loss]
+
+        # one copy of the weights for each chunk gives each chunk a gradient of its own
+        copies = [weight.unsqueeze(1).expand(-1, num_chunks, *weight.shape[1:]) for weight in base.values()]
+        if residual is not None and writes.mix is not None:
+            copies = [self.mixed(name, base[name], writes, residual) for name in names]
+        found, _, (loss,) = gradients(objective, copies, [])
+        return Surprises({}, dict(zip(names, found, strict=True))), loss
+
+    def mixed(self, name: str, weight: Tensor, writes: Writes, residual: Residual) -> Tensor:
+        """base + mix_j * weights of the previous layer before chunk j.  (r ...) -> (r n ...)"""
+        previous = residual.layer.materialise(name, residual.first_chunk, writes.num_chunks)
+        assert writes.mix is not None  # the caller has looked
+        mix = writes.mix.reshape(*writes.mix.shape, *[1] * (weight.ndim - 1))
+        return weight.unsqueeze(1) + mix * previous
+
+    def read(self, block: Block, queries: Tensor, rows: Rows) -> Tensor:
+        """Each group of queries through the model, with the weights of its row of the block.  queries: (r g k d)"""
+        weights = {name: block.materialise(name) for name in self.parameters}
+        if block.num_chunks == 0:
+            weights = {name: w.expand(-1, queries.shape[1], *w.shape[2:]) for name, w in weights.items()}
+        else:
+            weights = {name: w[:, rows] for name, w in weights.items()}
+        return vmap(vmap(self.call))(weights, queries)
+
+
+class DenseBlock(NamedTuple):
+    base: Weights
+    weights: Weights  # (r n+1 ...)
+    last_momenta: Weights  # (o r ...)
+
+    @property
+    def num_chunks(self) -> int:
+        return next(iter(self.weights.values())).shape[1] - 1
+
+    def product(self, name: str, x: Tensor, rows: Rows, is_transposed: bool = False) -> Tensor:
+        """x: (r g k i) -> (r g k j)"""
+        weight = self.weights[name][:, rows]
+        return x @ (weight.mT if is_transposed else weight)
+
+    def vector(self, name: str, rows: Rows) -> Tensor:
+        """-> (r g 1 d)"""
+        values = self.weights[name][:, rows]
+        return values.reshape(*values.shape[:2], 1, -1)
+
+    def materialise(self, name: str) -> Tensor:
+        return self.weights[name]
+
+    def entry(self, row: int) -> Weights:
+        return {name: weight[:, row] for name, weight in self.weights.items()}
+
+    def finish(self) -> Carry:
+        return Carry(
+            self.base, {name: weight[:, -1].clone() for name, weight in self.weights.items()}, self.last_momenta
+        )
+
+
+class StillBlock(NamedTuple):
+    """No chunk at all: the weights that were carried, for every group that reads them."""
+
+    start: Carry
+
+    @property
+    def num_chunks(self) -> int:
+        return 0
+
+    def product(self, name: str, x: Tensor, rows: Rows, is_transposed: bool = False) -> Tensor:
+        """x: (r g k i) -> (r g k j)"""
+        weight = self.start.weights[name]
+        return (x.flatten(1, 2) @ (weight.mT if is_transposed else weight)).unflatten(1, x.shape[1:3])
+
+    def vector(self, name: str, rows: Rows) -> Tensor:
+        """-> (r 1 1 d)"""
+        return self.start.weights[name].reshape(len(self.start.weights[name]), 1, 1, -1)
+
+    def materialise(self, name: str) -> Tensor:
+        return self.start.weights[name].unsqueeze(1)
+
+    def entry(self, row: int) -> Weights:
+        return self.start.weights
+
+    def finish(self) -> Carry:
+        return self.start
+
+
+def build(
+    carry: Carry, surprises: Surprises, gates: Gates, is_spectral: bool, use_accelerated_scan: bool
+) -> DenseBlock:
+    """Integrate a block's surprises into the weights after each of its chunks."""
+    tensors = {name: factors.matrices() for name, factors in surprises.factors.items()} | surprises.tensors
+    integrate = integrate_by_scan if use_accelerated_scan else integrate_by_products
+    poison, weights, last_momenta = poison_after(gates), {}, {}
+    for name, start in carry.weights.items():
+        surprise = tensors.get(name)
+        if surprise is None:  # the model never uses it: it is only forgotten
+            surprise = start.new_zeros(()).expand(start.shape[0], gates.log_keep.shape[-1], *start.shape[1:])
+        transform = orthogonalised if is_spectral and start.ndim == 3 else None
+        built, last = integrate(gates, surprise, start, carry.momenta.get(name), transform)
+        weights[name] = built + poison.reshape(*poison.shape, *[1] * (start.ndim - 1))
+        if last is not None:
+            last_momenta[name] = last
+    return DenseBlock(carry.base, weights, last_momenta)
+
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def integrate_by_products(
+    gates: Gates, surprise: Tensor, start: Tensor, past: Tensor | None, transform: Transform | None
+) -> tuple[Tensor, Tensor | None]:
+    """A block has few chunks: sums over them with the products of gates are faster than any scan.
+
+    surprise: (r n ...), start: (r ...), past: (o r ...) -> weights (r n+1 ...), last momenta (o r ...)
+    """
+    shape = surprise.shape[2:]
+    surprise, start = surprise.flatten(2) if shape else surprise[..., None], start.reshape(start.shape[0], 1, -1)
+    before = None if past is None else past.reshape(*past.shape[:2], -1).transpose(0, 1)  # (r o ...)
+    orders = momenta(gates)
+    step = steps(gates, orders)
+
+    def sums(of_past: Tensor, of_surprise: Tensor) -> Tensor:
+        out = of_surprise @ surprise
+        return out if before is None else torch.baddbmm(out, of_past.permute(1, 2, 0), before)
+
+    taken = sums(*step)
+    if transform is not None:
+        taken = transform(taken.unflatten(2, shape)).flatten(2)
+    keep = products(gates.log_keep)
+    weights = torch.baddbmm(keep[..., 1:] @ taken, keep[..., :1], start)
+    last = None
+    if before is not None:
+        ends = [sums(order.past[..., -1:], order.surprise[..., -1:, :]) for order in orders[1:]]
+        last = torch.cat(ends, dim=1).transpose(0, 1).unflatten(2, shape or (1,)).reshape(-1, start.shape[0], *shape)
+    return weights.unflatten(2, shape) if shape else weights.squeeze(2), last
+
+
+def integrate_by_scan(
+    gates: Gates, surprise: Tensor, start: Tensor, past: Tensor | None, transform: Transform | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same with the associative scan of the accelerated CUDA kernel."""
+    scan = AssocScan(use_accelerated=True)
+    wide = [1] * (surprise.ndim - 2)
+    stored = None if gates.is_stored is None else gates.is_stored.reshape(*gates.is_stored.shape, *wide)
+    orders, last = [surprise], []
+    for order, log_gate in enumerate([] if gates.log_momentum is None else gates.log_momentum):
+        handed = orders[-1] if stored is None else orders[-1] * stored
+        assert past is not None  # a carry with momentum has momenta
+        orders.append(scan(log_gate.exp().reshape(*log_gate.shape, *wide), handed, prev=past[order]))
+        last.append(orders[-1][:, -1])
+    step = orders[-1]
+    if gates.combine is not None:
+        mixed = orders[len(orders) - gates.combine.shape[0] :]
+        step = sum(part.reshape(*part.shape, *wide) * order for part, order in zip(gates.combine, mixed, strict=True))
+    if stored is not None:
+        step = step * stored
+    step = step if transform is None else transform(step)
+    weights = scan(gates.log_keep.exp().reshape(*gates.log_keep.shape, *wide), step, prev=start)
+    return torch.cat((start.unsqueeze(1), weights), dim=1), torch.stack(last) if last else None

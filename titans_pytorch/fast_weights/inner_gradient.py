@@ -1,0 +1,66 @@
+"""The gradient inside the forward pass: differentiable again, and alive whatever surrounds it.
+
+Plain autograd is the fastest and works under activation checkpointing; `torch.func` works where plain autograd cannot:
+under `inference_mode`, in a graph that is being compiled, and inside somebody's own function transforms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tap = Callable[[Tensor], Tensor]
+Objective = Callable[[list[Tensor], Tap], tuple[Tensor, list[Tensor]]]
+"""(inputs, tap) -> (a scalar, whatever else); `tap` is called once on each tensor whose gradient is wanted as well"""
+
+
+class Gradients(NamedTuple):
+    inputs: list[Tensor]
+    taps: list[Tensor]
+    aux: list[Tensor]
+
+
+def gradients(objective: Objective, inputs: list[Tensor], taps: list[Tensor]) -> Gradients:
+    """Of the objective with respect to its inputs and to what it taps.  taps: zeros, shaped as what is tapped"""
+    return by_autograd(objective, inputs) if plain_autograd_works() else by_transform(objective, inputs, taps)
+
+
+def plain_autograd_works() -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def by_autograd(objective: Objective, inputs: list[Tensor]) -> Gradients:
+    is_differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        tapped: list[Tensor] = []
+
+        def tap(x: Tensor) -> Tensor:
+            tapped.append(needs_grad(x))
+            return tapped[-1]
+
+        inputs = [needs_grad(x) for x in inputs]
+        total, aux = objective(inputs, tap)
+        wanted = (*inputs, *tapped)
+        found = torch.autograd.grad(total, wanted, create_graph=is_differentiable, materialize_grads=True)
+    aux = aux if is_differentiable else [x.detach() for x in aux]
+    return Gradients(list(found[: len(inputs)]), list(found[len(inputs) :]), aux)
+
+
+def by_transform(objective: Objective, inputs: list[Tensor], taps: list[Tensor]) -> Gradients:
+    def with_zeros(inputs: list[Tensor], taps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        rest = iter(taps)
+        return objective(inputs, lambda x: x + next(rest))
+
+    (of_inputs, of_taps), aux = torch.func.grad(with_zeros, argnums=(0, 1), has_aux=True)(inputs, taps)
+    return Gradients(of_inputs, of_taps, aux)
+
+
+def needs_grad(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.detach().requires_grad_()

@@ -1,0 +1,138 @@
+"""What a memory is: small networks that map `(... n d) -> (... n d)` and whose weights are what they remember.
+
+Any `nn.Module` of that kind without buffers will do; these are the ones that come with the library. All of them use a
+weight as `x @ w`, so that no chunk's gradient matrix ever has to be built (see `fast_weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from titans_pytorch.checks import check_positive
+
+
+def fresh_weight(dim_in: int, dim_out: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)))
+
+
+def parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    return layer.parameters()
+
+
+class LayerNorm(nn.Module):
+    """Layer norm whose gain is `1 + gamma`: a memory starts with the plain norm and may learn a gain.  x: (... n d)"""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:]) * (self.gamma + 1)
+
+
+class ResidualNorm(nn.Module):
+    """`LayerNorm(model(x)) + x`, the form in which the paper uses its memory.  x: (... n d)"""
+
+    def __init__(self, dim: int, model: nn.Module) -> None:
+        super().__init__()
+        check_positive(dim=dim)
+        self.norm = LayerNorm(dim)
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.model(x)) + x
+
+
+class MemoryMLP(nn.Module):
+    """`depth` matrices dim -> hidden -> ... -> dim with GELU between them.  x: (... n d)"""
+
+    def __init__(self, dim: int, depth: int, expansion_factor: float = 2.0) -> None:
+        super().__init__()
+        check_positive(dim=dim, depth=depth, expansion_factor=expansion_factor)
+        widths = [dim, *[int(dim * expansion_factor)] * (depth - 1), dim]
+        self.weights = nn.ParameterList(fresh_weight(*pair) for pair in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, weight in enumerate(self.weights):
+            x = (F.gelu(x) if layer > 0 else x) @ weight
+        return x
+
+
+class GatedResidualMemoryMLP(nn.Module):
+    """Residual MLP layers that gate between their input and their output, then a projection.  x: (... n d)"""
+
+    def __init__(self, dim: int, depth: int, expansion_factor: float = 4.0) -> None:
+        super().__init__()
+        check_positive(dim=dim, depth=depth, expansion_factor=expansion_factor)
+        hidden = int(dim * expansion_factor)
+        shapes = ((dim, hidden), (hidden, dim), (2 * dim, dim))
+        self.weights = nn.ModuleList(nn.ParameterList(fresh_weight(*shape) for shape in shapes) for _ in range(depth))
+        self.final_proj = fresh_weight(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.weights:
+            to_hidden, to_out, to_gate = parameters(layer)
+            out = F.gelu(x @ to_hidden) @ to_out
+            gate = (torch.cat((out, x), dim=-1) @ to_gate).sigmoid()
+            x = torch.lerp(x, out, gate)
+        return x @ self.final_proj
+
+
+class FactorizedMemoryMLP(nn.Module):
+    """Layers of rank `k`, GELU before every one but the first: a smaller memory of the same width.  x: (... n d)"""
+
+    def __init__(self, dim: int, depth: int, k: int = 32) -> None:
+        super().__init__()
+        check_positive(dim=dim, depth=depth, k=k)
+        shapes = ((dim, k), (k, dim))
+        self.weights = nn.ModuleList(nn.ParameterList(fresh_weight(*shape) for shape in shapes) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.weights):
+            down, up = parameters(layer)
+            x = (F.gelu(x) if index > 0 else x) @ down @ up
+        return x
+
+
+class MemorySwiGluMLP(nn.Module):
+    """Residual gated feed-forwards with a norm at the end, two thirds as wide for equal parameters.  x: (... n d)"""
+
+    def __init__(self, dim: int, depth: int = 1, expansion_factor: float = 4.0) -> None:
+        super().__init__()
+        check_positive(dim=dim, depth=depth, expansion_factor=expansion_factor)
+        hidden = int(dim * expansion_factor * 2 / 3)
+        shapes = ((dim, 2 * hidden), (hidden, dim))
+        self.weights = nn.ModuleList(nn.ParameterList(fresh_weight(*shape) for shape in shapes) for _ in range(depth))
+        self.norm = LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.weights:
+            to_hidden, to_out = parameters(layer)
+            hidden, gate = (x @ to_hidden).chunk(2, dim=-1)
+            x = x + (hidden * F.gelu(gate)) @ to_out
+        return self.norm(x)
+
+
+class MemoryAttention(nn.Module):
+    """Causal attention over the tokens of a chunk, with a feed-forward in parallel.  x: (... n d)"""
+
+    def __init__(self, dim: int, scale: float = 8.0, expansion_factor: float = 2.0) -> None:
+        super().__init__()
+        check_positive(dim=dim, scale=scale, expansion_factor=expansion_factor)
+        self.scale = scale
+        hidden = int(dim * expansion_factor)
+        shapes = ((dim, dim), (dim, dim), (dim, dim), (dim, hidden), (hidden, dim))
+        self.weights = nn.ParameterList(fresh_weight(*shape) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        to_queries, to_keys, to_values, to_hidden, to_out = self.weights
+        queries, keys = F.normalize(x @ to_queries, dim=-1), F.normalize(x @ to_keys, dim=-1)
+        similarity = queries @ keys.mT * self.scale
+        future = torch.ones(similarity.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        attention = similarity.masked_fill(future, -torch.inf).softmax(dim=-1)
+        return attention @ (x @ to_values) + F.gelu(x @ to_hidden) @ to_out

@@ -1,0 +1,201 @@
+"""One call of a memory: which tokens it stores and reads when, block by block, in memory bounded by a span of blocks.
+
+A call goes on where the last one stopped, at any token; a long call is cut into spans that are projected (and, in
+training, recomputed) one after another. So pieces of any lengths give what one call gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from titans_pytorch.fast_weights.engine import Engine
+from titans_pytorch.fast_weights.interface import Block, Carry, Residual
+from titans_pytorch.fast_weights.schedule import BlockPlan, Layout, plan_blocks
+from titans_pytorch.projections import Projected, Projections, StoredTokens
+from titans_pytorch.reading import Reader
+from titans_pytorch.state import ReadingGroup, Updates
+
+SPAN_TOKENS = 4096
+"""Tokens (of all rows together) that are projected at once"""
+
+CHECKPOINT_TOKENS = 32768
+"""From this many tokens of a call on (of all rows together), training keeps what is carried and recomputes the rest"""
+
+
+class Stored(NamedTuple):
+    """Everything to be stored, as two parts in time that are only joined where they are used."""
+
+    waiting: StoredTokens
+    new: StoredTokens
+
+    def select(self, start: int, stop: int) -> StoredTokens:
+        """Tokens start..stop, counted from the first that waits."""
+        num_waiting = self.waiting.keys.shape[1]
+
+        def part(waiting: Tensor, new: Tensor) -> Tensor:
+            before, after = waiting[:, start:stop], new[:, max(start - num_waiting, 0) : max(stop - num_waiting, 0)]
+            return after if before.shape[1] == 0 else torch.cat((before, after), dim=1)
+
+        keys = part(self.waiting.keys, self.new.keys)
+        same = self.new.values is self.new.keys
+        values = keys if same else part(self.waiting.values, self.new.values)
+        if self.waiting.is_stored is None and self.new.is_stored is None:
+            return StoredTokens(keys, values, None)
+        masks = (
+            torch.ones(t.keys.shape[:2], dtype=torch.bool, device=keys.device) if t.is_stored is None else t.is_stored
+            for t in (self.waiting, self.new)
+        )
+        return StoredTokens(keys, values, part(*masks))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.waiting.keys.shape[1] + self.new.keys.shape[1]
+
+
+class Surprise(NamedTuple):
+    """What was stored how eagerly.  (r n c) each"""
+
+    loss: Tensor
+    rates: Tensor
+
+
+class Step(NamedTuple):
+    """One span done."""
+
+    reads: Tensor | None  # (b t dim)
+    carry: Carry
+    group: ReadingGroup
+    surprises: list[Surprise]
+    blocks: list[Block]
+
+
+class Outcome(NamedTuple):
+    """A whole call done; `blocks` are there or can be had by `replay`."""
+
+    reads: Tensor | None  # (b t dim)
+    carry: Carry
+    group: ReadingGroup
+    surprises: list[Surprise]
+    blocks: list[Block]
+    replay: Callable[[], list[Block]] | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A memory at one moment of a sequence, with what it needs to go on."""
+
+    projections: Projections
+    engine: Engine
+    layout: Layout
+    renew: Callable[[Carry], Carry]  # what happens to a carry where the base is renewed
+    mixes_tokens: bool
+    residual: Updates | None
+    first_token: int  # position of the first new token
+    first_chunk: int  # the first chunk that is not complete
+
+    def run(self, carry: Carry, group: ReadingGroup, seq: Tensor | None, stored: Stored) -> Outcome:
+        """All of a call.  seq: (b t dim), what is read; None: only store"""
+        rows = stored.new.keys.shape[0] * self.projections.heads
+        spans = self.spans(stored.new.keys.shape[1], rows)
+        is_long = len(spans) > 1 and rows * stored.num_tokens >= CHECKPOINT_TOKENS
+        recomputes = torch.is_grad_enabled() and is_long and self.engine.name != "general"
+        reads: list[Tensor] = []
+        surprises: list[Surprise] = []
+        blocks: list[Block] = []
+        num_blocks = sum(plan.num_chunks > 0 for plans in spans for plan in plans)
+        keeps_blocks = num_blocks <= 1 or (torch.is_grad_enabled() and not recomputes)
+        replay = None if keeps_blocks else partial(self.all_blocks, carry, stored, spans)
+        for plans in spans:
+            step = self.step
+            if recomputes:
+                step = partial(checkpoint, self.step, use_reentrant=False)
+            read, carry, group, surprise, done = step(carry, group, seq, stored, plans)
+            if read is not None:
+                reads.append(read)
+            surprises.extend(surprise)
+            if keeps_blocks:
+                blocks.extend(done)
+        return Outcome(None if seq is None else torch.cat(reads, dim=1), carry, group, surprises, blocks, replay)
+
+    def all_blocks(self, carry: Carry, stored: Stored, spans: list[list[BlockPlan]]) -> list[Block]:
+        """Store once more, for somebody who wants to look at the weights on the way."""
+        blocks: list[Block] = []
+        for plans in spans:
+            step = self.step(carry, ReadingGroup(None, None), None, stored, plans)
+            carry = step.carry
+            blocks.extend(step.blocks)
+        return blocks
+
+    def spans(self, num_tokens: int, rows: int) -> list[list[BlockPlan]]:
+        """All blocks of a call, in runs of about as many tokens as are projected at once."""
+        chunk = self.layout.store_chunk
+        most = self.engine.block_chunks(rows, chunk * self.projections.num_kv_per_token)
+        spans: list[list[BlockPlan]] = [[]]
+        for plan in plan_blocks(self.layout, self.first_token, num_tokens, self.first_chunk, most):
+            taken = sum(p.num_chunks for p in (*spans[-1], plan)) * chunk
+            if spans[-1] and plan.num_chunks and taken * rows > SPAN_TOKENS:
+                spans.append([])
+            spans[-1].append(plan)
+        return spans
+
+    def step(
+        self,
+        carry: Carry,
+        group: ReadingGroup,
+        seq: Tensor | None,
+        stored: Stored,
+        plans: list[BlockPlan],
+    ) -> Step:
+        """One span: project, then store and read block by block."""
+        dtype = next(iter(carry.weights.values())).dtype
+        first, num_chunks = plans[0].first_chunk, sum(plan.num_chunks for plan in plans)
+        chunk, start = self.layout.store_chunk, plans[0].first_chunk - self.first_chunk
+        tokens = stored.select(start * chunk, (start + num_chunks) * chunk)
+        projected = self.projections.project_writes(tokens, chunk, dtype) if num_chunks else None
+        reader = None if seq is None else self.reader(seq, group, plans, dtype)
+        blocks, losses = [], []
+        for plan in plans:
+            if projected is None or plan.num_chunks == 0:
+                block = self.engine.at_rest(carry)
+            else:
+                writes = projected.writes.select(
+                    slice(plan.first_chunk - first, plan.first_chunk - first + plan.num_chunks)
+                )
+                residual = None if self.residual is None else Residual(self.residual, plan.first_chunk)
+                block, loss = self.engine.store(carry, writes, residual)
+                losses.append(loss)
+                blocks.append(block)
+            if reader is not None:
+                reader.read(block, plan)
+            carry = block.finish()
+            if plan.renews_base:
+                carry = self.renew(carry)
+        surprises = [] if projected is None else [surprise_of(projected, torch.cat(losses, dim=1))]
+        reads, group = (None, group) if reader is None else reader.finish()
+        return Step(reads, carry, group, surprises, blocks)
+
+    def reader(self, seq: Tensor, group: ReadingGroup, plans: list[BlockPlan], dtype: torch.dtype) -> Reader:
+        """Whoever reads the span's tokens; the first span of a call begins with a group that may have begun earlier."""
+        first_group = self.first_token // self.layout.retrieve_chunk
+        is_first = plans[0].first_chunk == self.first_chunk
+        reader = Reader(self.projections, self.engine, self.layout, self.mixes_tokens, self.first_token, group)
+        reader.begin(seq, first_group if is_first else plans[0].first_group, plans[-1].last_group, dtype)
+        if is_first:
+            reader.read_older(plans)
+        return reader
+
+
+def surprise_of(projected: Projected, loss: Tensor) -> Surprise:
+    """Loss and rate of every write, where it stood; 0 where nothing is stored."""
+    rates = projected.writes.rates
+    if projected.order is not None:
+        back = projected.order.argsort(dim=-1)
+        loss, rates = loss.gather(2, back), rates.gather(2, back)
+    return Surprise(loss if projected.is_stored is None else torch.where(projected.is_stored, loss, 0.0), rates)
