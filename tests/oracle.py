@@ -238,7 +238,7 @@ class Layer:
                 s_v = self.pre_norm("store_norm", values[[v for _, v in written]])
                 at = row.base
                 if prev is not None:  # base + mix_j · prevW_j₋₁
-                    mix = self.of_head("to_learned_weight_residual_mix.0", pooled, head).sigmoid()
+                    mix = self.of_head("to_learned_weight_residual_mix.0", pooled, head).sigmoid().squeeze()
                     at = {name: w + mix * prev[name] for name, w in row.base.items()}
                 u, chunk_loss, chunk_theta = self.surprise(at, s_k, s_v, head)
                 loss |= zip(written, chunk_loss.split(o.num_kv_per_token), strict=True)
@@ -247,7 +247,7 @@ class Layer:
                 modulation = self.of_head("to_layer_modulation.0", pooled, head).sigmoid() * o.max_mem_layer_modulation
                 u = {name: part * u[name] for part, name in zip(modulation, u, strict=True)}  # λ_w u
             steps = self.step(row, u, pooled, head)
-            alpha = self.of_head("to_decay_factor.0", pooled, head).sigmoid()
+            alpha = self.of_head("to_decay_factor.0", pooled, head).sigmoid().squeeze()
             row.current = {name: (1 - alpha) * w + steps[name] for name, w in row.current.items()}  # w_j
         row.loss += loss.values()
         row.rates += theta.values()

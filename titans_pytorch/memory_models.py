@@ -24,6 +24,13 @@ def parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     return layer.parameters()
 
 
+def l2_normalised(x: Tensor) -> Tensor:
+    """Vectors of length 1; zero stays zero, with a zero gradient of any order.  x: (... d)"""
+    square = x.square().sum(dim=-1, keepdim=True)
+    is_zero = square == 0
+    return x * square.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
+
+
 class LayerNorm(nn.Module):
     """Layer norm whose gain is `1 + gamma`: a memory starts with the plain norm and may learn a gain.  x: (... n d)"""
 
@@ -131,7 +138,7 @@ class MemoryAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         to_queries, to_keys, to_values, to_hidden, to_out = self.weights
-        queries, keys = F.normalize(x @ to_queries, dim=-1), F.normalize(x @ to_keys, dim=-1)
+        queries, keys = l2_normalised(x @ to_queries), l2_normalised(x @ to_keys)
         similarity = queries @ keys.mT * self.scale
         future = torch.ones(similarity.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         attention = similarity.masked_fill(future, -torch.inf).softmax(dim=-1)

@@ -171,7 +171,7 @@ class NeuralMemory(Projections):
         # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
         self._form = (model,)
         heads_axis = (heads,) if per_head_learned_parameters else ()
-        initial = [p.detach().expand(*heads_axis, *p.shape).clone() for p in model.parameters()]
+        initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in model.parameters()]
         self.memory_model_parameters = nn.ParameterList(initial)
         self.transition_gate = nn.Parameter(torch.tensor(-5.0)) if gated_transition else None
 
@@ -200,7 +200,7 @@ class NeuralMemory(Projections):
         named = zip(self.parameter_names, self.memory_model_parameters, self.memory_model.parameters(), strict=True)
         has_heads = self.memory_model_parameters[0].ndim > next(self.memory_model.parameters()).ndim
         return {
-            name: (p if has_heads else p.expand(self.heads, *form.shape)).to(self.weight_dtype)
+            name: (p if has_heads else p.expand((self.heads, *form.shape))).to(self.weight_dtype)
             for name, p, form in named
         }
 

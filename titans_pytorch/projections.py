@@ -229,8 +229,12 @@ class Projections(nn.Module):
         return by_name, None if mix is None else mix(pooled).to(dtype).nan_to_num(0.0, 0.0, 0.0).sigmoid()
 
     def without_masked(self, writes: Writes, is_stored: Tensor) -> Projected:
-        """Rates of zero; for a model that mixes tokens, what is masked also moves behind all that is stored."""
-        writes = writes._replace(rates=writes.rates * is_stored)
+        """Rates of zero; for a model that mixes tokens, what is masked also moves behind all that is stored.
+
+        Masked keys are ones: zero is where norms in a memory model may have no second derivative.
+        """
+        keys = torch.where(is_stored[..., None], writes.keys, 1.0)
+        writes = writes._replace(keys=keys, rates=writes.rates * is_stored)
         if not self.compacts_masked:
             return Projected(writes, is_stored, None)
         order = is_stored.logical_not().byte().argsort(dim=-1, stable=True)

@@ -111,7 +111,7 @@ class Stream:
         blocks: list[Block] = []
         num_blocks = sum(plan.num_chunks > 0 for plans in spans for plan in plans)
         keeps_blocks = num_blocks <= 1 or (torch.is_grad_enabled() and not recomputes)
-        replay = None if keeps_blocks else partial(self.all_blocks, carry, stored, spans)
+        replay = None if keeps_blocks else partial(self.all_blocks, carry, stored, spans, torch.is_grad_enabled())
         for plans in spans:
             step = self.step
             if recomputes:
@@ -124,13 +124,16 @@ class Stream:
                 blocks.extend(done)
         return Outcome(None if seq is None else torch.cat(reads, dim=1), carry, group, surprises, blocks, replay)
 
-    def all_blocks(self, carry: Carry, stored: Stored, spans: list[list[BlockPlan]]) -> list[Block]:
+    def all_blocks(
+        self, carry: Carry, stored: Stored, spans: list[list[BlockPlan]], is_differentiable: bool
+    ) -> list[Block]:
         """Store once more, for somebody who wants to look at the weights on the way."""
         blocks: list[Block] = []
-        for plans in spans:
-            step = self.step(carry, ReadingGroup(None, None), None, stored, plans)
-            carry = step.carry
-            blocks.extend(step.blocks)
+        with torch.set_grad_enabled(is_differentiable):
+            for plans in spans:
+                step = self.step(carry, ReadingGroup(None, None), None, stored, plans)
+                carry = step.carry
+                blocks.extend(step.blocks)
         return blocks
 
     def spans(self, num_tokens: int, rows: int) -> list[list[BlockPlan]]:

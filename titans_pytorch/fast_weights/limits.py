@@ -28,7 +28,7 @@ def smooth_limit(norm: Tensor, limit: float) -> Tensor:
 
 def total_square(weights: Weights) -> Tensor:
     """Squared norm of all parameters of a row together.  (r ...) -> (r)"""
-    return torch.stack([weight.flatten(1).square().sum(dim=1) for weight in weights.values()]).sum(dim=0)
+    return torch.stack([weight.reshape(len(weight), -1).square().sum(dim=1) for weight in weights.values()]).sum(dim=0)
 
 
 def limit_growth(weights: Weights, initial: Weights, max_growth: float) -> Weights:
@@ -60,7 +60,7 @@ class LimitGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         bound = MAX_CARRIED_GRADIENT
         gradient = gradient.clamp(-bound, bound)
-        norm = (gradient / bound).flatten(1).norm(dim=1)
+        norm = (gradient / bound).reshape(len(gradient), -1).norm(dim=1)
         scale = 1 / norm.clamp(min=1.0)
         return gradient * scale.reshape(-1, *[1] * (gradient.ndim - 1))
 

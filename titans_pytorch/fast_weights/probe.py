@@ -33,7 +33,7 @@ def inspect_model(model: nn.Module, dim: int, loss_fn: LossFn) -> ModelTraits:
     model = deepcopy(model).double()
     generator = torch.Generator().manual_seed(0)
     parameters = {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64) / max(1, p.shape[0]) ** 0.5
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64) / max(1, p.numel()) ** 0.25
         for name, p in model.named_parameters()
     }
     x = torch.randn(NUM_TOKENS, dim, generator=generator, dtype=torch.float64)

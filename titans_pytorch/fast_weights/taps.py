@@ -1,7 +1,7 @@
 """Surprises without gradient matrices, of any memory model that uses its matrices as `x @ W`.
 
 A chunk's gradient of a matrix is a sum of outer products of what exists anyway: the inputs X of that product when
-the model runs on the keys, and the errors D at its outputs, u_j = -sum_{t in j} x_t^T d_t.  The model is run once with every
+the model runs on the keys, and the errors D at its outputs, u_j = -sum_{t in j} x_t^T d_t.  It is run once with every
 product tapped; the gradient with respect to the taps is D, for all tokens and chunks at once.
 """
 
