@@ -300,9 +300,10 @@ class NeuralMemory(Projections):
             keys, values = (store_seq, store_seq) if self.num_views is None else store_seq.unbind(0)
         if store_mask is not None:
             checks.check_mask("store_mask", store_mask, views[0].shape[:2])
-        state = self.init_state(views[0].shape[0]) if state is None else self.checked_state(state, views[0].shape[0])
+        is_fresh, batch = state is None, views[0].shape[0]
+        state = self.init_state(batch) if state is None else self.checked_state(state, batch)
         new = StoredTokens(keys, values, store_mask)
-        retrieved, state, surprise = self.proceed(views[0], new, state, prev_weights, ttt_batch_size)
+        retrieved, state, surprise = self.proceed(views[0], new, state, prev_weights, ttt_batch_size, is_fresh)
         state = state.detach() if detach_mem_state else state
         return (retrieved, state, surprise) if return_surprises else (retrieved, state)
 
@@ -365,6 +366,7 @@ class NeuralMemory(Projections):
         state: NeuralMemState,
         prev_weights: NeuralMemState | Mapping[str, Tensor] | None,
         ttt_batch_size: int | None,
+        is_fresh: bool = False,
     ) -> tuple[Tensor | None, NeuralMemState, tuple[Tensor, Tensor]]:
         """Go on from a state.  seq: (b n dim), what is read; None: only store"""
         segment, chunk = state.cache_store_segment, self.layout.store_chunk
@@ -380,8 +382,10 @@ class NeuralMemory(Projections):
         stream = Stream(
             self, self._engine, layout, self.renew, self.mixes_tokens, residual, state.num_seen + 1, first_chunk
         )
-        outcome = stream.run(Carry(state.weights, *state.states), state.group, seq, stored)
-        base, weights, momenta = outcome.carry
+        moved = {} if is_fresh else {name: m.unbind(0) for name, m in state.states[1].items()}
+        outcome = stream.run(Carry(state.weights, state.states[0], moved), state.group, seq, stored)
+        base, weights, orders = outcome.carry
+        momenta = {name: torch.stack(order) for name, order in orders.items()} or state.states[1]
         rest = stored.select(num_chunks * chunk, stored.num_tokens)
         segment = rest.keys.clone() if self.num_views is None else torch.stack((rest.keys, rest.values))
         updates = Updates(first_chunk, num_chunks, weights, outcome.blocks, outcome.replay)

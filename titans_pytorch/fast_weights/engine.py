@@ -23,7 +23,8 @@ from titans_pytorch.fast_weights.taps import Surprises, TappedModel, Use
 EngineName = Literal["factored", "dense", "general"]
 
 # Found by measuring: what starting a block costs in multiplications, and up to which size weights are built at once.
-BLOCK_OVERHEAD = 2e8
+BLOCK_OVERHEAD = 5e8
+CARRY_COST = 400
 DENSE_BLOCK_ELEMENTS = 2**22
 
 
@@ -75,7 +76,7 @@ class Engine:
         if self.name != "factored":
             return max(1, DENSE_BLOCK_ELEMENTS // (rows * self.num_elements))
         per_pair = 4 * rows * sum(i + j for i, j in self.matrices)
-        fixed = BLOCK_OVERHEAD + 100 * rows * self.num_elements
+        fixed = BLOCK_OVERHEAD + CARRY_COST * rows * self.num_elements
         return max(1, round(math.sqrt(fixed / max(per_pair, 1)) / writes_per_chunk))
 
 

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from titans_pytorch.fast_weights.interface import Carry, Rows, Weights
 from titans_pytorch.fast_weights.recurrence import Coefficients
+from titans_pytorch.fast_weights.scaled_sum import scaled_sum
 from titans_pytorch.fast_weights.taps import Factors, Surprises
+
+
+START = slice(0, 1)
+"""The entry of a block that is what it began with"""
 
 
 class FactoredBlock(NamedTuple):
@@ -31,12 +36,14 @@ class FactoredBlock(NamedTuple):
     def product(self, name: str, x: Tensor, rows: Rows, is_transposed: bool = False) -> Tensor:
         """x: (r g k i) -> (r g k j)"""
         initial, past, surprise = self.coefficients[:3]
-        weight, momenta = self.start.weights[name], list(self.start.momenta.get(name, ()))
+        weight, momenta = self.start.weights[name], self.start.momenta.get(name, ())
         factors = self.surprises.factors.get(name)
         if is_transposed:
-            weight, momenta = weight.mT, [momentum.mT for momentum in momenta]
+            weight, momenta = weight.mT, tuple(momentum.mT for momentum in momenta)
             factors = None if factors is None else Factors(factors.right, factors.left)
         tokens, shape = x.flatten(1, 2), x.shape[1:3]
+        if rows == START:
+            return torch.bmm(tokens, weight).unflatten(1, shape)
         out = torch.bmm((x * initial[:, rows, None, None]).flatten(1, 2), weight)
         for order, momentum in enumerate(momenta):
             out = torch.baddbmm(out, (x * past[order][:, rows, None, None]).flatten(1, 2), momentum)
@@ -71,45 +78,37 @@ class FactoredBlock(NamedTuple):
         return {name: self.materialise(name)[:, row] for name in self.start.weights}
 
     def finish(self) -> Carry:
-        names = self.start.weights
-        ends = {name: self.end(name) for name in names}
-        momenta = {name: torch.stack(ends[name][1:]) for name in names if len(ends[name]) > 1}
-        return Carry(self.start.base, {name: ends[name][0] for name in names}, momenta)
+        ends = {name: self.end(name) for name in self.start.weights}
+        momenta = {name: tuple(end[1:]) for name, end in ends.items() if len(end) > 1}
+        return Carry(self.start.base, {name: end[0] for name, end in ends.items()}, momenta)
 
     def end(self, name: str) -> list[Tensor]:
         """The last weights, then the last momentum of each order.  (r ...) each"""
         initial, past, surprise, last_past, last_surprise = self.coefficients
-        weight, momenta = self.start.weights[name], list(self.start.momenta.get(name, ()))
-        coefficients = torch.stack((surprise[:, -1], *last_surprise), dim=-1)  # (r n e), e = 1 + orders
-        ends = self.summed(name, coefficients)
-        ends[0] = torch.addcmul(ends[0], weight, along(initial[:, -1], weight))
-        for e, of_momenta in enumerate((past[:, :, -1], *last_past)):
-            for scale, momentum in zip(of_momenta, momenta, strict=True):
-                ends[e] = torch.addcmul(ends[e], momentum, along(scale, momentum))
-        return ends
-
-    def summed(self, name: str, coefficients: Tensor) -> list[Tensor]:
-        """sum_i coefficient_{i,e} u_i for every e.  coefficients: (r n e) -> e times (r ...)"""
-        if name not in self.surprises.factors:
-            steps = self.surprises.tensors.get(name)
-            if steps is None:
-                return [torch.zeros_like(self.start.weights[name])] * coefficients.shape[-1]
-            return list(torch.einsum("rne,rn...->er...", coefficients, steps))
-        return outer_sums(self.surprises.factors[name], coefficients)
+        momenta = self.start.momenta.get(name, ())
+        scales = (initial[:, -1], *past[: len(momenta), :, -1])
+        starts: list[Tensor | None] = [scaled_sum(scales, (self.start.weights[name], *momenta))]
+        starts += [scaled_sum(row, momenta) if momenta else None for row in last_past]
+        ends = (surprise[:, -1], *last_surprise)
+        if name in self.surprises.factors:
+            return add_outer_products(starts, self.surprises.factors[name], ends)
+        steps = self.surprises.tensors.get(name)
+        if steps is None:
+            return [torch.zeros_like(self.start.weights[name]) if start is None else start for start in starts]
+        sums = (torch.einsum("rn,rn...->r...", end, steps) for end in ends)
+        return [new if start is None else start + new for start, new in zip(starts, sums, strict=True)]
 
 
-def outer_sums(factors: Factors, coefficients: Tensor) -> list[Tensor]:
-    """sum_i coefficient_{i,e} left_i^T right_i as one product, repeating the narrower side.  -> e times (r i j)"""
+def add_outer_products(
+    starts: list[Tensor | None], factors: Factors, coefficients: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """start + sum_i coefficient_i left_i^T right_i for each start.  starts: (r i j) or None, coefficients: (r n)"""
     left, right = factors
-    size = coefficients.shape[-1]
-    scales = coefficients[:, :, None, :, None]
-    if left.shape[-1] <= right.shape[-1]:
-        sums = (left[..., None, :] * scales).flatten(3).flatten(1, 2).mT @ right.flatten(1, 2)
-        return list(sums.unflatten(1, (size, -1)).unbind(1))
-    sums = left.flatten(1, 2).mT @ (right[..., None, :] * scales).flatten(3).flatten(1, 2)
-    return list(sums.unflatten(2, (size, -1)).unbind(2))
+    ends, is_left_narrow = [], left.shape[-1] <= right.shape[-1]
+    for start, coefficient in zip(starts, coefficients, strict=True):
+        scale = coefficient[..., None, None]
+        scaled = (left * scale, right) if is_left_narrow else (left, right * scale)
+        product = (scaled[0].flatten(1, 2).mT, scaled[1].flatten(1, 2))
+        ends.append(torch.bmm(*product) if start is None else torch.baddbmm(start, *product))
+    return ends
 
-
-def along(scale: Tensor, weights: Tensor) -> Tensor:
-    """(r) -> (r 1 ...)"""
-    return scale.reshape(-1, *[1] * (weights.ndim - 1))

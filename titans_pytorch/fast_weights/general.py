@@ -73,7 +73,7 @@ class OpaqueModel:
 class DenseBlock(NamedTuple):
     base: Weights
     weights: Weights  # (r n+1 ...)
-    last_momenta: Weights  # (o r ...)
+    last_momenta: dict[str, tuple[Tensor, ...]]
 
     @property
     def num_chunks(self) -> int:
@@ -141,9 +141,9 @@ def build(
         if surprise is None:  # the model never uses it: it is only forgotten
             surprise = start.new_zeros(()).expand(start.shape[0], gates.log_keep.shape[-1], *start.shape[1:])
         transform = orthogonalised if is_spectral and start.ndim == 3 else None
-        built, last = integrate(gates, surprise, start, carry.momenta.get(name), transform)
+        built, last = integrate(gates, surprise, start, carry.momenta.get(name, ()), transform)
         weights[name] = built + poison.reshape(*poison.shape, *[1] * (start.ndim - 1))
-        if last is not None:
+        if last:
             last_momenta[name] = last
     return DenseBlock(carry.base, weights, last_momenta)
 
@@ -152,15 +152,15 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def integrate_by_products(
-    gates: Gates, surprise: Tensor, start: Tensor, past: Tensor | None, transform: Transform | None
-) -> tuple[Tensor, Tensor | None]:
+    gates: Gates, surprise: Tensor, start: Tensor, past: tuple[Tensor, ...], transform: Transform | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A block has few chunks: sums over them with the products of gates are faster than any scan.
 
-    surprise: (r n ...), start: (r ...), past: (o r ...) -> weights (r n+1 ...), last momenta (o r ...)
+    surprise: (r n ...), start: (r ...), past: (r ...) of every order -> weights (r n+1 ...), last momenta (r ...)
     """
     shape = surprise.shape[2:]
     surprise, start = surprise.flatten(2) if shape else surprise[..., None], start.reshape(start.shape[0], 1, -1)
-    before = None if past is None else past.reshape(*past.shape[:2], -1).transpose(0, 1)  # (r o ...)
+    before = torch.stack([m.reshape(len(m), -1) for m in past], dim=1) if past else None  # (r o ...)
     orders = momenta(gates)
     step = steps(gates, orders)
 
@@ -173,16 +173,14 @@ def integrate_by_products(
         taken = transform(taken.unflatten(2, shape)).flatten(2)
     keep = products(gates.log_keep)
     weights = torch.baddbmm(keep[..., 1:] @ taken, keep[..., :1], start)
-    last = None
-    if before is not None:
-        ends = [sums(order.past[..., -1:], order.surprise[..., -1:, :]) for order in orders[1:]]
-        last = torch.cat(ends, dim=1).transpose(0, 1).unflatten(2, shape or (1,)).reshape(-1, start.shape[0], *shape)
+    ends = [sums(order.past[..., -1:], order.surprise[..., -1:, :]) for order in orders[1:]]
+    last = tuple(end.reshape(len(end), *shape) for end in ends)
     return weights.unflatten(2, shape) if shape else weights.squeeze(2), last
 
 
 def integrate_by_scan(
-    gates: Gates, surprise: Tensor, start: Tensor, past: Tensor | None, transform: Transform | None
-) -> tuple[Tensor, Tensor | None]:
+    gates: Gates, surprise: Tensor, start: Tensor, past: tuple[Tensor, ...], transform: Transform | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The same with the associative scan of the accelerated CUDA kernel."""
     scan = AssocScan(use_accelerated=True)
     wide = [1] * (surprise.ndim - 2)
@@ -190,7 +188,6 @@ def integrate_by_scan(
     orders, last = [surprise], []
     for order, log_gate in enumerate([] if gates.log_momentum is None else gates.log_momentum):
         handed = orders[-1] if stored is None else orders[-1] * stored
-        assert past is not None  # a carry with momentum has momenta
         orders.append(scan(log_gate.exp().reshape(*log_gate.shape, *wide), handed, prev=past[order]))
         last.append(orders[-1][:, -1])
     step = orders[-1]
@@ -201,4 +198,4 @@ def integrate_by_scan(
         step = step * stored
     step = step if transform is None else transform(step)
     weights = scan(gates.log_keep.exp().reshape(*gates.log_keep.shape, *wide), step, prev=start)
-    return torch.cat((start.unsqueeze(1), weights), dim=1), torch.stack(last) if last else None
+    return torch.cat((start.unsqueeze(1), weights), dim=1), tuple(last)

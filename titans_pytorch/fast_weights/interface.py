@@ -49,7 +49,7 @@ class Carry(NamedTuple):
 
     base: Weights  # (r ...)    where surprises are taken
     weights: Weights  # (r ...)    what is read
-    momenta: Weights  # (o r ...)  empty without momentum
+    momenta: dict[str, tuple[Tensor, ...]]  # (r ...) for every order; empty where nothing has moved yet
 
 
 class Block(Protocol):

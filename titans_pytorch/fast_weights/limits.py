@@ -79,7 +79,5 @@ def renewed(carry: Carry, gate: Tensor | None, initial: Weights | None, max_grow
     if max_growth is not None and initial is not None:
         weights = limit_growth(weights, initial, max_growth)
     weights = {name: LimitGradient.apply(weight) for name, weight in weights.items()}
-    momenta = {
-        name: LimitGradient.apply(m.flatten(0, 1)).unflatten(0, m.shape[:2]) for name, m in carry.momenta.items()
-    }
+    momenta = {name: tuple(map(LimitGradient.apply, orders)) for name, orders in carry.momenta.items()}
     return Carry(weights, weights, momenta)
