@@ -463,7 +463,7 @@ class NeuralMemory(Projections):
                 f"prev_weights must cover the chunks {first_chunk} to {first_chunk + num_chunks} of this call, "
                 f"got {have[0]} to {have[1]}: run the previous layer on the same tokens"
             )
-        return updates.held()
+        return updates
 
     # ---- as a module
 

@@ -54,9 +54,9 @@ class Updates(Mapping[str, Tensor]):
         num_chunks = next(iter(weights.values())).shape[1] - 1
         return cls(0, num_chunks, last, [DenseBlock({}, dict(weights), {})])
 
-    def held(self) -> Updates:
+    def with_blocks(self, blocks: list[Block]) -> Updates:
         """The same with all blocks at hand, for somebody who will look many times."""
-        return Updates(self.first_chunk, self.num_chunks, self.last, self.blocks)
+        return Updates(self.first_chunk, self.num_chunks, self.last, blocks)
 
     def detach(self) -> Updates:
         replay = self._replay

@@ -13,20 +13,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from titans_pytorch.fast_weights.engine import Engine
+from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, Residual
 from titans_pytorch.fast_weights.schedule import BlockPlan, Layout, plan_blocks
 from titans_pytorch.projections import Projected, Projections, StoredTokens
 from titans_pytorch.reading import Reader
+from titans_pytorch.recompute import recomputed
 from titans_pytorch.state import ReadingGroup, Updates
 
 SPAN_TOKENS = 4096
 """Tokens (of all rows together) that are projected at once"""
 
-CHECKPOINT_TOKENS = 32768
-"""From this many tokens of a call on (of all rows together), training keeps what is carried and recomputes the rest"""
+SPAN_ELEMENTS = 2**26
+KEPT_ELEMENTS = 2**29
+"""Numbers that training keeps for its backward pass: of a span, and of a call (2 GB in float32); a call that would keep
+more keeps only what is carried between spans and computes the rest again"""
 
 
 class Stored(NamedTuple):
@@ -57,6 +60,26 @@ class Stored(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return self.waiting.keys.shape[1] + self.new.keys.shape[1]
+
+
+class Pieces:
+    """Pieces of a sequence (b t dim) that come one after another; without gradients they need no second copy."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens, self.num_filled = num_tokens, 0
+        self.parts: list[Tensor] = []
+
+    def add(self, piece: Tensor) -> None:
+        if torch.is_grad_enabled() or piece.shape[1] == self.num_tokens:
+            self.parts.append(piece)
+            return
+        if not self.parts:
+            self.parts.append(piece.new_empty(piece.shape[0], self.num_tokens, piece.shape[2]))
+        self.parts[0][:, self.num_filled : self.num_filled + piece.shape[1]] = piece
+        self.num_filled += piece.shape[1]
+
+    def joined(self) -> Tensor:
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=1)
 
 
 class Surprise(NamedTuple):
@@ -104,46 +127,51 @@ class Stream:
         """All of a call.  seq: (b t dim), what is read; None: only store"""
         rows = stored.new.keys.shape[0] * self.projections.heads
         spans = self.spans(stored.new.keys.shape[1], rows)
-        is_long = len(spans) > 1 and rows * stored.num_tokens >= CHECKPOINT_TOKENS
-        recomputes = torch.is_grad_enabled() and is_long and self.engine.name != "general"
-        reads: list[Tensor] = []
+        num_chunks = sum(plan.num_chunks for plans in spans for plan in plans)
+        is_training = torch.is_grad_enabled() and plain_autograd_works()
+        recomputes = is_training and num_chunks * self.kept_elements(rows) > KEPT_ELEMENTS
+        reads = Pieces(0 if seq is None else seq.shape[1])
         surprises: list[Surprise] = []
         blocks: list[Block] = []
         num_blocks = sum(plan.num_chunks > 0 for plans in spans for plan in plans)
         keeps_blocks = num_blocks <= 1 or (torch.is_grad_enabled() and not recomputes)
         replay = None if keeps_blocks else partial(self.all_blocks, carry, stored, spans, torch.is_grad_enabled())
+        parameters = [p for p in self.projections.parameters() if p.requires_grad]
+        step = partial(recomputed, self.step, parameters=parameters) if recomputes else self.step
+        previous = None if self.residual is None else self.residual.blocks
         for plans in spans:
-            step = self.step
-            if recomputes:
-                step = partial(checkpoint, self.step, use_reentrant=False)
-            read, carry, group, surprise, done = step(carry, group, seq, stored, plans)
+            read, carry, group, surprise, done = step(carry, group, seq, stored, previous, plans, keeps_blocks)
             if read is not None:
-                reads.append(read)
+                reads.add(read)
             surprises.extend(surprise)
-            if keeps_blocks:
-                blocks.extend(done)
-        return Outcome(None if seq is None else torch.cat(reads, dim=1), carry, group, surprises, blocks, replay)
+            blocks.extend(done)
+        return Outcome(None if seq is None else reads.joined(), carry, group, surprises, blocks, replay)
 
     def all_blocks(
         self, carry: Carry, stored: Stored, spans: list[list[BlockPlan]], is_differentiable: bool
     ) -> list[Block]:
         """Store once more, for somebody who wants to look at the weights on the way."""
         blocks: list[Block] = []
+        previous = None if self.residual is None else self.residual.blocks
         with torch.set_grad_enabled(is_differentiable):
             for plans in spans:
-                step = self.step(carry, ReadingGroup(None, None), None, stored, plans)
+                step = self.step(carry, ReadingGroup(None, None), None, stored, previous, plans, True)
                 carry = step.carry
                 blocks.extend(step.blocks)
         return blocks
+
+    def kept_elements(self, rows: int) -> int:
+        """What training keeps of one chunk."""
+        return rows * self.engine.kept_elements(self.layout.store_chunk * self.projections.num_kv_per_token)
 
     def spans(self, num_tokens: int, rows: int) -> list[list[BlockPlan]]:
         """All blocks of a call, in runs of about as many tokens as are projected at once."""
         chunk = self.layout.store_chunk
         most = self.engine.block_chunks(rows, chunk * self.projections.num_kv_per_token)
+        longest = max(1, min(SPAN_TOKENS // (rows * chunk), SPAN_ELEMENTS // self.kept_elements(rows)))
         spans: list[list[BlockPlan]] = [[]]
         for plan in plan_blocks(self.layout, self.first_token, num_tokens, self.first_chunk, most):
-            taken = sum(p.num_chunks for p in (*spans[-1], plan)) * chunk
-            if spans[-1] and plan.num_chunks and taken * rows > SPAN_TOKENS:
+            if spans[-1] and plan.num_chunks and sum(p.num_chunks for p in (*spans[-1], plan)) > longest:
                 spans.append([])
             spans[-1].append(plan)
         return spans
@@ -154,10 +182,13 @@ class Stream:
         group: ReadingGroup,
         seq: Tensor | None,
         stored: Stored,
+        previous: list[Block] | None,
         plans: list[BlockPlan],
+        keeps_blocks: bool,
     ) -> Step:
         """One span: project, then store and read block by block."""
         dtype = next(iter(carry.weights.values())).dtype
+        layer = None if self.residual is None or previous is None else self.residual.with_blocks(previous)
         first, num_chunks = plans[0].first_chunk, sum(plan.num_chunks for plan in plans)
         chunk, start = self.layout.store_chunk, plans[0].first_chunk - self.first_chunk
         tokens = stored.select(start * chunk, (start + num_chunks) * chunk)
@@ -171,10 +202,11 @@ class Stream:
                 writes = projected.writes.select(
                     slice(plan.first_chunk - first, plan.first_chunk - first + plan.num_chunks)
                 )
-                residual = None if self.residual is None else Residual(self.residual, plan.first_chunk)
+                residual = None if layer is None else Residual(layer, plan.first_chunk)
                 block, loss = self.engine.store(carry, writes, residual)
                 losses.append(loss)
-                blocks.append(block)
+                if keeps_blocks:
+                    blocks.append(block)
             if reader is not None:
                 reader.read(block, plan)
             carry = block.finish()

@@ -70,6 +70,12 @@ class Engine:
         """queries: (r g k d), rows: the entry of the block that each group reads -> (r g k d)"""
         return self.model.read(block, queries, rows)
 
+    def kept_elements(self, writes_per_chunk: int) -> int:
+        """About how many numbers autograd keeps of a row's chunk: some of every width, or some of every weight."""
+        if self.name == "factored":
+            return 6 * writes_per_chunk * sum(i + j for i, j in self.matrices)
+        return 10 * self.num_elements
+
     def block_chunks(self, rows: int, writes_per_chunk: int) -> int:
         """How many chunks make the cheapest block: products over pairs of writes grow with its square, the cost of a
         block itself (starting it, carrying the weights) is shared by its writes."""

@@ -99,9 +99,7 @@ class FactoredBlock(NamedTuple):
         return [new if start is None else start + new for start, new in zip(starts, sums, strict=True)]
 
 
-def add_outer_products(
-    starts: list[Tensor | None], factors: Factors, coefficients: tuple[Tensor, ...]
-) -> list[Tensor]:
+def add_outer_products(starts: list[Tensor | None], factors: Factors, coefficients: tuple[Tensor, ...]) -> list[Tensor]:
     """start + sum_i coefficient_i left_i^T right_i for each start.  starts: (r i j) or None, coefficients: (r n)"""
     left, right = factors
     ends, is_left_narrow = [], left.shape[-1] <= right.shape[-1]
@@ -111,4 +109,3 @@ def add_outer_products(
         product = (scaled[0].flatten(1, 2).mT, scaled[1].flatten(1, 2))
         ends.append(torch.bmm(*product) if start is None else torch.baddbmm(start, *product))
     return ends
-

@@ -1,0 +1,67 @@
+"""Activation checkpointing of a function that takes gradients itself.
+
+`torch.utils.checkpoint` cannot hold a function whose forward differentiates: its hooks meet the inner graph as well.
+Here the forward keeps no graph at all; the backward pass runs the function again, with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Result = TypeVar("Result")
+
+
+def recomputed(fn: Callable[..., Result], *args: Any, parameters: Sequence[Tensor]) -> Result:
+    """fn(*args), of which only arguments and results are kept for the backward pass.
+
+    args: any nesting of containers and tensors; parameters: tensors that fn uses besides
+    """
+    leaves, structure = tree_flatten(args)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[place] for place in places]
+    found: list[Any] = []
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        results, form = tree_flatten(fn(*tree_unflatten(filled, structure)))
+        found[:] = [results, form]
+        return [result for result in results if isinstance(result, Tensor)]
+
+    outputs = iter(Recompute.apply(run, len(tensors), *tensors, *parameters))  # type: ignore[no-untyped-call]
+    results, form = found
+    filled = [next(outputs) if isinstance(result, Tensor) else result for result in results]
+    return tree_unflatten(filled, form)  # type: ignore[no-any-return]
+
+
+class Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Sequence[Tensor]], list[Tensor]], num: int, *tensors: Tensor) -> Any:
+        ctx.run, ctx.num = run, num
+        ctx.save_for_backward(*tensors)
+        device = tensors[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        return tuple(result.view_as(result) for result in run([tensor.detach() for tensor in tensors[:num]]))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        needed = ctx.needs_input_grad[2:]
+        tensors = list(ctx.saved_tensors)
+        for place in range(ctx.num):
+            tensors[place] = tensors[place].detach().requires_grad_(needed[place])
+        device, dtype, is_enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=is_enabled):
+            results = ctx.run(tensors[: ctx.num])
+        reached = [(result, g) for result, g in zip(results, gradients, strict=True) if result.requires_grad]
+        outputs, of_outputs = zip(*reached, strict=True)
+        wanted = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
+        found = iter(torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True))
+        return None, None, *(next(found) if is_needed else None for is_needed in needed)
