@@ -35,10 +35,10 @@ def recomputed(fn: Callable[..., Result], *args: Any, parameters: Sequence[Tenso
         found[:] = [results, form]
         return [result for result in results if isinstance(result, Tensor)]
 
-    outputs = iter(Recompute.apply(run, len(tensors), *tensors, *parameters))  # type: ignore[no-untyped-call]
+    outputs = iter(Recompute.apply(run, len(tensors), *tensors, *parameters))
     results, form = found
     filled = [next(outputs) if isinstance(result, Tensor) else result for result in results]
-    return tree_unflatten(filled, form)  # type: ignore[no-any-return]
+    return tree_unflatten(filled, form)
 
 
 class Recompute(torch.autograd.Function):
@@ -51,7 +51,7 @@ class Recompute(torch.autograd.Function):
         return tuple(result.view_as(result) for result in run([tensor.detach() for tensor in tensors[:num]]))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         needed = ctx.needs_input_grad[2:]
         tensors = list(ctx.saved_tensors)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from titans_pytorch.fast_weights.factored import FactoredBlock
+from titans_pytorch.fast_weights.factored import FactoredBlock, full_precision
 from titans_pytorch.fast_weights.general import OpaqueModel, StillBlock, build
 from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Residual, Rows, Writes
 from titans_pytorch.fast_weights.limits import safe_norm, smooth_limit
@@ -58,7 +58,7 @@ class Engine:
         """A block of chunks, all surprised at the base.  -> the block, the loss of every write (r n c)"""
         surprises, loss = self.model.gradients(carry.base, writes, residual)
         surprises = steps_of(surprises, writes, self.rules.max_grad_norm)
-        with torch.autocast(loss.device.type, enabled=False):
+        with full_precision(loss):
             if self.name == "factored":
                 return FactoredBlock(carry, surprises, unroll(writes.gates)), loss
             return build(carry, surprises, writes.gates, self.rules.is_spectral, self.rules.use_accelerated_scan), loss

@@ -19,7 +19,6 @@ from titans_pytorch.fast_weights.recurrence import Coefficients
 from titans_pytorch.fast_weights.scaled_sum import scaled_sum
 from titans_pytorch.fast_weights.taps import Factors, Surprises
 
-
 START = slice(0, 1)
 """The entry of a block that is what it began with"""
 
@@ -62,11 +61,12 @@ class FactoredBlock(NamedTuple):
     def materialise(self, name: str) -> Tensor:
         """The weights before each chunk and after the last.  -> (r n+1 ...)"""
         initial, past, surprise = self.coefficients[:3]
-        out = torch.einsum("rn,r...->rn...", initial, self.start.weights[name])
-        for order, momentum in enumerate(self.start.momenta.get(name, ())):
-            out = out + torch.einsum("rn,r...->rn...", past[order], momentum)
         steps = self.tensors(name)
-        return out if steps is None else out + torch.einsum("rni,ri...->rn...", surprise, steps)
+        with full_precision(initial):
+            out = torch.einsum("rn,r...->rn...", initial, self.start.weights[name])
+            for order, momentum in enumerate(self.start.momenta.get(name, ())):
+                out = out + torch.einsum("rn,r...->rn...", past[order], momentum)
+            return out if steps is None else out + torch.einsum("rni,ri...->rn...", surprise, steps.to(out.dtype))
 
     def tensors(self, name: str) -> Tensor | None:
         """-> (r n ...)"""
@@ -95,7 +95,8 @@ class FactoredBlock(NamedTuple):
         steps = self.surprises.tensors.get(name)
         if steps is None:
             return [torch.zeros_like(self.start.weights[name]) if start is None else start for start in starts]
-        sums = (torch.einsum("rn,rn...->r...", end, steps) for end in ends)
+        with full_precision(steps):
+            sums = [torch.einsum("rn,rn...->r...", end, steps.to(end.dtype)) for end in ends]
         return [new if start is None else start + new for start, new in zip(starts, sums, strict=True)]
 
 
@@ -106,6 +107,18 @@ def add_outer_products(starts: list[Tensor | None], factors: Factors, coefficien
     for start, coefficient in zip(starts, coefficients, strict=True):
         scale = coefficient[..., None, None]
         scaled = (left * scale, right) if is_left_narrow else (left, right * scale)
-        product = (scaled[0].flatten(1, 2).mT, scaled[1].flatten(1, 2))
-        ends.append(torch.bmm(*product) if start is None else torch.baddbmm(start, *product))
+        ends.append(accumulated(start, scaled[0].flatten(1, 2).mT, scaled[1].flatten(1, 2), coefficient.dtype))
     return ends
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Where autocast must not reach: gates, and weights that are summed."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def accumulated(start: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """start + a @ b; under autocast the product alone is in lower precision, never what is carried."""
+    if start is None or torch.is_autocast_enabled(a.device.type):
+        product = torch.bmm(a, b).to(dtype)
+        return product if start is None else start + product
+    return torch.baddbmm(start, a, b)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 def scaled_sum(scales: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """sum_k scale_k weight_k.  scales: (r) each, weights: (r ...) each -> (r ...)"""
-    return ScaledSum.apply(len(scales), *scales, *weights)  # type: ignore[no-any-return, no-untyped-call]
+    return ScaledSum.apply(len(scales), *scales, *weights)
 
 
 def along(scale: Tensor, weights: Tensor) -> Tensor:

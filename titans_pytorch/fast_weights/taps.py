@@ -32,7 +32,7 @@ class Factors(NamedTuple):
 
     def matrices(self) -> Tensor:
         """-> (r n i j)"""
-        return self.left.mT @ self.right
+        return self.left.to(self.right.dtype).mT @ self.right
 
     def square(self) -> Tensor:
         """Squared Frobenius norm of each chunk's matrix, from the Gram matrices of its tokens.  -> (r n)"""
