@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,7 @@ def cases(draw: st.DrawFn) -> Case:
     num_tokens = draw(st.integers(1, 14))
     cuts = draw(st.sets(st.integers(1, num_tokens - 1), max_size=6)) if num_tokens > 1 else set()
     edges = [0, *sorted(cuts), num_tokens]
-    split = tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+    split = tuple(b - a for a, b in itertools.pairwise(edges))
     engines = ["dense", "general"] if options.get("spectral_norm_surprises") else ["factored", "dense", "general"]
     engine = draw(st.sampled_from(engines)) if chosen["model"] != "opaque" else "general"
     return Case(

@@ -72,7 +72,7 @@ def check(case: Case) -> None:
     for name in ("retrieved", "loss", "rates", "base", "last", "momenta"):
         assert_close(got[name], expected[name], msg=lambda m, name=name: f"{name}: {m}", **VALUES)
 
-    wanted = {name: p for name, p in memory.named_parameters()} | {"seq": fed.seq}
+    wanted = dict(memory.named_parameters()) | {"seq": fed.seq}
     if previous is not None:
         wanted |= {f"previous {name}": p for name, p in previous.named_parameters()}
     if fed.store_seq is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ def check_whole(**sizes: int | None) -> None:
 
 def check_chunk_size(chunk_size: Any) -> tuple[int, int]:
     """-> (retrieve, store)"""
-    pair = (chunk_size, chunk_size) if isinstance(chunk_size, int) else tuple(chunk_size)
+    pair = (chunk_size, chunk_size) if isinstance(chunk_size, int) else chunk_size
+    if not isinstance(pair, (tuple, list)):
+        raise TypeError(f"chunk_size must be a whole number or a pair (retrieve, store), got {chunk_size!r}")
     if len(pair) != 2:
         raise ValueError(f"chunk_size must be a whole number or a pair (retrieve, store), got {chunk_size!r}")
     check_whole(**{"chunk_size for reading": pair[0], "chunk_size for storing": pair[1]})
-    return pair
+    return pair[0], pair[1]
 
 
 def check_multiple(name: str, size: int | None, chunk: int) -> None:
@@ -105,9 +108,10 @@ def check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
 
 def check_weights(name: str, weights: Any, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
     """weights: a mapping name -> tensor; shapes: what each must have"""
-    if not hasattr(weights, "keys") or set(weights.keys()) != set(shapes):
-        got = sorted(weights.keys()) if hasattr(weights, "keys") else type(weights).__name__
-        raise ValueError(f"{name} must hold the weights {sorted(shapes)} of this module, got {got}")
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{name} must be a mapping of names to weights, got {type(weights).__name__}")
+    if set(weights) != set(shapes):
+        raise ValueError(f"{name} must hold the weights {sorted(shapes)} of this module, got {sorted(weights)}")
     for key, shape in shapes.items():
         weight = weights[key]
         if tuple(weight.shape) != tuple(shape):
@@ -160,3 +164,53 @@ def check_enough_chunks(given: int, needed: int) -> None:
         raise ValueError(
             f"weights must hold the memory after {needed} chunks to read this sequence, got {given} chunks"
         )
+
+
+def check_number(**values: float | None) -> None:
+    """Every given value is a number of any sign; None is left alone."""
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_callable(**functions: Callable[..., Any] | None) -> None:
+    """Every given value can be called; None is left alone."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be callable, got {function!r} ({type(function).__name__})")
+
+
+def check_activation(activation: Any) -> None:
+    if activation is not None and not isinstance(activation, torch.nn.Module):
+        raise TypeError(
+            f"activation must be an nn.Module such as nn.SiLU(), got {activation!r} ({type(activation).__name__})"
+        )
+
+
+def check_elementwise(name: str, transform: Callable[[Tensor], Tensor] | None) -> None:
+    if transform is None:
+        return
+    got = transform(torch.zeros(2, 3))
+    if not isinstance(got, Tensor) or got.shape != (2, 3):
+        shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+        raise ValueError(f"{name} must be elementwise: gave the shape (2, 3), got {shape}")
+
+
+def check_stored_before(name: str, seq_index: Any, chunk: int) -> None:
+    """A number of tokens that whole chunks can have."""
+    if isinstance(seq_index, bool) or not isinstance(seq_index, int) or seq_index < 0 or seq_index % chunk:
+        raise ValueError(f"{name} must be a multiple of the store chunk size {chunk}, at least 0, got {seq_index!r}")
+
+
+def check_past_state(past_state: Any) -> None:
+    if not isinstance(past_state, (tuple, list)) or len(past_state) != 2:
+        raise TypeError(f"past_state must be a pair (weights, momenta), got {type(past_state).__name__}")
+
+
+def checked_trajectory(name: str, weights: Any, names: Iterable[str]) -> Mapping[str, Tensor]:
+    """Something that may be weights over chunks."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{name} must be a mapping of names to weights, got {type(weights).__name__}")
+    if set(weights) != set(names) or not all(isinstance(w, Tensor) and w.ndim > 0 for w in weights.values()):
+        raise ValueError(f"{name} must hold the weights {sorted(names)} of this module, got {sorted(weights)}")
+    return weights

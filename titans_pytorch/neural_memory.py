@@ -126,6 +126,16 @@ class NeuralMemory(Projections):
             max_grad_norm=max_grad_norm,
         )
         chunks = checks.check_chunk_size(chunk_size)
+        checks.check_number(
+            init_adaptive_step_bias=init_adaptive_step_bias,
+            init_momentum_bias=init_momentum_bias,
+            init_decay_bias=init_decay_bias,
+        )
+        checks.check_callable(
+            store_memory_loss_fn=store_memory_loss_fn, adaptive_step_transform=adaptive_step_transform
+        )
+        checks.check_elementwise("adaptive_step_transform", adaptive_step_transform)
+        checks.check_activation(activation)
         checks.check_batching(batch_size, chunks[1], gated_transition, max_weight_growth)
         checks.check_chunking(chunks[1], attn_pool_chunks, store_with_lookahead_value)
         momentum_options = (momentum, momentum_order, learned_momentum_combine, learned_combine_include_zeroth)
@@ -325,13 +335,14 @@ class NeuralMemory(Projections):
         checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=self.memory_model_parameters[0].dtype)
         keys, values = (seq, seq) if views is None else seq.unbind(0)
         batch = keys.shape[0]
-        checks.check_multiple("seq_index", seq_index, self.layout.store_chunk)
+        checks.check_stored_before("seq_index", seq_index, self.layout.store_chunk)
         if mask is not None:
             checks.check_mask("mask", mask, keys.shape[:2])
         state = self.init_state(batch)._replace(seq_index=seq_index)
         if weights is not None:
             state = state._replace(weights=weights, states=(weights, state.states[1]))
         if past_state is not None:
+            checks.check_past_state(past_state)
             state = state._replace(states=past_state)
         state = self.checked_state(state, batch)
         _, state, surprise = self.proceed(None, StoredTokens(keys, values, mask), state, prev_weights, None)
@@ -346,7 +357,7 @@ class NeuralMemory(Projections):
         seq = seq if seq.ndim == 3 else seq.unsqueeze(1)
         last_group = seq.shape[1] // self.layout.retrieve_chunk + 1
         form = next(self.memory_model.named_parameters())
-        weights = dict(weights)
+        weights = dict(checks.checked_trajectory("weights", weights, self.parameter_names))
         num_chunks = weights[form[0]].shape[1] - 1 if weights[form[0]].ndim == form[1].ndim + 2 else None
         chunks = () if num_chunks is None else (num_chunks + 1,)
         checks.check_weights("weights", weights, self.weight_shapes(seq.shape[0], *chunks), self.weight_dtype)
@@ -433,6 +444,7 @@ class NeuralMemory(Projections):
         if not isinstance(state, NeuralMemState):
             raise TypeError(f"state must be a NeuralMemState, got {type(state).__name__}")
         checks.check_batch("state", state.batch, batch)
+        checks.check_stored_before("state.seq_index", state.seq_index, self.layout.store_chunk)
         shapes = self.weight_shapes(batch)
         checks.check_weights("state.weights", state.weights, shapes, self.weight_dtype)
         checks.check_weights("state.states[0]", state.states[0], shapes, self.weight_dtype)
@@ -455,7 +467,7 @@ class NeuralMemory(Projections):
             raise ValueError("prev_weights needs a memory with accept_weight_residual=True, got one with False")
         updates = prev_weights.updates if isinstance(prev_weights, NeuralMemState) else prev_weights
         if not isinstance(updates, Updates):
-            updates = Updates.of(updates)
+            updates = Updates.of(checks.checked_trajectory("prev_weights", updates, self.parameter_names))
         checks.check_weights("prev_weights", updates.last, self.weight_shapes(batch), self.weight_dtype)
         if not updates.covers(first_chunk, num_chunks):
             have = (updates.first_chunk, updates.first_chunk + updates.num_chunks)

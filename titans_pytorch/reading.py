@@ -59,7 +59,12 @@ class Reader:
         if plan.num_groups == 1 and not self.mixes_tokens:
             front = 0  # a group by itself need not be filled
         grouped = self.in_groups(queries, front, plan.num_groups)
-        reads = self.engine.read(block, grouped, self.rows(plan)).flatten(1, 2)
+        if self.mixes_tokens:  # 0 * NaN is NaN: what is not finite must not reach the tokens before it
+            poison = (grouped.detach() * 0).sum(dim=-1, keepdim=True).cumsum(dim=2)
+            reads = self.engine.read(block, grouped.nan_to_num(0.0, 0.0, 0.0), self.rows(plan)) + poison
+        else:
+            reads = self.engine.read(block, grouped, self.rows(plan))
+        reads = reads.flatten(1, 2)
         self.reads.append(reads.narrow(1, front, queries.shape[1]))
         self.last_block = (block, plan.first_chunk)
 
@@ -100,7 +105,7 @@ class Reader:
         group_start = last // chunk * chunk
         queries, weights = None, None
         if self.mixes_tokens:
-            queries = self.queries[:, max(group_start - self.first_position, 0) :]
+            queries = self.queries[:, max(group_start - self.first_position, 0) :].clone()  # not the whole call's
             if group_start < self.first_position:
                 queries = torch.cat((self.begun(queries), queries), dim=1)
         if self.layout.store_chunk % chunk != 0 and self.last_block is not None:

@@ -139,8 +139,9 @@ class NeuralMemState(NamedTuple):
         return self._map(lambda t, _: t.detach())._replace(updates=self.updates.detach())
 
     def to(self, *args: Any, **kwargs: Any) -> NeuralMemState:
-        """Move to another device; the arguments of `torch.Tensor.to`.  `updates` begin anew."""
-        return self._map(lambda t, _: t.to(*args, **kwargs))
+        """Move to another device or dtype; the arguments of `torch.Tensor.to`.  `updates` begin anew."""
+        device = self.cache_store_segment[..., :0, :].to(*args, **kwargs).device
+        return self._map(lambda t, _: t.to(*args, **kwargs) if t.is_floating_point() else t.to(device))
 
     def select(self, rows: Tensor | slice | list[int]) -> NeuralMemState:
         """The sequences with these numbers, in this order and as often as named: a beam search's next beams.

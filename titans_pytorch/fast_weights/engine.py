@@ -18,6 +18,7 @@ from titans_pytorch.fast_weights.general import OpaqueModel, StillBlock, build
 from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Residual, Rows, Writes
 from titans_pytorch.fast_weights.limits import safe_norm, smooth_limit
 from titans_pytorch.fast_weights.recurrence import unroll
+from titans_pytorch.fast_weights.single import SingleBlock
 from titans_pytorch.fast_weights.taps import Surprises, TappedModel, Use
 
 EngineName = Literal["factored", "dense", "general"]
@@ -43,6 +44,10 @@ class Engine:
     """
 
     def __init__(self, name: EngineName, model: nn.Module, uses: tuple[Use, ...] | None, loss_fn: LossFn, rules: Rules):
+        if name not in ("factored", "dense", "general"):
+            raise ValueError(f"engine must be 'factored', 'dense' or 'general', got {name!r}")
+        if name == "factored" and rules.is_spectral:
+            raise ValueError("engine 'factored' cannot do spectral_norm_surprises, got both: use 'dense' or 'general'")
         if uses is None and name != "general":
             raise ValueError(
                 f"engine {name!r} needs a memory model that uses its matrices as x @ w; got 'general' only"
@@ -60,6 +65,8 @@ class Engine:
         surprises = steps_of(surprises, writes, self.rules.max_grad_norm)
         with full_precision(loss):
             if self.name == "factored":
+                if writes.num_chunks == 1:
+                    return SingleBlock(carry, surprises, writes.gates), loss
                 return FactoredBlock(carry, surprises, unroll(writes.gates)), loss
             return build(carry, surprises, writes.gates, self.rules.is_spectral, self.rules.use_accelerated_scan), loss
 
@@ -78,12 +85,16 @@ class Engine:
 
     def block_chunks(self, rows: int, writes_per_chunk: int) -> int:
         """How many chunks make the cheapest block: products over pairs of writes grow with its square, the cost of a
-        block itself (starting it, carrying the weights) is shared by its writes."""
+        block itself (starting it, carrying the weights) is shared by its writes. Long chunks are best alone: they need
+        not read and carry the momentum through products."""
         if self.name != "factored":
             return max(1, DENSE_BLOCK_ELEMENTS // (rows * self.num_elements))
-        per_pair = 4 * rows * sum(i + j for i, j in self.matrices)
-        fixed = BLOCK_OVERHEAD + CARRY_COST * rows * self.num_elements
-        return max(1, round(math.sqrt(fixed / max(per_pair, 1)) / writes_per_chunk))
+        elements, per_pair = rows * self.num_elements, 4 * rows * sum(i + j for i, j in self.matrices)
+        best = max(2, round(math.sqrt((BLOCK_OVERHEAD + CARRY_COST * elements) / max(per_pair, 1)) / writes_per_chunk))
+        shared = (BLOCK_OVERHEAD + CARRY_COST * elements) / best
+        together = shared + writes_per_chunk * (22 * elements + best * writes_per_chunk * per_pair)
+        alone = BLOCK_OVERHEAD + CARRY_COST * elements + 14 * writes_per_chunk * elements
+        return 1 if alone < together else best
 
 
 def steps_of(surprises: Surprises, writes: Writes, max_grad_norm: float | None) -> Surprises:

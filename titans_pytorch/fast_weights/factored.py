@@ -9,7 +9,8 @@ Only what is carried to the next block, W and M, is ever a matrix.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,6 @@ from titans_pytorch.fast_weights.interface import Carry, Rows, Weights
 from titans_pytorch.fast_weights.recurrence import Coefficients
 from titans_pytorch.fast_weights.scaled_sum import scaled_sum
 from titans_pytorch.fast_weights.taps import Factors, Surprises
-
-START = slice(0, 1)
-"""The entry of a block that is what it began with"""
 
 
 class FactoredBlock(NamedTuple):
@@ -41,8 +39,6 @@ class FactoredBlock(NamedTuple):
             weight, momenta = weight.mT, tuple(momentum.mT for momentum in momenta)
             factors = None if factors is None else Factors(factors.right, factors.left)
         tokens, shape = x.flatten(1, 2), x.shape[1:3]
-        if rows == START:
-            return torch.bmm(tokens, weight).unflatten(1, shape)
         out = torch.bmm((x * initial[:, rows, None, None]).flatten(1, 2), weight)
         for order, momentum in enumerate(momenta):
             out = torch.baddbmm(out, (x * past[order][:, rows, None, None]).flatten(1, 2), momentum)
@@ -111,14 +107,20 @@ def add_outer_products(starts: list[Tensor | None], factors: Factors, coefficien
     return ends
 
 
-def full_precision(x: Tensor) -> torch.autocast:
+def is_autocasting(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Where autocast must not reach: gates, and weights that are summed."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def accumulated(start: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """start + a @ b; under autocast the product alone is in lower precision, never what is carried."""
-    if start is None or torch.is_autocast_enabled(a.device.type):
+    if start is None or is_autocasting(a):
         product = torch.bmm(a, b).to(dtype)
         return product if start is None else start + product
     return torch.baddbmm(start, a, b)

@@ -31,7 +31,11 @@ class OpaqueModel:
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         self.model, self.loss_fn = model, loss_fn
-        self.parameters = dict(model.named_parameters())
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Asked for anew each time: moving a module may replace its parameters."""
+        return dict(self.model.named_parameters())
 
     def call(self, weights: Weights, x: Tensor) -> Tensor:
         with Substitute(self.parameters, weights):

@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 
-def scaled_sum(scales: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """sum_k scale_k weight_k.  scales: (r) each, weights: (r ...) each -> (r ...)"""
-    return ScaledSum.apply(len(scales), *scales, *weights)
+def scaled_sum(scales: Sequence[Tensor], weights: Sequence[Tensor], plus: Tensor | None = None) -> Tensor:
+    """plus + sum_k scale_k weight_k.  scales: (r) each, weights and plus: (r ...) each -> (r ...)"""
+    if torch.compiler.is_compiling():  # the compiler fuses for itself
+        for scale, weight in zip(scales, weights, strict=True):
+            term = weight * along(scale, weight)
+            plus = term if plus is None else plus + term
+        return plus if plus is not None else torch.zeros(())
+    return ScaledSum.apply(plus, len(scales), *scales, *weights)
 
 
 def along(scale: Tensor, weights: Tensor) -> Tensor:
@@ -26,21 +31,22 @@ class ScaledSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(num: int, *scales_and_weights: Tensor) -> Tensor:
+    def forward(plus: Tensor | None, num: int, *scales_and_weights: Tensor) -> Tensor:
         scales, weights = scales_and_weights[:num], scales_and_weights[num:]
-        out = weights[0] * along(scales[0], weights[0])
+        first = along(scales[0], weights[0])
+        out = weights[0] * first if plus is None else torch.addcmul(plus, weights[0], first)
         for scale, weight in zip(scales[1:], weights[1:], strict=True):
             out.addcmul_(weight, along(scale, weight))
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.num = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        ctx.num = inputs[1]
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        num, needed = ctx.num, ctx.needs_input_grad[1:]
+        num, needed = ctx.num, ctx.needs_input_grad[2:]
         scales, weights = ctx.saved_tensors[:num], ctx.saved_tensors[num:]
         flat = gradient.reshape(len(gradient), 1, -1)
         of_scales = [
@@ -51,4 +57,5 @@ class ScaledSum(torch.autograd.Function):
             gradient * along(scale, gradient) if is_needed else None
             for scale, is_needed in zip(scales, needed[num:], strict=True)
         ]
-        return None, *of_scales, *of_weights
+        of_plus = gradient if ctx.needs_input_grad[0] else None
+        return of_plus, None, *of_scales, *of_weights

@@ -54,7 +54,11 @@ class TappedModel:
 
     def __init__(self, model: nn.Module, uses: tuple[Use, ...], loss_fn: LossFn) -> None:
         self.model, self.uses, self.loss_fn = model, uses, loss_fn
-        self.parameters = dict(model.named_parameters())
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Asked for anew each time: moving a module may replace its parameters."""
+        return dict(self.model.named_parameters())
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
         """Gradients of each chunk's weighted loss at the base, and the loss of every write (r n c)."""
