@@ -160,3 +160,54 @@ def check_enough_chunks(given: int, needed: int) -> None:
         raise ValueError(
             f"weights must hold the memory after {needed} chunks to read this sequence, got {given} chunks"
         )
+
+
+def check_counts(**counts: int) -> None:
+    """Every number is whole and at least zero."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name} must be a whole number, got {count!r}")
+        if count < 0:
+            raise ValueError(f"{name} must be at least 0, got {count}")
+
+
+def check_even(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size % 2:
+            raise ValueError(f"{name} must be even, since features are turned in pairs, got {size}")
+
+
+def check_options(name: str, given: Any, allowed: dict[str, tuple[type, ...]]) -> None:
+    """given: a mapping whose keys and types are among `allowed`"""
+    if not hasattr(given, "items"):
+        raise TypeError(f"{name} must be a mapping, got {type(given).__name__}")
+    for key, value in given.items():
+        if key not in allowed:
+            raise ValueError(f"{name} must be among {sorted(allowed)}, got {key!r}")
+        if not isinstance(value, allowed[key]):
+            raise TypeError(f"{name}[{key!r}] must be of {[t.__name__ for t in allowed[key]]}, got {value!r}")
+
+
+def check_tokens(name: str, seq: Any, *, dim: int, dtype: torch.dtype) -> None:
+    """seq: (b n dim), not empty"""
+    if isinstance(seq, Tensor) and seq.ndim != 3:
+        raise ValueError(f"{name} must have the shape (batch, tokens, {dim}), got {tuple(seq.shape)}")
+    check_sequence(name, seq, views=None, dim=dim, dtype=dtype)
+
+
+def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+    if tuple(given.shape) != tuple(shape):
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(given.shape)}")
+
+
+def check_widths(name: str, given: Any) -> tuple[int, ...]:
+    """At least two whole numbers above zero."""
+    if isinstance(given, (int, str)) or not hasattr(given, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of at least two widths, got {given!r}")
+    widths = tuple(given)
+    if len(widths) < 2:
+        raise ValueError(f"{name} must have at least two widths, got {widths}")
+    check_whole(**{f"{name}[{i}]": width for i, width in enumerate(widths)})
+    return widths
