@@ -191,8 +191,8 @@ class SegmentedAttention(nn.Module):
 
     def with_persistent(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(b h t d) -> (b h P+t d)"""
-        if self.persistent_memory.shape[2] == 0:
-            return k, v
+        if self.persistent_memory.shape[2] == 0:  # it still takes part, as every parameter must have a gradient
+            return k, v + self.persistent_memory.sum() if torch.is_grad_enabled() else v
         pk, pv = repeat(self.persistent_memory, "kv h p d -> kv b h p d", b=k.shape[0])
         return torch.cat((pk.to(k.dtype), k), dim=2), torch.cat((pv.to(v.dtype), v), dim=2)
 

@@ -211,3 +211,59 @@ def check_widths(name: str, given: Any) -> tuple[int, ...]:
         raise ValueError(f"{name} must have at least two widths, got {widths}")
     check_whole(**{f"{name}[{i}]": width for i, width in enumerate(widths)})
     return widths
+
+
+def check_not_supported(**options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{name} is not supported, got {value!r}, allowed is False")
+
+
+def check_layers(name: str, given: Any, depth: int) -> tuple[int, ...]:
+    """Numbers of layers, from 1; None: all of them."""
+    if given is None:
+        return tuple(range(1, depth + 1))
+    if isinstance(given, (int, str)) or not hasattr(given, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of layer numbers, got {given!r}")
+    layers = tuple(given)
+    for number in layers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must hold whole numbers, got {number!r}")
+        if not 1 <= number <= depth:
+            raise ValueError(f"{name} must hold numbers from 1 to the depth {depth}, got {number}")
+    return layers
+
+
+def check_reserved(name: str, given: Any, reserved: tuple[str, ...]) -> dict[str, Any]:
+    """A mapping of further arguments without those that are set elsewhere."""
+    if given is not None and not hasattr(given, "items"):
+        raise TypeError(f"{name} must be a mapping, got {type(given).__name__}")
+    if taken := sorted(set(given or {}) & set(reserved)):
+        raise ValueError(f"{name} must leave {taken} to the arguments of the transformer, got {dict(given)}")
+    return dict(given or {})
+
+
+def check_at_least(name: str, given: Any, smallest: int, what: str) -> None:
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(f"{name} must be a whole number, got {given!r}")
+    if given < smallest:
+        raise ValueError(f"{name} must be at least {what} ({smallest}), got {given}")
+
+
+def check_ids(name: str, ids: Any, num_tokens: int | None, at_least: int) -> None:
+    """ids: (b n) of at least so many tokens below num_tokens; None: an embedding of the user's knows what it takes"""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor of token ids (batch, tokens), got {type(ids).__name__}")
+    if ids.ndim != 2 and (num_tokens is not None or ids.ndim < 2):
+        raise ValueError(f"{name} must have the shape (batch, tokens), got {tuple(ids.shape)}")
+    if ids.shape[0] == 0 or ids.shape[1] < at_least:
+        raise ValueError(f"{name} must have at least {at_least} token(s) in at least one row, got {tuple(ids.shape)}")
+    if num_tokens is None:
+        return
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be of dtype int64 or int32, got {ids.dtype}")
+    # A look at the values would hold up an accelerator; there the embedding itself complains.
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = ids.aminmax()
+        if low < 0 or high >= num_tokens:
+            raise ValueError(f"{name} must be from 0 to {num_tokens - 1}, got ids from {int(low)} to {int(high)}")
