@@ -14,6 +14,7 @@ from titans_pytorch.memory_models import (
 )
 from titans_pytorch.nested_attention import NestedAttention
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState, mem_state_detach
+from titans_pytorch.state_files import load_state, save_state
 
 __all__ = [
     "FactorizedMemoryMLP",
@@ -30,5 +31,7 @@ __all__ = [
     "ResidualNorm",
     "SegmentedAttention",
     "audit",
+    "load_state",
     "mem_state_detach",
+    "save_state",
 ]

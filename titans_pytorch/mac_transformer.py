@@ -18,6 +18,7 @@ from titans_pytorch.mac_cache import LayerCache, MACCache, at_rest
 from titans_pytorch.mac_layer import Parts, Passed, ViewSelector, feed_forward
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.positions import AxialPositions, Lengthened
+from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.residual_streams import SINKHORN_ITERATIONS, expand
 from titans_pytorch.sampling import generate, min_p_filter
 
@@ -51,7 +52,7 @@ class LossBreakdown(NamedTuple):
     next_token: Tensor
 
 
-class MemoryAsContextTransformer(nn.Module):
+class MemoryAsContextTransformer(Pretrained, nn.Module):
     """A language model that attends to a window and remembers what is behind it.
 
         model = MemoryAsContextTransformer(num_tokens=256, dim=256, depth=2, segment_len=128)
