@@ -262,7 +262,7 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         self.eval()
         try:
             return generate(
-                Decoder(self, cache, use_cache or cache is not None),
+                Decoder(self, cache, use_cache or cache is not None, seq_len),
                 prompt,
                 seq_len - prompt.shape[1],
                 temperature=temperature,
@@ -299,17 +299,21 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
 class Decoder:
     """New tokens in, logits of the token after them out; with the cache or without, the same ones."""
 
-    def __init__(self, model: MemoryAsContextTransformer, cache: MACCache | None, uses_cache: bool) -> None:
+    def __init__(
+        self, model: MemoryAsContextTransformer, cache: MACCache | None, uses_cache: bool, num_new: int
+    ) -> None:
         self.model, self.cache, self.uses_cache = model, cache, uses_cache
         self.fed: Tensor | None = None
+        num_tokens = num_new + (0 if cache is None else cache.num_tokens)
+        self.positions = model.axial_pos_emb.factors(model.lengthened.length(num_tokens))
 
     def __call__(self, ids: Tensor) -> Tensor:
         """(b n) -> (b num_tokens)"""
         if self.uses_cache:
             for piece in ids.split(PREFILL_TOKENS, dim=1):
-                hidden, self.cache = self.model.hidden(piece, self.cache)
+                hidden, self.cache = self.model.hidden(piece, self.cache, factorized_pos_emb=self.positions)
         else:
             self.fed = ids if self.fed is None else torch.cat((self.fed, ids), dim=1)
-            hidden, _ = self.model.hidden(self.fed)
+            hidden, _ = self.model.hidden(self.fed, factorized_pos_emb=self.positions)
         logits: Tensor = self.model.to_logits(self.model.norm(hidden[:, -1]))
         return logits

@@ -55,10 +55,10 @@ def open_branch(connection: nn.Module, streams: Tensor) -> Branch:
 
 def doubly_stochastic(logits: Tensor) -> Tensor:
     """Sinkhorn-Knopp: exponentials scaled until rows and columns sum to one.  (... s s) -> same"""
-    weights = (logits - logits.amax(dim=-2, keepdim=True).detach()).exp()
+    weights = (logits - logits.amax(dim=-2, keepdim=True).detach()).exp().clamp(min=1e-30)  # so that no sum is zero
     for _ in range(SINKHORN_ITERATIONS):
-        weights = weights / weights.sum(dim=-2, keepdim=True).clamp(min=1e-12)
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+        weights = weights / weights.sum(dim=-2, keepdim=True)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights
 
 
