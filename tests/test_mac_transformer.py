@@ -95,6 +95,7 @@ def test_the_loss_is_that_of_the_next_token_and_has_named_parts() -> None:
     loss, parts = model(ids, return_loss=True, return_loss_breakdown=True)
     assert_close(loss, expected)
     assert parts._asdict() == {"next_token": loss}
+    assert_close(model(ids.int(), return_loss=True), expected)
 
 
 def test_an_embedding_of_ones_own_may_take_anything() -> None:
@@ -178,7 +179,7 @@ def test_bfloat16_autocast_trains() -> None:
 @pytest.mark.parametrize("chosen", [dict(), dict(num_longterm_mem_tokens=1, sliding_window_attn=True)], ids=str)
 def test_training_and_decoding_compile_without_graph_breaks(chosen: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    model, ids = build(**chosen), random_ids(2, 12)
+    model, ids = build(neural_memory_layers=(2,), **chosen), random_ids(2, 12)
     train = torch.compile(lambda ids: model(ids, return_loss=True), backend="eager", fullgraph=True)
     assert_close(train(ids), model(ids, return_loss=True))
     step = torch.compile(lambda ids, cache: stream(model, ids, cache), backend="eager", fullgraph=True)

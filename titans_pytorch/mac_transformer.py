@@ -205,7 +205,7 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         hidden, next_cache = self.hidden(fed, cache, disable_flex_attn, factorized_pos_emb)
         answer: Any = self.to_logits(self.norm(hidden))
         if return_loss:
-            answer = F.cross_entropy(answer.flatten(0, 1), ids[:, 1:].flatten())
+            answer = F.cross_entropy(answer.flatten(0, 1), ids[:, 1:].flatten().long())
             answer = (answer, LossBreakdown(answer)) if return_loss_breakdown else answer
         return (answer, next_cache) if return_cache else answer
 
