@@ -74,7 +74,7 @@ def generate(
         drawn = gumbel_sample(logits, temperature, generator).to(prompt.dtype)
         if stop_token is not None:
             drawn = torch.where(stopped, stop_token, drawn)
-            stopped = stopped | (drawn == stop_token)
+            stopped = drawn == stop_token
         fed = drawn[:, None]
         tokens.append(fed)
         if stop_token is not None and stopped.all():
