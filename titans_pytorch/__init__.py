@@ -1,6 +1,9 @@
 """Memory that is learned at test time: the public names."""
 
+from titans_pytorch.attention import SegmentedAttention
 from titans_pytorch.audit import audit
+from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
+from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
 from titans_pytorch.memory_models import (
     FactorizedMemoryMLP,
     GatedResidualMemoryMLP,
@@ -9,17 +12,26 @@ from titans_pytorch.memory_models import (
     MemorySwiGluMLP,
     ResidualNorm,
 )
+from titans_pytorch.nested_attention import NestedAttention
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState, mem_state_detach
+from titans_pytorch.state_files import load_state, save_state
 
 __all__ = [
     "FactorizedMemoryMLP",
     "GatedResidualMemoryMLP",
+    "ImplicitMLPAttention",
+    "MACCache",
+    "MemoryAsContextTransformer",
     "MemoryAttention",
     "MemoryMLP",
     "MemorySwiGluMLP",
+    "NestedAttention",
     "NeuralMemState",
     "NeuralMemory",
     "ResidualNorm",
+    "SegmentedAttention",
     "audit",
+    "load_state",
     "mem_state_detach",
+    "save_state",
 ]

@@ -214,3 +214,110 @@ def checked_trajectory(name: str, weights: Any, names: Iterable[str]) -> Mapping
     if set(weights) != set(names) or not all(isinstance(w, Tensor) and w.ndim > 0 for w in weights.values()):
         raise ValueError(f"{name} must hold the weights {sorted(names)} of this module, got {sorted(weights)}")
     return weights
+
+
+def check_counts(**counts: int) -> None:
+    """Every number is whole and at least zero."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name} must be a whole number, got {count!r}")
+        if count < 0:
+            raise ValueError(f"{name} must be at least 0, got {count}")
+
+
+def check_even(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size % 2:
+            raise ValueError(f"{name} must be even, since features are turned in pairs, got {size}")
+
+
+def check_options(name: str, given: Any, allowed: dict[str, tuple[type, ...]]) -> None:
+    """given: a mapping whose keys and types are among `allowed`"""
+    if not hasattr(given, "items"):
+        raise TypeError(f"{name} must be a mapping, got {type(given).__name__}")
+    for key, value in given.items():
+        if key not in allowed:
+            raise ValueError(f"{name} must be among {sorted(allowed)}, got {key!r}")
+        if not isinstance(value, allowed[key]):
+            raise TypeError(f"{name}[{key!r}] must be of {[t.__name__ for t in allowed[key]]}, got {value!r}")
+
+
+def check_tokens(name: str, seq: Any, *, dim: int, dtype: torch.dtype) -> None:
+    """seq: (b n dim), not empty"""
+    if isinstance(seq, Tensor) and seq.ndim != 3:
+        raise ValueError(f"{name} must have the shape (batch, tokens, {dim}), got {tuple(seq.shape)}")
+    check_sequence(name, seq, views=None, dim=dim, dtype=dtype)
+
+
+def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+    if tuple(given.shape) != tuple(shape):
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(given.shape)}")
+
+
+def check_widths(name: str, given: Any) -> tuple[int, ...]:
+    """At least two whole numbers above zero."""
+    if isinstance(given, (int, str)) or not hasattr(given, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of at least two widths, got {given!r}")
+    widths = tuple(given)
+    if len(widths) < 2:
+        raise ValueError(f"{name} must have at least two widths, got {widths}")
+    check_whole(**{f"{name}[{i}]": width for i, width in enumerate(widths)})
+    return widths
+
+
+def check_not_supported(**options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{name} is not supported, got {value!r}, allowed is False")
+
+
+def check_layers(name: str, given: Any, depth: int) -> tuple[int, ...]:
+    """Numbers of layers, from 1; None: all of them."""
+    if given is None:
+        return tuple(range(1, depth + 1))
+    if isinstance(given, (int, str)) or not hasattr(given, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of layer numbers, got {given!r}")
+    layers = tuple(given)
+    for number in layers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must hold whole numbers, got {number!r}")
+        if not 1 <= number <= depth:
+            raise ValueError(f"{name} must hold numbers from 1 to the depth {depth}, got {number}")
+    return layers
+
+
+def check_reserved(name: str, given: Any, reserved: tuple[str, ...]) -> dict[str, Any]:
+    """A mapping of further arguments without those that are set elsewhere."""
+    if given is not None and not hasattr(given, "items"):
+        raise TypeError(f"{name} must be a mapping, got {type(given).__name__}")
+    if taken := sorted(set(given or {}) & set(reserved)):
+        raise ValueError(f"{name} must leave {taken} to the arguments of the transformer, got {dict(given)}")
+    return dict(given or {})
+
+
+def check_at_least(name: str, given: Any, smallest: int, what: str) -> None:
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(f"{name} must be a whole number, got {given!r}")
+    if given < smallest:
+        raise ValueError(f"{name} must be at least {what} ({smallest}), got {given}")
+
+
+def check_ids(name: str, ids: Any, num_tokens: int | None, at_least: int) -> None:
+    """ids: (b n) of at least so many tokens below num_tokens; None: an embedding of the user's knows what it takes"""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor of token ids (batch, tokens), got {type(ids).__name__}")
+    if ids.ndim != 2 and (num_tokens is not None or ids.ndim < 2):
+        raise ValueError(f"{name} must have the shape (batch, tokens), got {tuple(ids.shape)}")
+    if ids.shape[0] == 0 or ids.shape[1] < at_least:
+        raise ValueError(f"{name} must have at least {at_least} token(s) in at least one row, got {tuple(ids.shape)}")
+    if num_tokens is None:
+        return
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be of dtype int64 or int32, got {ids.dtype}")
+    # A look at the values would hold up an accelerator; there the embedding itself complains.
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = ids.aminmax()
+        if low < 0 or high >= num_tokens:
+            raise ValueError(f"{name} must be from 0 to {num_tokens - 1}, got ids from {int(low)} to {int(high)}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.checks import check_positive
+from titans_pytorch.pretrained import Described
 
 
 def fresh_weight(dim_in: int, dim_out: int) -> nn.Parameter:
@@ -42,7 +43,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) * (self.gamma + 1)
 
 
-class ResidualNorm(nn.Module):
+class ResidualNorm(Described, nn.Module):
     """`LayerNorm(model(x)) + x`, the form in which the paper uses its memory.  x: (... n d)"""
 
     def __init__(self, dim: int, model: nn.Module) -> None:
@@ -55,7 +56,7 @@ class ResidualNorm(nn.Module):
         return self.norm(self.model(x)) + x
 
 
-class MemoryMLP(nn.Module):
+class MemoryMLP(Described, nn.Module):
     """`depth` matrices dim -> hidden -> ... -> dim with GELU between them.  x: (... n d)"""
 
     def __init__(self, dim: int, depth: int, expansion_factor: float = 2.0) -> None:
@@ -70,7 +71,7 @@ class MemoryMLP(nn.Module):
         return x
 
 
-class GatedResidualMemoryMLP(nn.Module):
+class GatedResidualMemoryMLP(Described, nn.Module):
     """Residual MLP layers that gate between their input and their output, then a projection.  x: (... n d)"""
 
     def __init__(self, dim: int, depth: int, expansion_factor: float = 4.0) -> None:
@@ -90,7 +91,7 @@ class GatedResidualMemoryMLP(nn.Module):
         return x @ self.final_proj
 
 
-class FactorizedMemoryMLP(nn.Module):
+class FactorizedMemoryMLP(Described, nn.Module):
     """Layers of rank `k`, GELU before every one but the first: a smaller memory of the same width.  x: (... n d)"""
 
     def __init__(self, dim: int, depth: int, k: int = 32) -> None:
@@ -106,7 +107,7 @@ class FactorizedMemoryMLP(nn.Module):
         return x
 
 
-class MemorySwiGluMLP(nn.Module):
+class MemorySwiGluMLP(Described, nn.Module):
     """Residual gated feed-forwards with a norm at the end, two thirds as wide for equal parameters.  x: (... n d)"""
 
     def __init__(self, dim: int, depth: int = 1, expansion_factor: float = 4.0) -> None:
@@ -125,7 +126,7 @@ class MemorySwiGluMLP(nn.Module):
         return self.norm(x)
 
 
-class MemoryAttention(nn.Module):
+class MemoryAttention(Described, nn.Module):
     """Causal attention over the tokens of a chunk, with a feed-forward in parallel.  x: (... n d)"""
 
     def __init__(self, dim: int, scale: float = 8.0, expansion_factor: float = 2.0) -> None:

@@ -19,6 +19,7 @@ from titans_pytorch.fast_weights.limits import renewed
 from titans_pytorch.fast_weights.probe import inspect_model
 from titans_pytorch.fast_weights.schedule import BlockPlan, Layout
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.projections import Projections, StoredTokens
 from titans_pytorch.reading import Reader
 from titans_pytorch.state import NeuralMemState, ReadingGroup, Updates, mem_state_detach
@@ -34,7 +35,7 @@ def mean_squared_error(prediction: Tensor, value: Tensor) -> Tensor:
     return (prediction - value).square().mean(dim=-1)
 
 
-class NeuralMemory(Projections):
+class NeuralMemory(Pretrained, Projections):
     """Learns to memorise at test time: the weights of a small network are trained on each chunk of a sequence as it
     comes, and every token reads the weights after the last complete chunk.
 

@@ -1,0 +1,119 @@
+"""The transformer's training step and decoding, beside the published package if its interpreter is given.
+
+    python -m benchmarks.transformer --peer PYTHON       # of an environment with titans-pytorch 0.5.5
+    python -m benchmarks.transformer --only readme       # one workload, this library only
+
+Every measurement runs in a process of its own. Results go to results/transformer.json, a table to the screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+WORKER = Path(__file__).with_name("transformer_worker.py")
+RESULTS = Path(__file__).with_name("results") / "transformer.json"
+
+TRAIN_MAC: dict[str, Any] = dict(
+    num_tokens=256,
+    dim=384,
+    depth=8,
+    segment_len=32,
+    num_persist_mem_tokens=4,
+    num_longterm_mem_tokens=4,
+    neural_memory_layers=(2, 4, 6),
+    neural_memory_segment_len=4,
+    neural_memory_batch_size=128,
+    neural_mem_weight_residual=True,
+    neural_memory_qkv_receives_diff_views=True,
+    sliding_window_attn=True,
+    neural_memory_model=["MemoryMLP", dict(dim=64, depth=2)],
+)
+MEMORY: dict[str, Any] = dict(
+    dim_head=64,
+    heads=4,
+    attn_pool_chunks=True,
+    qk_rmsnorm=True,
+    momentum=True,
+    momentum_order=1,
+    default_step_transform_max_lr=0.1,
+    per_parameter_lr_modulation=True,
+)
+CONTEXTS = [1_000, 4_000, 16_000, 50_000, 100_000]
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "readme": dict(
+        kwargs=dict(num_tokens=256, dim=256, depth=2, segment_len=128), batch=1, tokens=1023, contexts=CONTEXTS
+    ),
+    "train_mac": dict(
+        kwargs=TRAIN_MAC | dict(neural_memory_kwargs=MEMORY | dict(spectral_norm_surprises=True)),
+        batch=4,
+        tokens=512,
+        contexts=CONTEXTS,
+    ),
+    "train_mac, no spectral norm": dict(
+        kwargs=TRAIN_MAC | dict(neural_memory_kwargs=MEMORY | dict(spectral_norm_surprises=False)),
+        batch=4,
+        tokens=512,
+        contexts=CONTEXTS,
+    ),
+}
+
+
+def measure(python: str, measurement: str, workload: dict[str, Any], repeats: int, checkout: bool) -> dict[str, Any]:
+    command = [python, "-I", str(WORKER), measurement, json.dumps(workload), "--repeats", str(repeats)]
+    command += ["--checkout", str(CHECKOUT)] if checkout else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1][:200]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(name: str, peer: str | None) -> dict[str, Any]:
+    """All measurements of one workload."""
+    workload, found = WORKLOADS[name], {}
+    for measurement in ("training", "sampling"):
+        found[measurement] = measure(sys.executable, measurement, workload, 3, True)
+        if peer is not None:
+            found[f"peer {measurement}"] = measure(peer, measurement, workload, 1, False)
+    found["decoding"] = measure(sys.executable, "decoding", workload, 1, True)
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    lines = ["| workload | measurement | published | here | ratio |", "|---|---|---|---|---|"]
+    for name, found in results.items():
+        for measurement, key, unit in (
+            ("training", "seconds", "s"),
+            ("training", "peak_bytes", "B"),
+            ("sampling", "ms_per_token", "ms"),
+        ):
+            ours, theirs = found[measurement].get(key), found.get(f"peer {measurement}", {}).get(key)
+            ratio = f"{theirs / ours:.1f}×" if ours and theirs else "—"
+            cells = [f"{x:.3g} {unit}" if x else "—" for x in (theirs, ours)]
+            lines.append(f"| {name} | {measurement}, {key} | {cells[0]} | {cells[1]} | {ratio} |")
+        for row in found["decoding"].get("rows", []):
+            ours = f"{row['ms_per_token']:.2f} ms, {row['peak_bytes'] / 2**20:.0f} MB"
+            lines.append(f"| {name} | one token after {row['context']:,} | — | {ours} | — |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="the interpreter of an environment with titans-pytorch 0.5.5")
+    parser.add_argument("--only", choices=list(WORKLOADS))
+    arguments = parser.parse_args()
+    names = [arguments.only] if arguments.only else list(WORKLOADS)
+    results = {name: compare(name, arguments.peer) for name in names}
+    if not arguments.only:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Residual streams against the package hyper-connections, which makes their parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from einops import rearrange
+from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
+from torch.testing import assert_close
+
+from titans_pytorch.residual_streams import doubly_stochastic, expand, open_branch
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("writes", [True, False])
+def test_streams_are_those_of_the_package(count: int, writes: bool) -> None:
+    torch.manual_seed(0)
+    connect, package_expand, package_reduce = mc_get_init_and_expand_reduce_stream_functions(
+        count, dim=6, add_stream_embed=True, disable=count == 1, sinkhorn_iters=20
+    )
+    connection = connect(layer_index=1, add_branch_out_to_residual=writes)
+    with torch.no_grad():
+        for parameter in (*connection.parameters(), *package_expand.parameters()):
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    x, answer = torch.randn(2, 2, 5, 6)
+
+    streams = expand(package_expand, x)
+    packed = package_expand(x)
+    assert_close(rearrange(streams, "b n s d -> (b s) n d"), packed)
+    branch, (package_input, add) = open_branch(connection, streams), connection(packed)
+    assert_close(branch.input, package_input, rtol=1e-5, atol=1e-5)
+    if writes:
+        written = branch.add(answer)
+        assert_close(rearrange(written, "b n s d -> (b s) n d"), add(answer), rtol=1e-5, atol=1e-5)
+        assert_close(written.sum(dim=2), package_reduce(add(answer)), rtol=1e-5, atol=1e-5)
+    elif count > 1:
+        assert branch.streams is streams
+
+
+def test_rows_and_columns_sum_to_one() -> None:
+    mixing = doubly_stochastic(torch.randn(3, 4, 4, dtype=torch.float64))
+    assert_close(mixing.sum(-1), torch.ones(3, 4, dtype=torch.float64))
+    assert_close(mixing.sum(-2), torch.ones(3, 4, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+    assert doubly_stochastic(torch.full((4, 4), -1e4)).isfinite().all()

@@ -1,0 +1,68 @@
+"""Several residual streams instead of one: how a branch reads from them and writes back.
+
+The package hyper-connections makes the parameters (manifold-constrained hyper-connections, arXiv 2512.24880); here is
+what is computed with them, in the dtype of the streams (at least float32), with one product for all coefficients.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from hyper_connections import ManifoldConstrainedHyperConnections
+from torch import Tensor, nn
+
+SINKHORN_ITERATIONS = 20
+
+
+class Branch(NamedTuple):
+    """What a layer reads, and where its answer goes."""
+
+    input: Tensor  # (b n d)
+    streams: Tensor  # (b n s d)  that go on beside the branch
+    shares: Tensor | None  # (b n s)  of the answer that each stream receives; None: all of it
+
+    def add(self, answer: Tensor) -> Tensor:
+        """answer: (b n d) -> streams (b n s d)"""
+        answer = answer.unsqueeze(2)
+        return self.streams + (answer if self.shares is None else answer * self.shares.unsqueeze(-1))
+
+
+def open_branch(connection: nn.Module, streams: Tensor) -> Branch:
+    """A learned mix of the streams for the branch, and others that go on.  streams: (b n s d)
+
+    A connection that is built not to write back lets the streams pass unchanged.
+    """
+    if not isinstance(connection, ManifoldConstrainedHyperConnections):  # a single stream, as in any transformer
+        return Branch(streams.squeeze(2), streams, None)
+    dtype, count = streams.dtype, streams.shape[2]
+    x = streams.to(torch.promote_types(dtype, torch.float32))
+    writes = connection.add_branch_out_to_residual
+    alpha_fn, scale = connection.dynamic_alpha_fn[0], x.shape[-1] ** 0.5
+    columns = torch.cat((alpha_fn, connection.dynamic_beta_fn[:, None]), dim=1) if writes else alpha_fn
+    gain = (connection.norm.gamma + 1) * scale
+    raw = (x @ (columns * gain[:, None]).to(x.dtype)) / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    scales = torch.cat((connection.pre_branch_scale, connection.residual_scale.expand(count)))
+    alpha = raw[..., : count + 1] * scales + connection.static_alpha
+    read = alpha[..., :1].sigmoid()
+    if not writes:
+        return Branch((read * x).sum(dim=2).to(dtype), streams, None)
+    mixed = torch.cat((read, doubly_stochastic(alpha[..., 1:])), dim=-1).mT @ x
+    shares = 2 * (raw[..., -1] * connection.h_post_scale + connection.static_beta).sigmoid()
+    return Branch(mixed[:, :, 0].to(dtype), mixed[:, :, 1:].to(dtype), shares.to(dtype))
+
+
+def doubly_stochastic(logits: Tensor) -> Tensor:
+    """Sinkhorn-Knopp: exponentials scaled until rows and columns sum to one.  (... s s) -> same"""
+    weights = (logits - logits.amax(dim=-2, keepdim=True).detach()).exp().clamp(min=1e-30)  # so that no sum is zero
+    for _ in range(SINKHORN_ITERATIONS):
+        weights = weights / weights.sum(dim=-2, keepdim=True)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights
+
+
+def expand(expand_streams: nn.Module, x: Tensor) -> Tensor:
+    """(b n d) -> (b n s d)"""
+    embed = getattr(expand_streams, "stream_embed", None)
+    return x.unsqueeze(2) if embed is None else x.unsqueeze(2) + embed
