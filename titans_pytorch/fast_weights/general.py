@@ -53,16 +53,9 @@ class OpaqueModel:
         # one copy of the weights for each chunk gives each chunk a gradient of its own
         copies = [weight.unsqueeze(1).expand(-1, num_chunks, *weight.shape[1:]) for weight in base.values()]
         if residual is not None and writes.mix is not None:
-            copies = [self.mixed(name, base[name], writes, residual) for name in names]
+            copies = [mixed(name, base[name], writes.mix, residual) for name in names]
         found, _, (loss,) = gradients(objective, copies, [])
         return Surprises({}, dict(zip(names, found, strict=True))), loss
-
-    def mixed(self, name: str, weight: Tensor, writes: Writes, residual: Residual) -> Tensor:
-        """base + mix_j * weights of the previous layer before chunk j.  (r ...) -> (r n ...)"""
-        previous = residual.layer.materialise(name, residual.first_chunk, writes.num_chunks)
-        assert writes.mix is not None  # the caller has looked
-        mix = writes.mix.reshape(*writes.mix.shape, *[1] * (weight.ndim - 1))
-        return weight.unsqueeze(1) + mix * previous
 
     def read(self, block: Block, queries: Tensor, rows: Rows) -> Tensor:
         """Each group of queries through the model, with the weights of its row of the block.  queries: (r g k d)"""
@@ -72,6 +65,12 @@ class OpaqueModel:
         else:
             weights = {name: w[:, rows] for name, w in weights.items()}
         return vmap(vmap(self.call))(weights, queries)
+
+
+def mixed(name: str, weight: Tensor, mix: Tensor, residual: Residual) -> Tensor:
+    """base + mix_j * weights of the previous layer before chunk j.  weight: (r ...), mix: (r n) -> (r n ...)"""
+    previous = residual.layer.materialise(name, residual.first_chunk, mix.shape[1])
+    return weight.unsqueeze(1) + mix.reshape(*mix.shape, *[1] * (weight.ndim - 1)) * previous
 
 
 class DenseBlock(NamedTuple):
