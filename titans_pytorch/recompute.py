@@ -32,11 +32,13 @@ def recomputed(fn: Callable[..., Result], *args: Any, parameters: Sequence[Tenso
         for place, tensor in zip(places, tensors, strict=True):
             filled[place] = tensor
         results, form = tree_flatten(fn(*tree_unflatten(filled, structure)))
-        found[:] = [results, form]
+        if not torch.is_grad_enabled():  # the first run; what the second one finds would keep its graph alive
+            found[:] = [results, form]
         return [result for result in results if isinstance(result, Tensor)]
 
     outputs = iter(Recompute.apply(run, len(tensors), *tensors, *parameters))
     results, form = found
+    found.clear()
     filled = [next(outputs) if isinstance(result, Tensor) else result for result in results]
     return tree_unflatten(filled, form)
 

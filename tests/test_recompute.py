@@ -1,0 +1,45 @@
+"""Training that keeps only what is carried gives the gradients of training that keeps everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from titans_pytorch import NeuralMemory, streaming
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"spectral_norm_surprises": True},
+    {"batch_size": 8},
+    {"accept_weight_residual": True},
+]
+
+
+def gradients(memory: NeuralMemory, previous: NeuralMemory, seq: Tensor) -> list[Tensor]:
+    """Of what is read, of the last weights and of weights on the way."""
+    call = {"prev_weights": previous(seq)[1]} if memory.to_learned_weight_residual_mix is not None else {}
+    retrieved, state = memory(seq, **call)
+    total = retrieved.square().sum() + sum(w.sum() for w in state.states[0].values())
+    total = total + sum(weights[:, 2].square().sum() for weights in state.updates.values())
+    wanted = [seq, *memory.parameters(), *(previous.parameters() if call else ())]
+    return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_recomputing_spans_changes_no_gradient(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shape = dict(dim=8, chunk_size=4, default_step_transform_max_lr=0.1)
+    memory, previous = NeuralMemory(**shape, **options).double(), NeuralMemory(**shape).double()
+    seq = torch.randn(2, 50, 8, dtype=torch.float64, requires_grad=True)
+    kept = gradients(memory, previous, seq)
+    used = []
+    original = streaming.recomputed
+    monkeypatch.setattr(streaming, "recomputed", lambda *args, **kwargs: used.append(1) or original(*args, **kwargs))
+    monkeypatch.setattr(streaming, "KEPT_ELEMENTS", 1)
+    monkeypatch.setattr(streaming, "SPAN_TOKENS", 16)
+    assert_close(gradients(memory, previous, seq), kept, rtol=1e-9, atol=1e-9)
+    assert used
