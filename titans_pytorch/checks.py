@@ -288,12 +288,17 @@ def check_layers(name: str, given: Any, depth: int) -> tuple[int, ...]:
     return layers
 
 
-def check_reserved(name: str, given: Any, reserved: tuple[str, ...]) -> dict[str, Any]:
+def check_choice(name: str, given: Any, allowed: tuple[Any, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}")
+
+
+def check_reserved(name: str, given: Any, reserved: tuple[str, ...], owner: str = "transformer") -> dict[str, Any]:
     """A mapping of further arguments without those that are set elsewhere."""
     if given is not None and not hasattr(given, "items"):
         raise TypeError(f"{name} must be a mapping, got {type(given).__name__}")
     if taken := sorted(set(given or {}) & set(reserved)):
-        raise ValueError(f"{name} must leave {taken} to the arguments of the transformer, got {dict(given)}")
+        raise ValueError(f"{name} must leave {taken} to the arguments of the {owner}, got {dict(given)}")
     return dict(given or {})
 
 

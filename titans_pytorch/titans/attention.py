@@ -1,0 +1,122 @@
+"""Softmax attention of the Titans models, over what is handed to it: who sees whom is decided in `titans.masks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from titans_pytorch.attention import attend
+from titans_pytorch.rotary import RotaryEmbedding, turned
+from titans_pytorch.titans.masks import sliding_mask
+
+Turns = tuple[Tensor, Tensor]  # cosine and sine of each position, (t pairs)
+
+
+class KeyValues(NamedTuple):
+    """Keys (turned by their position) and values of some tokens.  (b h t d) each"""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.keys.shape[2]
+
+    def at(self, start: int, stop: int) -> KeyValues:
+        return KeyValues(self.keys[:, :, start:stop], self.values[:, :, start:stop])
+
+    def last(self, count: int) -> KeyValues:
+        """At most so many, as a copy that does not keep the others alive."""
+        start = self.count - count
+        return self if start <= 0 else KeyValues(*(x[:, :, start:].clone() for x in self))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> KeyValues:
+        """fn of both tensors, whose first axis is the batch."""
+        return KeyValues(fn(self.keys), fn(self.values))
+
+
+def joined(*parts: KeyValues | None) -> KeyValues:
+    """One after another; None is nothing."""
+    given = [part for part in parts if part is not None]
+    if len(given) == 1:
+        return given[0]
+    return KeyValues(torch.cat([part.keys for part in given], dim=2), torch.cat([part.values for part in given], dim=2))
+
+
+class Attention(nn.Module):
+    """Projections and heads around softmax attention with rotary positions."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_queries = nn.Linear(dim, dim, bias=False)
+        self.to_keys_values = nn.Linear(dim, 2 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+        self.rotary_emb = RotaryEmbedding(dim // heads)
+
+    def turns(self, start: int, count: int) -> Turns:
+        """Of the positions start, start + 1, ..."""
+        return self.rotary_emb.turns(start, count)
+
+    def queries(self, x: Tensor, turns: Turns) -> Tensor:
+        """(b n dim) -> (b h n d)"""
+        return self.turned(rearrange(self.to_queries(x), "b n (h d) -> b h n d", h=self.heads), turns)
+
+    def keys_values(self, x: Tensor, turns: Turns | None) -> KeyValues:
+        """x: (b n dim); turns: None for tokens that have no position, the persistent ones"""
+        keys, values = rearrange(self.to_keys_values(x), "b n (kv h d) -> kv b h n d", kv=2, h=self.heads)
+        return KeyValues(keys if turns is None else self.turned(keys, turns), values)
+
+    def turned(self, x: Tensor, turns: Turns) -> Tensor:
+        return turned(x, x.shape[-1], *turns)
+
+    def out(self, attended: Tensor) -> Tensor:
+        """(b h n d) -> (b n dim)"""
+        return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
+
+
+def attend_sliding(
+    q: Tensor, recent: KeyValues | None, new: KeyValues, prefix: KeyValues | None, window: int
+) -> Tensor:
+    """Every query sees the prefix and the last `window` tokens, itself included.  q: (b h n d), of the tokens `new`
+
+    First the queries that reach back into `recent`, the at most window - 1 tokens before; then blocks of a window, each
+    with the window before it, all at once.  -> (b h n d)
+    """
+    num_persistent, count = 0 if prefix is None else prefix.count, q.shape[2]
+
+    def masked(queries: Tensor, tokens: KeyValues) -> Tensor:
+        mask = sliding_mask(queries.shape[2], tokens.count, num_persistent, window, queries.device)
+        return attend(queries, *joined(prefix, tokens), None if queries.shape[2] == 1 else mask)
+
+    num_first = min(count, window)
+    first = masked(q[:, :, :num_first], joined(recent, new.at(0, num_first)))
+    if num_first == count:
+        return first
+
+    batch, rest = q.shape[0], count - num_first
+    padding = (0, 0, 0, -rest % window)
+    folded = "b h (w i) d -> (b w) h i d"
+    queries = rearrange(nn.functional.pad(q[:, :, num_first:], padding), folded, i=window)
+    blocks = KeyValues(
+        *(
+            rearrange(
+                nn.functional.pad(x[:, :, num_first - window + 1 :], padding).unfold(2, 2 * window - 1, window),
+                "b h w d j -> (b w) h j d",
+            )
+            for x in new
+        )
+    )
+    num_blocks = queries.shape[0] // batch
+    if prefix is not None:
+        before = prefix.map(lambda x: x.repeat_interleave(num_blocks, dim=0))
+        mask = sliding_mask(window, blocks.count, num_persistent, window, q.device)
+        later = attend(queries, *joined(before, blocks), mask)
+    else:
+        later = masked(queries, blocks)
+    later = rearrange(later, "(b w) h i d -> b h (w i) d", b=batch)[:, :, :rest]
+    return torch.cat((first, later), dim=2)

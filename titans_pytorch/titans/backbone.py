@@ -1,0 +1,89 @@
+"""The residual network around a mixer: RMSNorm, mixer, RMSNorm, SwiGLU in every block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from titans_pytorch import checks
+from titans_pytorch.pretrained import Pretrained
+from titans_pytorch.titans.config import TitansConfig, Variant
+from titans_pytorch.titans.mixers import MIXERS
+from titans_pytorch.titans.state import LayerState, TitansState
+
+
+class SwiGLU(nn.Module):
+    """(... dim) -> (... dim)"""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.to_hidden = nn.Linear(dim, 2 * hidden, bias=False)
+        self.to_out = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gates = self.to_hidden(x).chunk(2, dim=-1)
+        return self.to_out(F.silu(gates) * x)
+
+
+class Block(nn.Module):
+    def __init__(self, variant: Variant, config: TitansConfig) -> None:
+        super().__init__()
+        self.mixer_norm, self.mixer = nn.RMSNorm(config.dim), MIXERS[variant](config)
+        self.ff_norm, self.ff = nn.RMSNorm(config.dim), SwiGLU(config.dim, config.hidden)
+
+    def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        mixed, state = self.mixer(self.mixer_norm(x), start, state)
+        x = x + mixed
+        return x + self.ff(self.ff_norm(x)), state
+
+
+class Read(NamedTuple):
+    """What a model answers to a piece of a sequence."""
+
+    outputs: Tensor  # (b n ...)
+    state: TitansState
+
+
+class TitansBackbone(Pretrained, nn.Module):
+    """Titans over continuous inputs: signals, time series, the features of somebody's own network.
+
+        backbone = TitansBackbone("mag", TitansConfig(dim=64, depth=2))
+        outputs, state = backbone(torch.randn(2, 1000, 64))             # (2 1000 64)
+        more, state = backbone(torch.randn(2, 7, 64), state)            # goes on at any token
+
+    variant: mac, mag, mal or lmm: the memory as context, as gate, as layer, or alone
+    """
+
+    def __init__(self, variant: Variant, config: TitansConfig) -> None:
+        super().__init__()
+        checks.check_choice("variant", variant, tuple(MIXERS))
+        if not isinstance(config, TitansConfig):
+            raise TypeError(f"config must be a TitansConfig, got {type(config).__name__}")
+        self.variant, self.config = variant, config
+        self.blocks = nn.ModuleList(Block(variant, config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.dim)
+
+    def forward(self, x: Tensor, state: TitansState | None = None) -> Read:
+        """The next tokens of a sequence.  x: (b n dim) -> (b n dim), normed, and what the next piece needs"""
+        checks.check_tokens("x", x, dim=self.config.dim, dtype=self.norm.weight.dtype)
+        start = 0
+        if state is not None:
+            self.check_state(state, x.shape[0])
+            start = state.num_tokens
+        layers = []
+        for number, block in enumerate(self.blocks):
+            x, layer = block(x, start, None if state is None else state.layers[number])
+            layers.append(layer.at_rest())
+        return Read(self.norm(x), TitansState(start + x.shape[1], x.shape[0], tuple(layers)))
+
+    def check_state(self, state: TitansState, batch: int) -> None:
+        if not isinstance(state, TitansState):
+            raise TypeError(f"state must be a TitansState, got {type(state).__name__}")
+        checks.check_batch("state", state.batch, batch)
+        if len(state.layers) != len(self.blocks):
+            raise ValueError(f"state must be of this model's {len(self.blocks)} blocks, got {len(state.layers)}")
+        expected = self.blocks[0].mixer.parts
+        if (got := state.layers[0].parts) != expected:
+            raise ValueError(f"state must be of a model like this one, with {expected or 'nothing'}, got {got or 'nothing'}")

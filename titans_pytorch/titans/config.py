@@ -1,0 +1,107 @@
+"""What a Titans model is made of, as data; the sizes of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from titans_pytorch import checks
+
+Variant = Literal["mac", "mag", "mal", "lmm"]
+GateForm = Literal["mix", "attention", "memory", "product"]
+
+SET_BY_THE_CONFIG = (
+    "dim",
+    "chunk_size",
+    "batch_size",
+    "heads",
+    "dim_head",
+    "momentum",
+    "default_step_transform_max_lr",
+    "init_decay_bias",
+    "default_model_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class TitansConfig:
+    """Sizes and switches of all four models; what a model has no use for is ignored by it.
+
+        config = TitansConfig(dim=256, depth=4, window=64)
+        ablated = replace(config, momentum=False)
+
+    dim, depth: features of a token, blocks
+    heads: of attention, `dim / heads` wide
+    window: tokens that attention sees, the query included: the segment of MAC, the sliding window of MAG and MAL
+    num_persistent: learned tokens in front of the sequence (eq. 19), in every block its own
+    ff_hidden: width of the feed-forward networks; None: 8/3 dim, rounded up to a multiple of 32
+    gate: how attention and memory are combined (eqs. 25 and 28), see `titans.gate`
+    layer_residual: of MAL, attention sees x + M(x) instead of M(x) alone
+    memory: False leaves the memory out, for comparison
+    memory_heads: memories per block, `dim / memory_heads` wide each; None: as many as attention has
+    memory_depth, memory_expansion: layers of the memory's MLP (1: linear), width of its hidden layers over its own
+    memory_chunk: tokens that share one step; every token reads the memory after the last complete chunk
+    memory_refresh: tokens after which gradients are taken at the current memory; None: always at the initial one
+    momentum, decay: past surprise (eq. 10) and forgetting (eq. 13)
+    max_step, decay_bias: the largest step size; what the logit of forgetting starts with
+    memory_options: further arguments of `NeuralMemory`
+    """
+
+    dim: int
+    depth: int
+    heads: int = 4
+    window: int = 128
+    num_persistent: int = 4
+    ff_hidden: int | None = None
+    gate: GateForm = "mix"
+    layer_residual: bool = False
+    memory: bool = True
+    memory_heads: int | None = None
+    memory_depth: int = 2
+    memory_expansion: float = 4.0
+    memory_chunk: int = 8
+    memory_refresh: int | None = 16
+    momentum: bool = True
+    decay: bool = True
+    max_step: float = 0.3
+    decay_bias: float = -4.0
+    memory_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checks.check_whole(
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            window=self.window,
+            ff_hidden=self.ff_hidden,
+            memory_heads=self.memory_heads,
+            memory_depth=self.memory_depth,
+            memory_chunk=self.memory_chunk,
+            memory_refresh=self.memory_refresh,
+        )
+        checks.check_counts(num_persistent=self.num_persistent)
+        checks.check_positive(memory_expansion=self.memory_expansion, max_step=self.max_step)
+        checks.check_number(decay_bias=self.decay_bias)
+        for name in ("heads", "memory_heads"):
+            heads = getattr(self, name)
+            if heads is not None and self.dim % heads:
+                raise ValueError(f"{name} must divide dim {self.dim}, got {heads}")
+        checks.check_even(**{"dim / heads": self.dim // self.heads})
+        checks.check_multiple("memory_refresh", self.memory_refresh, self.memory_chunk)
+        checks.check_choice("gate", self.gate, get_args(GateForm))
+        checks.check_reserved("memory_options", self.memory_options, SET_BY_THE_CONFIG, "config")
+
+    @property
+    def hidden(self) -> int:
+        return -(-self.dim * 8 // 3 // 32) * 32 if self.ff_hidden is None else self.ff_hidden
+
+    @property
+    def num_memories(self) -> int:
+        """Heads of the memory of a block."""
+        return self.heads if self.memory_heads is None else self.memory_heads
+
+    def with_options(self, **changes: Any) -> TitansConfig:
+        """The same with some fields changed."""
+        return replace(self, **changes)
+

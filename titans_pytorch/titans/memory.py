@@ -1,0 +1,37 @@
+"""The memory of a block, as a config asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.titans.config import TitansConfig
+
+NEVER = -80.0
+"""A logit whose sigmoid is nothing beside 1, in float64 too"""
+
+
+def make_memory(config: TitansConfig) -> NeuralMemory:
+    options: dict[str, Any] = dict(activation=nn.SiLU())
+    memory = NeuralMemory(
+        config.dim,
+        chunk_size=config.memory_chunk,
+        batch_size=config.memory_refresh,
+        heads=config.num_memories,
+        dim_head=config.dim // config.num_memories,
+        momentum=config.momentum,
+        default_step_transform_max_lr=config.max_step,
+        init_decay_bias=config.decay_bias if config.decay else NEVER,
+        default_model_kwargs=dict(depth=config.memory_depth, expansion_factor=config.memory_expansion),
+        **(options | dict(config.memory_options)),
+    )
+    if not config.decay:  # and it stays so
+        memory.to_decay_factor.requires_grad_(False)
+    return memory
+
+
+def lookback_of(memory: NeuralMemory) -> int:
+    """How many tokens before it a query depends on."""
+    return (getattr(memory, "conv_size", None) or 1) - 1

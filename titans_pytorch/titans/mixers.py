@@ -1,0 +1,216 @@
+"""The four ways to use the memory: as context (MAC), as gate (MAG), as layer (MAL), and by itself (LMM).
+
+A mixer maps the next tokens of a sequence (b n dim), already normed, to (b n dim), and its state to the next one.
+Equations are numbered as in arXiv 2501.00663; what the paper leaves open is in docs/paper.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from titans_pytorch.attention import attend
+from titans_pytorch.state import NeuralMemState
+from titans_pytorch.titans.attention import Attention, KeyValues, attend_sliding, joined
+from titans_pytorch.titans.config import TitansConfig, Variant
+from titans_pytorch.titans.gate import Gate
+from titans_pytorch.titans.masks import context_mask, sliding_mask
+from titans_pytorch.titans.memory import lookback_of, make_memory
+from titans_pytorch.titans.state import LayerState, SegmentState
+
+
+class Mixer(nn.Module):
+    """Persistent tokens, and a memory unless that is switched off."""
+
+    has_attention, has_segments = True, False
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.window = config.window
+        self.persistent = nn.Parameter(torch.randn(config.num_persistent, config.dim)) if config.num_persistent else None
+        self.memory = make_memory(config) if config.memory else None
+        self.attention = Attention(config.dim, config.heads) if self.has_attention else None
+
+    def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        """x: (b n dim), the first token being number `start` of the sequence; state: None if a sequence begins"""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Of its states."""
+        found = {
+            "memory": self.memory,
+            "prefix": self.persistent if self.has_attention else None,
+            "segment": self.memory if self.has_segments else None,
+        }
+        return frozenset(name for name, part in found.items() if part is not None)
+
+    def persistent_tokens(self, batch: int) -> Tensor | None:
+        """(b P dim)"""
+        return None if self.persistent is None else self.persistent.expand(batch, -1, -1)
+
+    def remember_persistent(self, batch: int) -> tuple[Tensor | None, NeuralMemState | None]:
+        """A sequence begins with the persistent tokens (eqs. 26, 29): what is read for them, the memory after them."""
+        persistent = self.persistent_tokens(batch)
+        if self.memory is None or persistent is None:
+            return persistent, None
+        return self.memory(persistent)
+
+    def slide(self, x: Tensor, start: int, prefix: KeyValues | None, recent: KeyValues | None) -> tuple[Tensor, KeyValues]:
+        """Attention over the last `window` tokens and the prefix.  -> (b n dim), what the next token sees"""
+        assert self.attention is not None
+        turns = self.attention.turns(start, x.shape[1])
+        q, new = self.attention.queries(x, turns), self.attention.keys_values(x, turns)
+        y = self.attention.out(attend_sliding(q, recent, new, prefix, self.window))
+        return y, joined(recent, new).last(self.window - 1)
+
+
+class MemoryAsContext(Mixer):
+    """Attention inside segments, over what the memory knew before the segment and the segment itself."""
+
+    has_segments = True
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.context_norm = nn.RMSNorm(config.dim) if config.memory else None
+        self.gate = Gate(config.dim, config.gate) if config.memory else None
+        self.lookback = 0 if self.memory is None else lookback_of(self.memory)
+
+    def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        state = self.begin(x) if state is None else state
+        outputs, done, count = [], 0, x.shape[1]
+        while done < count:
+            offset = (start + done) % self.window
+            stop = min(done + self.window - offset, count)
+            output, state = self.in_segment(x[:, done:stop], start + done, state)
+            outputs.append(output)
+            done = stop
+        return torch.cat(outputs, dim=1), state
+
+    def begin(self, x: Tensor) -> LayerState:
+        batch, persistent = x.shape[0], self.persistent_tokens(x.shape[0])
+        assert self.attention is not None
+        prefix = None if persistent is None else self.attention.keys_values(persistent, None)
+        if self.memory is None:
+            return LayerState(prefix=prefix)
+        memory = self.memory.init_state(batch)
+        return LayerState(memory, prefix, None, SegmentState(None, memory.states[0], None))
+
+    def in_segment(self, x: Tensor, start: int, state: LayerState) -> tuple[Tensor, LayerState]:
+        """The next tokens of one segment."""
+        assert self.attention is not None
+        attention, count = self.attention, x.shape[1]
+        offset = start % self.window
+        turns = attention.turns(start, count)
+        recent = joined(state.recent, attention.keys_values(x, turns))
+        context, segment = None, state.segment
+        if segment is not None:
+            h, segment = self.read_before(x, segment)                                             # eq. (21)
+            places = attention.turns(start - self.window, count)
+            context = joined(segment.context, attention.keys_values(h, places))
+            segment = segment._replace(context=context)
+        num_persistent = 0 if state.prefix is None else state.prefix.count
+        sees = context_mask if context is not None else sliding_mask
+        mask = sees(count, offset + count, num_persistent, self.window, x.device)
+        keys_values = joined(state.prefix, context, recent)                                       # eq. (22)
+        y = attention.out(attend(attention.queries(x, turns), *keys_values, mask))                # eq. (23)
+        output, memory = y, state.memory
+        if self.memory is not None and self.gate is not None:
+            read, memory = self.memory(y, state=memory)                                           # eq. (24)
+            output = self.gate(y, read)                                                           # eq. (25)
+        if offset + count < self.window:
+            return output, LayerState(memory, state.prefix, recent, segment)
+        if memory is not None and segment is not None:
+            segment = SegmentState(None, memory.states[0], segment.tail)
+        return output, LayerState(memory, state.prefix, None, segment)
+
+    def read_before(self, x: Tensor, segment: SegmentState) -> tuple[Tensor, SegmentState]:
+        """What the memory knew of these tokens before their segment.  -> h (b n dim), with the tokens to look back at"""
+        assert self.memory is not None and self.context_norm is not None
+        tail = segment.tail
+        seen = x if tail is None else torch.cat((tail, x), dim=1)
+        h = self.memory.retrieve_memories(seen, segment.before)[:, seen.shape[1] - x.shape[1] :]
+        tail = seen[:, -self.lookback :].clone() if self.lookback else None
+        return self.context_norm(h), segment._replace(tail=tail)
+
+
+class MemoryAsGate(Mixer):
+    """Attention and memory side by side, over the same tokens."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.gate = Gate(config.dim, config.gate) if config.memory else None
+
+    def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        state = self.begin(x) if state is None else state
+        y, recent = self.slide(x, start, state.prefix, state.recent)                              # eq. (27)
+        if self.memory is None or self.gate is None:
+            return y, LayerState(None, state.prefix, recent)
+        read, memory = self.memory(x, state=state.memory)
+        return self.gate(y, read), LayerState(memory, state.prefix, recent)                       # eq. (28)
+
+    def begin(self, x: Tensor) -> LayerState:
+        persistent = self.persistent_tokens(x.shape[0])
+        if persistent is None:
+            return LayerState()
+        assert self.attention is not None
+        _, memory = self.remember_persistent(x.shape[0])                                          # eq. (26)
+        return LayerState(memory, self.attention.keys_values(persistent, None))
+
+
+class MemoryAsLayer(Mixer):
+    """Attention over what the memory says."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.keeps_input = config.layer_residual and config.memory
+        self.norm = nn.RMSNorm(config.dim) if config.memory else None
+
+    def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        state = self.begin(x) if state is None else state
+        y, memory = x, state.memory
+        if self.memory is not None:
+            y, memory = self.memory(x, state=memory)                                              # eq. (30)
+        o, recent = self.slide(self.normed(y, x), start, state.prefix, state.recent)              # eq. (31)
+        return o, LayerState(memory, state.prefix, recent)
+
+    def begin(self, x: Tensor) -> LayerState:
+        persistent = self.persistent_tokens(x.shape[0])
+        if persistent is None:
+            return LayerState()
+        assert self.attention is not None
+        read, memory = self.remember_persistent(x.shape[0])                                       # eq. (29)
+        assert read is not None
+        return LayerState(memory, self.attention.keys_values(self.normed(read, persistent), None))
+
+    def normed(self, read: Tensor, x: Tensor) -> Tensor:
+        """What attention is given for tokens x."""
+        if self.norm is None:
+            return read
+        return self.norm(read + x if self.keeps_input else read)
+
+
+class MemoryAlone(Mixer):
+    """No attention; without the memory, nothing."""
+
+    has_attention = False
+
+    def __init__(self, config: TitansConfig) -> None:
+        if not config.memory:
+            config = config.with_options(num_persistent=0)
+        super().__init__(config)
+
+    def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        if self.memory is None:
+            return torch.zeros_like(x), LayerState()
+        memory = self.remember_persistent(x.shape[0])[1] if state is None else state.memory       # eq. (19)
+        read, memory = self.memory(x, state=memory)                                               # eqs. (13-15)
+        return read, LayerState(memory)
+
+
+MIXERS: dict[Variant, type[Mixer]] = {
+    "mac": MemoryAsContext,
+    "mag": MemoryAsGate,
+    "mal": MemoryAsLayer,
+    "lmm": MemoryAlone,
+}
