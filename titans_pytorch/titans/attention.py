@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from titans_pytorch.attention import attend
 from titans_pytorch.rotary import RotaryEmbedding, turned
@@ -62,61 +63,62 @@ class Attention(nn.Module):
         """Of the positions start, start + 1, ..."""
         return self.rotary_emb.turns(start, count)
 
-    def queries(self, x: Tensor, turns: Turns) -> Tensor:
-        """(b n dim) -> (b h n d)"""
-        return self.turned(rearrange(self.to_queries(x), "b n (h d) -> b h n d", h=self.heads), turns)
+    def queries(self, x: Tensor) -> Tensor:
+        """(b n dim) -> (b h n d), not turned"""
+        return rearrange(self.to_queries(x), "b n (h d) -> b h n d", h=self.heads)
 
     def keys_values(self, x: Tensor, turns: Turns | None) -> KeyValues:
-        """x: (b n dim); turns: None for tokens that have no position, the persistent ones"""
+        """x: (b n dim); turns: None for tokens that have no position"""
         keys, values = rearrange(self.to_keys_values(x), "b n (kv h d) -> kv b h n d", kv=2, h=self.heads)
-        return KeyValues(keys if turns is None else self.turned(keys, turns), values)
-
-    def turned(self, x: Tensor, turns: Turns) -> Tensor:
-        return turned(x, x.shape[-1], *turns)
+        return KeyValues(keys if turns is None else turned(keys, keys.shape[-1], *turns), values)
 
     def out(self, attended: Tensor) -> Tensor:
         """(b h n d) -> (b n dim)"""
         return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
 
 
-def attend_sliding(
-    q: Tensor, recent: KeyValues | None, new: KeyValues, prefix: KeyValues | None, window: int
-) -> Tensor:
-    """Every query sees the prefix and the last `window` tokens, itself included.  q: (b h n d), of the tokens `new`
+def beside(turned: Tensor, still: Tensor, keys: KeyValues, prefix: KeyValues) -> tuple[Tensor, KeyValues, KeyValues]:
+    """Queries and keys of twice the width, so that tokens are compared where they are and the prefix without a position.
 
-    First the queries that reach back into `recent`, the at most window - 1 tokens before; then blocks of a window, each
-    with the window before it, all at once.  -> (b h n d)
+    A prefix at a fixed place would be ever farther away. q k is turned·k for tokens, still·k for the prefix.
     """
-    num_persistent, count = 0 if prefix is None else prefix.count, q.shape[2]
+    width = still.shape[-1]
+    tokens = KeyValues(F.pad(keys.keys, (0, width)), keys.values)
+    return torch.cat((turned, still), dim=-1), tokens, KeyValues(F.pad(prefix.keys, (width, 0)), prefix.values)
 
-    def masked(queries: Tensor, tokens: KeyValues) -> Tensor:
+
+def attend_sliding(q: Tensor, turns: Turns, tokens: KeyValues, prefix: KeyValues | None, window: int) -> Tensor:
+    """Every query sees the prefix and the last `window` tokens, itself included.
+
+    q: (b h n d), not turned, of the last n of the tokens, before which there are at most window - 1 others. First the
+    queries that see those; then blocks of a window, each with the window before it, all at once.  -> (b h n d)
+    """
+    count, num_before, scale = q.shape[2], tokens.count - q.shape[2], q.shape[-1] ** -0.5
+    q, still = turned(q, q.shape[-1], *turns), q
+    if prefix is not None:
+        q, tokens, prefix = beside(q, still, tokens, prefix)
+
+    def masked(queries: Tensor, tokens: KeyValues, prefix: KeyValues | None) -> Tensor:
+        num_persistent = 0 if prefix is None else prefix.count
         mask = sliding_mask(queries.shape[2], tokens.count, num_persistent, window, queries.device)
-        return attend(queries, *joined(prefix, tokens), None if queries.shape[2] == 1 else mask)
+        return attend(queries, *joined(prefix, tokens), None if queries.shape[2] == 1 else mask, scale=scale)
 
     num_first = min(count, window)
-    first = masked(q[:, :, :num_first], joined(recent, new.at(0, num_first)))
+    first = masked(q[:, :, :num_first], tokens.at(0, num_before + num_first), prefix)
     if num_first == count:
         return first
 
-    batch, rest = q.shape[0], count - num_first
+    batch, rest, start = q.shape[0], count - num_first, num_before + num_first - window + 1
     padding = (0, 0, 0, -rest % window)
-    folded = "b h (w i) d -> (b w) h i d"
-    queries = rearrange(nn.functional.pad(q[:, :, num_first:], padding), folded, i=window)
-    blocks = KeyValues(
-        *(
-            rearrange(
-                nn.functional.pad(x[:, :, num_first - window + 1 :], padding).unfold(2, 2 * window - 1, window),
-                "b h w d j -> (b w) h j d",
-            )
-            for x in new
+    queries = rearrange(F.pad(q[:, :, num_first:], padding), "b h (w i) d -> (b w) h i d", i=window)
+
+    def blocks(x: Tensor) -> Tensor:
+        return rearrange(
+            F.pad(x[:, :, start:], padding).unfold(2, 2 * window - 1, window), "b h w d j -> (b w) h j d"
         )
-    )
-    num_blocks = queries.shape[0] // batch
+
+    num_blocks = len(queries) // batch
     if prefix is not None:
-        before = prefix.map(lambda x: x.repeat_interleave(num_blocks, dim=0))
-        mask = sliding_mask(window, blocks.count, num_persistent, window, q.device)
-        later = attend(queries, *joined(before, blocks), mask)
-    else:
-        later = masked(queries, blocks)
-    later = rearrange(later, "(b w) h i d -> b h (w i) d", b=batch)[:, :, :rest]
-    return torch.cat((first, later), dim=2)
+        prefix = prefix.map(lambda x: x.repeat_interleave(num_blocks, dim=0))
+    later = rearrange(masked(queries, tokens.map(blocks), prefix), "(b w) h i d -> b h (w i) d", b=batch)
+    return torch.cat((first, later[:, :, :rest]), dim=2)

@@ -30,7 +30,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, variant: Variant, config: TitansConfig) -> None:
         super().__init__()
-        self.mixer_norm, self.mixer = nn.RMSNorm(config.dim), MIXERS[variant](config)
+        self.mixer = MIXERS[variant](config)
+        self.mixer_norm = nn.RMSNorm(config.dim) if self.mixer.parts or self.mixer.has_attention else nn.Identity()
         self.ff_norm, self.ff = nn.RMSNorm(config.dim), SwiGLU(config.dim, config.hidden)
 
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:

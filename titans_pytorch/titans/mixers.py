@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pytorch.attention import attend
+from titans_pytorch.rotary import turned
 from titans_pytorch.state import NeuralMemState
 from titans_pytorch.titans.attention import Attention, KeyValues, attend_sliding, joined
 from titans_pytorch.titans.config import TitansConfig, Variant
@@ -60,9 +61,9 @@ class Mixer(nn.Module):
         """Attention over the last `window` tokens and the prefix.  -> (b n dim), what the next token sees"""
         assert self.attention is not None
         turns = self.attention.turns(start, x.shape[1])
-        q, new = self.attention.queries(x, turns), self.attention.keys_values(x, turns)
-        y = self.attention.out(attend_sliding(q, recent, new, prefix, self.window))
-        return y, joined(recent, new).last(self.window - 1)
+        tokens = joined(recent, self.attention.keys_values(x, turns))
+        y = attend_sliding(self.attention.queries(x), turns, tokens, prefix, self.window)
+        return self.attention.out(y), tokens.last(self.window - 1)
 
 
 class MemoryAsContext(Mixer):
@@ -90,7 +91,9 @@ class MemoryAsContext(Mixer):
     def begin(self, x: Tensor) -> LayerState:
         batch, persistent = x.shape[0], self.persistent_tokens(x.shape[0])
         assert self.attention is not None
-        prefix = None if persistent is None else self.attention.keys_values(persistent, None)
+        prefix = None
+        if persistent is not None:
+            prefix = self.attention.keys_values(persistent, self.attention.turns(0, persistent.shape[1]))
         if self.memory is None:
             return LayerState(prefix=prefix)
         memory = self.memory.init_state(batch)
@@ -100,20 +103,21 @@ class MemoryAsContext(Mixer):
         """The next tokens of one segment."""
         assert self.attention is not None
         attention, count = self.attention, x.shape[1]
+        num_persistent = 0 if state.prefix is None else state.prefix.count
         offset = start % self.window
-        turns = attention.turns(start, count)
+        place = num_persistent + offset  # in S~, which is a sequence by itself: [persistent | h | segment]
+        turns = attention.turns(place + self.window, count)
         recent = joined(state.recent, attention.keys_values(x, turns))
         context, segment = None, state.segment
         if segment is not None:
             h, segment = self.read_before(x, segment)                                             # eq. (21)
-            places = attention.turns(start - self.window, count)
-            context = joined(segment.context, attention.keys_values(h, places))
+            context = joined(segment.context, attention.keys_values(h, attention.turns(place, count)))
             segment = segment._replace(context=context)
-        num_persistent = 0 if state.prefix is None else state.prefix.count
         sees = context_mask if context is not None else sliding_mask
         mask = sees(count, offset + count, num_persistent, self.window, x.device)
         keys_values = joined(state.prefix, context, recent)                                       # eq. (22)
-        y = attention.out(attend(attention.queries(x, turns), *keys_values, mask))                # eq. (23)
+        q = attention.queries(x)
+        y = attention.out(attend(turned(q, q.shape[-1], *turns), *keys_values, mask))             # eq. (23)
         output, memory = y, state.memory
         if self.memory is not None and self.gate is not None:
             read, memory = self.memory(y, state=memory)                                           # eq. (24)
