@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from titans_pytorch.neural_memory import NeuralMemory
@@ -27,6 +28,9 @@ def make_memory(config: TitansConfig) -> NeuralMemory:
         default_model_kwargs=dict(depth=config.memory_depth, expansion_factor=config.memory_expansion),
         **(options | dict(config.memory_options)),
     )
+    with torch.no_grad():  # so that from the beginning a token finds what was stored under it
+        for asked, stored in zip(memory.to_queries.parameters(), memory.to_keys.parameters(), strict=True):
+            asked.copy_(stored)
     if not config.decay:  # and it stays so
         memory.to_decay_factor.requires_grad_(False)
     return memory
