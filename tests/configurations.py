@@ -88,6 +88,13 @@ OPTIONS: dict[str, list[Any]] = {
     "mem_model_norm_add_residual": [True, False],
     "store_with_lookahead_value": [False, False, True],
     "max_weight_growth": [10.0, 1.02],
+    "qk_l2norm": [False, True],
+    "conv_size": [None, None, 1, 2, 4],
+    "summed_loss": [False, True],
+    "per_parameter_gates": [False, True],
+    "channelwise_decay": [False, True],
+    "learned_norm_gain": [False, True],
+    "gated_output": [False, True],
     "mask": [False, True],
     "store_seq": [False, False, True],
 }
@@ -143,7 +150,11 @@ def legal(chosen: dict[str, Any]) -> dict[str, Any]:
         options |= {"learned_momentum_combine": False}
     if not options["learned_momentum_combine"]:
         options |= {"learned_combine_include_zeroth": False}
-    options["default_step_transform_max_lr"] = 0.4
+    if options["qk_l2norm"]:
+        options |= {"qk_rmsnorm": False}
+    if not options["mem_model_norm_add_residual"]:
+        options |= {"learned_norm_gain": False}
+    options["default_step_transform_max_lr"] = 0.1 if options["summed_loss"] else 0.4
     options["default_model_kwargs"] = dict(depth=2, expansion_factor=1.5)
     return options
 

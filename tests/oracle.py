@@ -27,6 +27,11 @@ def mean_squared_error(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target).square().mean(dim=-1)
 
 
+def sum_of_squares(pred: Tensor, target: Tensor) -> Tensor:
+    """(... d), (... d) -> (...)"""
+    return (pred - target).square().sum(dim=-1)
+
+
 @dataclass(frozen=True)
 class Options:
     """The arguments of NeuralMemory with their defaults."""
@@ -59,6 +64,13 @@ class Options:
     gated_transition: bool = False
     store_with_lookahead_value: bool = False
     max_weight_growth: float | None = None
+    qk_l2norm: bool = False
+    conv_size: int | None = None
+    summed_loss: bool = False
+    per_parameter_gates: bool = False
+    channelwise_decay: bool = False
+    learned_norm_gain: bool = False
+    gated_output: bool = False
     # read by `memory_model` only
     model: nn.Module | None = None
     default_model_kwargs: dict = field(default_factory=lambda: {"depth": 2, "expansion_factor": 4.0})
@@ -77,6 +89,10 @@ class Options:
     @property
     def orders(self) -> int:
         return self.momentum_order if self.momentum else 0
+
+    @property
+    def loss_fn(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return sum_of_squares if self.summed_loss else self.store_memory_loss_fn
 
 
 @dataclass(frozen=True)
@@ -151,19 +167,42 @@ class Layer:
         return self.linear(name, x).unflatten(-1, (self.options.heads, -1))[..., head, :]
 
     def project(self, name: str, x: Tensor, head: int) -> Tensor:
-        """Queries, keys or values of one head, the writes of a token next to each other.  x: (t m) -> (t·u d)"""
-        activation = self.options.activation
-        out = self.of_head(name if activation is None else f"{name}.0", x, head)  # (t u·d)
-        out = out if activation is None else activation(out)
-        return out.reshape(-1, self.options.dim_head or self.options.dim)
+        """Queries, keys or values of one head, for a whole sequence.  x: (t m) -> (t u d)"""
+        o = self.options
+        if o.conv_size is not None:
+            out = self.convolve(name, self.of_head(f"{name}.linear", x, head), head)
+        else:
+            out = self.of_head(name if o.activation is None else f"{name}.0", x, head)  # (t u·d)
+        out = out if o.activation is None else o.activation(out)
+        return out.unflatten(-1, (-1, o.dim_head or o.dim))
 
-    def apply(self, weights: Weights, x: Tensor) -> Tensor:
+    def convolve(self, name: str, x: Tensor, head: int) -> Tensor:
+        """y_t = Σ_l weight_l x_t₋ₗ, every channel by itself.  x: (t u·d) -> (t u·d)"""
+        weight = self.p[f"{name}.convolution.weight"].unflatten(-1, (self.options.heads, -1))[:, head]
+        return torch.stack(
+            [sum(weight[lag] * x[t - lag] for lag in range(min(len(weight), t + 1))) for t in range(len(x))]
+        )
+
+    def qk_norm(self, name: str, x: Tensor, head: int) -> Tensor:
+        """Of queries and keys.  x: (... d)"""
+        if self.options.qk_l2norm:
+            return x / (x.square().sum(dim=-1, keepdim=True) + 1e-6).sqrt()
+        return self.head_norm(name, x, head) if self.options.qk_rmsnorm else x
+
+    def fast(self) -> dict[str, Tensor]:
+        """The parameters of the memory model that are what it remembers."""
+        slow = ["norm.gamma"] if self.options.learned_norm_gain else []
+        return {name: p for name, p in self.model.named_parameters() if name not in slow}
+
+    def apply(self, weights: Weights, x: Tensor, head: int) -> Tensor:
         """The memory model with these weights.  x: (t d) -> (t d)"""
+        if self.options.learned_norm_gain:
+            weights = weights | {"norm.gamma": self.p["memory_norm_gamma"][head]}
         return functional_call(self.model, weights, (x,))
 
     def initial(self, head: int) -> Weights:
         """The learned initial memory of a head."""
-        of = {name: self.p[f"memory_model_parameters.{i}"] for i, (name, _) in enumerate(self.model.named_parameters())}
+        of = {name: self.p[f"memory_model_parameters.{i}"] for i, name in enumerate(self.fast())}
         return {name: w[head] for name, w in of.items()} if self.options.per_head_learned_parameters else of
 
     # storing
@@ -175,35 +214,52 @@ class Layer:
         return (self.linear("reduce_to_chunk_rep.to_attn_logits", s_k).softmax(dim=0) * s_k).sum(dim=0)
 
     def rates(self, s_k: Tensor, head: int) -> Tensor:
-        """θ.  s_k: (t m) -> (t·u)"""
-        raw = self.of_head("to_adaptive_step.0", s_k, head).flatten()
+        """θ of each parameter, or of all.  s_k: (t m) -> (p t·u)"""
+        sets = len(self.fast()) if self.options.per_parameter_gates else 1
+        raw = self.of_head("to_adaptive_step.0", s_k, head).unflatten(-1, (sets, -1)).movedim(1, 0).flatten(1)
         if self.options.adaptive_step_transform is not None:
             return self.options.adaptive_step_transform(raw)
         return raw.sigmoid() * self.options.default_step_transform_max_lr
 
-    def surprise(self, at: Weights, s_k: Tensor, s_v: Tensor, head: int) -> tuple[Weights, Tensor, Tensor]:
-        """u = -∇ Σ θ·loss(model(key; at), value), with its losses and θ.  s_k, s_v: (t m) -> u, (t·u), (t·u)"""
+    def surprise(self, at: Weights, keys: Tensor, values: Tensor, rates: Tensor, head: int) -> tuple[Weights, Tensor]:
+        """u = -∇ Σ θ·loss(model(key; at), value), with its losses (t·u).  keys, values: (t·u d), rates: (p t·u)"""
         keep_graph = torch.is_grad_enabled()
-        keys, values = self.project("to_keys", s_k, head), self.project("to_values", s_v, head)
-        keys = self.head_norm("k_norm", keys, head) if self.options.qk_rmsnorm else keys
-        rates = self.rates(s_k, head)
         with torch.enable_grad():
             at = {name: w if w.requires_grad else w.detach().requires_grad_() for name, w in at.items()}
-            loss = self.options.store_memory_loss_fn(self.apply(at, keys), values)
-            total = (rates * loss).sum()
-            grads = torch.autograd.grad(total, list(at.values()), create_graph=keep_graph, materialize_grads=True)
+            loss = self.options.loss_fn(self.apply(at, keys, head), values)
+            grads = []
+            for theta, w in zip(rates.expand(len(at), -1), at.values(), strict=True):
+                (g,) = torch.autograd.grad(
+                    (theta * loss).sum(), w, create_graph=keep_graph, retain_graph=True, materialize_grads=True
+                )
+                grads.append(g)
         if self.options.max_grad_norm is not None:
             grads = [limit_gradient(g, self.options.max_grad_norm) for g in grads]
-        return {name: -g for name, g in zip(at, grads, strict=True)}, loss, rates
+        return {name: -g for name, g in zip(at, grads, strict=True)}, loss
+
+    def forget(self, w: Weights, pooled: Tensor, head: int) -> Weights:
+        """(1 - α) w, with one α for all, one for each parameter, or one for each column of each."""
+        if not self.options.channelwise_decay:
+            alpha = self.of_head("to_decay_factor.0", pooled, head).sigmoid().expand(len(w))
+            return {name: (1 - a) * weight for a, (name, weight) in zip(alpha, w.items(), strict=True)}
+        alpha = self.of_head("to_decay_factor.1", self.linear("to_decay_factor.0", pooled), head).sigmoid()
+        forgotten, first = {}, 0
+        for name, weight in w.items():
+            columns = weight.shape[-1] if weight.ndim else 1
+            of_columns = alpha[first : first + columns]
+            forgotten[name] = weight * (1 - of_columns if weight.ndim else 1 - of_columns[0])
+            first += columns
+        return forgotten
 
     def step(self, row: Row, u: Weights, pooled: Tensor, head: int) -> Weights:
         """Momentum, orders chained: moves `row.momenta` on and returns step_j."""
         o, steps = self.options, {}
-        eta = self.of_head("to_momentum.0", pooled, head).sigmoid() if o.momentum else ()
-        for name in u:
+        eta = self.of_head("to_momentum.0", pooled, head).sigmoid().unflatten(0, (-1, o.orders)) if o.momentum else ()
+        for index, name in enumerate(u):
             chain = [u[name]]
             for order in range(o.orders):
-                chain.append(eta[order] * row.momenta[order][name] + chain[-1])  # mᵒ_j = η mᵒ_j₋₁ + mᵒ⁻¹_j
+                eta_of = eta[index if o.per_parameter_gates else 0, order]
+                chain.append(eta_of * row.momenta[order][name] + chain[-1])  # mᵒ_j = η mᵒ_j₋₁ + mᵒ⁻¹_j
                 row.momenta[order][name] = chain[-1]
             steps[name] = chain[-1]
             if o.learned_momentum_combine:
@@ -223,32 +279,36 @@ class Layer:
             w = {name: weight * (most / norm) for name, weight in w.items()} if most < norm else w
         return w
 
-    def store_chunk(self, row: Row, head: int, keys: Tensor, values: Tensor, stored: list[bool], prev: Weights | None):
-        """One complete chunk, not yet normed.  keys, values: (t m), stored: its mask, prev: the other weights"""
+    def store_chunk(
+        self, row: Row, head: int, s_k: Tensor, keys: Tensor, values: Tensor, stored: list[bool], prev: Weights | None
+    ):
+        """One complete chunk.  s_k: (t m), keys, values: (t u d), stored: its mask, prev: the other weights"""
         o = self.options
         shift = int(o.store_with_lookahead_value)  # the keys of token j go with the values of token j + shift
         pairs = [(t, t + shift) for t in range(len(stored) - shift)]
         written = [(k, v) for k, v in pairs if stored[k] and stored[v]]
         loss, theta = ({pair: keys.new_zeros(o.num_kv_per_token) for pair in pairs} for _ in range(2))
         if any(stored):
-            pooled = self.pool(self.pre_norm("store_norm", keys[[t for t in range(len(stored)) if stored[t]]]))
+            pooled = self.pool(s_k[[t for t in range(len(stored)) if stored[t]]])
             u = {name: torch.zeros_like(w) for name, w in row.base.items()}
             if written:
-                s_k = self.pre_norm("store_norm", keys[[k for k, _ in written]])
-                s_v = self.pre_norm("store_norm", values[[v for _, v in written]])
+                of_keys, of_values = [k for k, _ in written], [v for _, v in written]
                 at = row.base
                 if prev is not None:  # base + mix_j · prevW_j₋₁
                     mix = self.of_head("to_learned_weight_residual_mix.0", pooled, head).sigmoid().squeeze()
                     at = {name: w + mix * prev[name] for name, w in row.base.items()}
-                u, chunk_loss, chunk_theta = self.surprise(at, s_k, s_v, head)
+                rates = self.rates(s_k[of_keys], head)
+                u, chunk_loss = self.surprise(
+                    at, keys[of_keys].flatten(0, 1), values[of_values].flatten(0, 1), rates, head
+                )
                 loss |= zip(written, chunk_loss.split(o.num_kv_per_token), strict=True)
-                theta |= zip(written, chunk_theta.split(o.num_kv_per_token), strict=True)
+                theta |= zip(written, rates.mean(dim=0).split(o.num_kv_per_token), strict=True)
             if o.per_parameter_lr_modulation:
                 modulation = self.of_head("to_layer_modulation.0", pooled, head).sigmoid() * o.max_mem_layer_modulation
                 u = {name: part * u[name] for part, name in zip(modulation, u, strict=True)}  # λ_w u
             steps = self.step(row, u, pooled, head)
-            alpha = self.of_head("to_decay_factor.0", pooled, head).sigmoid().squeeze()
-            row.current = {name: (1 - alpha) * w + steps[name] for name, w in row.current.items()}  # w_j
+            kept = self.forget(row.current, pooled, head)
+            row.current = {name: kept[name] + steps[name] for name in kept}  # w_j
         row.loss += loss.values()
         row.rates += theta.values()
 
@@ -260,10 +320,14 @@ class Layer:
         zeros = {name: torch.zeros_like(weight) for name, weight in w.items()}
         row = Row(current=w, base=w, momenta=[dict(zeros) for _ in range(self.options.orders)], trajectory=[w])
         _, c = self.options.chunks
+        # a token that is not stored is a zero, also to a convolution
+        s_k, s_v = (self.pre_norm("store_norm", torch.where(mask[:, None], x, 0.0)) for x in (keys, values))
+        keys = self.qk_norm("k_norm", self.project("to_keys", s_k, head), head)
+        values = self.project("to_values", s_v, head)
         for start in range(0, len(keys) - c + 1, c):
             chunk = slice(start, start + c)
             prev_before = None if prev is None else {name: weights[start // c] for name, weights in prev.items()}
-            self.store_chunk(row, head, keys[chunk], values[chunk], mask[chunk].tolist(), prev_before)
+            self.store_chunk(row, head, s_k[chunk], keys[chunk], values[chunk], mask[chunk].tolist(), prev_before)
             if batch_size is not None and (start + c) % batch_size == 0:  # i reaches a multiple of B
                 row.base = row.current = self.transition(row, head)
             row.trajectory.append(row.current)
@@ -271,13 +335,13 @@ class Layer:
 
     # reading
 
-    def read_head(self, row: Row, queries: Tensor) -> Tensor:
+    def read_head(self, row: Row, queries: Tensor, head: int) -> Tensor:
         """Position i reads w after ⌊i/c_r⌋·c_r tokens, all positions of one ⌊i/c_r⌋ together.  (t d) -> (t d)"""
         c_r, c_s = self.options.chunks
         at_position = torch.cat((torch.zeros_like(queries[:1]), queries))  # position 0: an all-zero query
         answers = []
         for start in range(0, len(at_position), c_r):  # start = ⌊i/c_r⌋·c_r
-            answers.append(self.apply(row.trajectory[start // c_s], at_position[start : start + c_r]))
+            answers.append(self.apply(row.trajectory[start // c_s], at_position[start : start + c_r], head))
         return torch.cat(answers)[1:]
 
     def read(self, rows: list[Row], x: Tensor) -> Tensor:
@@ -286,12 +350,17 @@ class Layer:
         x = self.pre_norm("retrieve_norm", x)
         answers = []
         for head, row in enumerate(rows):
-            queries = self.project("to_queries", x, head)
-            y = self.read_head(row, self.head_norm("q_norm", queries, head) if o.qk_rmsnorm else queries)
-            y = self.head_norm("multihead_rmsnorm", y, head) if o.post_rmsnorm else y
-            answers.append(y * self.of_head("retrieve_gate.0", x, head).sigmoid() if o.heads > 1 else y)
+            queries = self.qk_norm("q_norm", self.project("to_queries", x, head).squeeze(1), head)
+            y = self.read_head(row, queries, head)
+            y = self.head_norm("multihead_rmsnorm", y, head) if o.post_rmsnorm or o.gated_output else y
+            if o.gated_output:
+                gate = self.of_head("retrieve_gate.0", x, head)  # (t d)
+                y = y * (gate * gate.sigmoid())
+            elif o.heads > 1:
+                y = y * self.of_head("retrieve_gate.0", x, head).sigmoid()
+            answers.append(y)
         merged = torch.cat(answers, dim=-1)  # (t h·d)
-        return self.linear("combine_heads", merged) if o.heads > 1 else merged
+        return self.linear("combine_heads", merged) if o.heads > 1 or o.gated_output else merged
 
 
 def oracle(

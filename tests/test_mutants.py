@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.configurations import DIM_HEAD, OPTIONS, Case
 from tests.test_exactness import check
-from titans_pytorch import neural_memory, projections
+from titans_pytorch import gates as gates_module
+from titans_pytorch import neural_memory
 from titans_pytorch.fast_weights import engine as engine_module
 from titans_pytorch.fast_weights import general, limits, recurrence, schedule, spectral, taps
 from titans_pytorch.fast_weights.engine import Engine
@@ -99,7 +100,7 @@ def wrapped(patcher: pytest.MonkeyPatch, owner: Any, name: str, change: Callable
 
 
 def gates_become(patcher: pytest.MonkeyPatch, change: Callable[[Gates], Gates]) -> None:
-    wrapped(patcher, Projections, "gates", lambda original, *args: change(original(*args)))
+    wrapped(patcher, Projections, "gates", lambda original, *args: tuple(map(change, original(*args))))
 
 
 def writes_become(patcher: pytest.MonkeyPatch, **changes: Callable[[Any], Any]) -> None:
@@ -159,7 +160,7 @@ def vectors_are_not_surprised(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("plain")
 def rates_are_ignored(patcher: pytest.MonkeyPatch) -> None:
-    writes_become(patcher, rates=lambda rates: torch.full_like(rates, 0.2))
+    writes_become(patcher, rates=lambda rates: tuple(torch.full_like(rate, 0.2) for rate in rates))
 
 
 @mutant("plain")
@@ -281,13 +282,13 @@ def the_gates_triangle_is_upside_down(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("rich")
 def gates_see_the_mean_not_the_pool(patcher: pytest.MonkeyPatch) -> None:
-    mean = projections.AveragePool()
-    patcher.setattr(projections.AttentionPool, "forward", lambda self, *args: mean(*args))
+    mean = gates_module.AveragePool()
+    patcher.setattr(gates_module.AttentionPool, "forward", lambda self, *args: mean(*args))
 
 
 @mutant("rich", "attention", "general")
 def the_pool_sees_masked_tokens(patcher: pytest.MonkeyPatch) -> None:
-    for pool in (projections.AveragePool, projections.AttentionPool):
+    for pool in (gates_module.AveragePool, gates_module.AttentionPool):
         wrapped(patcher, pool, "forward", lambda original, self, x, is_stored=None: original(self, x))
 
 
@@ -372,12 +373,12 @@ def reads_come_a_chunk_late(patcher: pytest.MonkeyPatch) -> None:
 
 
 def shifted_reads(patcher: pytest.MonkeyPatch, shift: int) -> None:
-    def change(original: Any, self: Engine, block: Any, queries: Tensor, rows: Any) -> Tensor:
+    def change(original: Any, self: Engine, block: Any, queries: Tensor, rows: Any, slow: Any) -> Tensor:
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop)
         if block.num_chunks:
             rows = (rows + shift).clamp(0, block.num_chunks)
-        return original(self, block, queries, rows)
+        return original(self, block, queries, rows, slow)
 
     wrapped(patcher, Engine, "read", change)
 

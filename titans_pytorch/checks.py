@@ -326,3 +326,29 @@ def check_ids(name: str, ids: Any, num_tokens: int | None, at_least: int) -> Non
         low, high = ids.aminmax()
         if low < 0 or high >= num_tokens:
             raise ValueError(f"{name} must be from 0 to {num_tokens - 1}, got ids from {int(low)} to {int(high)}")
+
+
+def check_switches(**switches: Any) -> None:
+    for name, given in switches.items():
+        if not isinstance(given, bool):
+            raise TypeError(f"{name} must be True or False, got {given!r}")
+
+
+def check_exclusive(**options: bool) -> None:
+    """At most one of them is chosen."""
+    if len(chosen := [name for name, is_chosen in options.items() if is_chosen]) > 1:
+        raise ValueError(f"{' and '.join(chosen)} exclude each other, got both: choose one")
+
+
+def check_needed(option: str, is_on: bool, **needed: bool) -> None:
+    for name, is_given in needed.items():
+        if is_on and not is_given:
+            raise ValueError(f"{option} needs {name}=True, got {name}={is_given}")
+
+
+def check_tail(name: str, tail: Tensor | None, shape: tuple[int, ...] | None) -> None:
+    """What a convolution still sees; None without one."""
+    got = None if tail is None else tuple(tail.shape)
+    expected = None if shape is None else tuple(shape)
+    if got != expected:
+        raise ValueError(f"{name} must have the shape {expected} of this module's conv_size, got {got}")

@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from titans_pytorch import checks
+from titans_pytorch.convolution import Tails
 from titans_pytorch.fast_weights.engine import Engine, EngineName, Rules
 from titans_pytorch.fast_weights.general import DenseBlock, StillBlock
 from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Weights
@@ -20,8 +21,9 @@ from titans_pytorch.fast_weights.probe import inspect_model
 from titans_pytorch.fast_weights.schedule import BlockPlan, Layout
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.projections import Projections, StoredTokens
+from titans_pytorch.projections import NORM_GAIN, Projections, StoredTokens
 from titans_pytorch.reading import Reader
+from titans_pytorch.settings import Settings
 from titans_pytorch.state import NeuralMemState, ReadingGroup, Updates, mem_state_detach
 from titans_pytorch.streaming import Stored, Stream, Surprise
 
@@ -29,10 +31,32 @@ __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
 
 DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
 
+PAPER: dict[str, Any] = dict(
+    qk_l2norm=True,
+    conv_size=4,
+    summed_loss=True,
+    per_parameter_gates=True,
+    channelwise_decay=True,
+    learned_norm_gain=True,
+    gated_output=True,
+    init_decay_bias=-4.0,
+    default_step_transform_max_lr=0.1,
+)
+"""What `NeuralMemory.paper` turns on"""
+
 
 def mean_squared_error(prediction: Tensor, value: Tensor) -> Tensor:
     """The default key-value loss of each token.  (... d), (... d) -> (...)"""
     return (prediction - value).square().mean(dim=-1)
+
+
+def summed_squared_error(prediction: Tensor, value: Tensor) -> Tensor:
+    """The loss of each token as the paper has it (eq. 12).  (... d), (... d) -> (...)"""
+    return (prediction - value).square().sum(dim=-1)
+
+
+def fast_parameters(model: nn.Module, has_learned_gain: bool) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if not (has_learned_gain and name == NORM_GAIN)}
 
 
 class NeuralMemory(Pretrained, Projections):
@@ -75,6 +99,16 @@ class NeuralMemory(Pretrained, Projections):
         max_weight_growth: where the base is renewed, rescale a memory whose norm has grown to more than so many times
             that of the initial memory; None: never
         engine: how weights evolve, see `fast_weights.engine`; None: the fastest that can
+        qk_l2norm: queries and keys of every head have length 1; instead of qk_rmsnorm
+        conv_size: queries, keys and values pass a causal convolution over so many tokens, after their projection and
+            before the activation; a token that is not stored is a zero to it
+        summed_loss: the default loss is the sum over features, not the mean
+        per_parameter_gates: every parameter of the memory has step sizes, momentum and forgetting of its own
+        channelwise_decay: every entry along the last axis of every parameter (an output of `x @ w`) is forgotten by
+            itself
+        learned_norm_gain: the gain of the norm around the model is learned outside, and storing does not change it
+        gated_output: what is read is normed, and every feature gated by SiLU of a linear map of the token, before
+            heads are combined (which they then are, be there one or more)
     """
 
     def __init__(
@@ -116,11 +150,33 @@ class NeuralMemory(Pretrained, Projections):
         *,
         max_weight_growth: float | None = 10.0,
         engine: EngineName | None = None,
+        qk_l2norm: bool = False,
+        conv_size: int | None = None,
+        summed_loss: bool = False,
+        per_parameter_gates: bool = False,
+        channelwise_decay: bool = False,
+        learned_norm_gain: bool = False,
+        gated_output: bool = False,
     ) -> None:
         checks.check_whole(
             dim=dim, dim_head=dim_head, heads=heads, momentum_order=momentum_order, num_kv_per_token=num_kv_per_token
         )
-        checks.check_whole(batch_size=batch_size)
+        checks.check_whole(batch_size=batch_size, conv_size=conv_size)
+        checks.check_switches(
+            qk_l2norm=qk_l2norm,
+            summed_loss=summed_loss,
+            per_parameter_gates=per_parameter_gates,
+            channelwise_decay=channelwise_decay,
+            learned_norm_gain=learned_norm_gain,
+            gated_output=gated_output,
+        )
+        checks.check_exclusive(qk_l2norm=qk_l2norm, qk_rmsnorm=qk_rmsnorm)
+        has_loss = store_memory_loss_fn is not mean_squared_error
+        checks.check_exclusive(summed_loss=summed_loss, store_memory_loss_fn=has_loss)
+        checks.check_needed(
+            "learned_norm_gain", learned_norm_gain, mem_model_norm_add_residual=mem_model_norm_add_residual
+        )
+        store_memory_loss_fn = summed_squared_error if summed_loss else store_memory_loss_fn
         checks.check_positive(
             default_step_transform_max_lr=default_step_transform_max_lr,
             max_mem_layer_modulation=max_mem_layer_modulation,
@@ -150,30 +206,39 @@ class NeuralMemory(Pretrained, Projections):
         model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
         traits = inspect_model(model.requires_grad_(False), dim_head, store_memory_loss_fn)
 
-        super().__init__(
-            dim,
+        settings = Settings(
+            dim=dim,
             heads=heads,
             dim_head=dim_head,
             num_kv_per_token=num_kv_per_token,
+            parameter_channels={
+                name: p.shape[-1] if p.ndim else 1 for name, p in fast_parameters(model, learned_norm_gain).items()
+            },
             activation=activation,
-            parameter_names=tuple(name for name, _ in model.named_parameters()),
+            conv_size=conv_size,
+            pre_rmsnorm=pre_rmsnorm,
+            post_rmsnorm=post_rmsnorm,
+            qk_rmsnorm=qk_rmsnorm,
+            qk_l2norm=qk_l2norm,
+            gated_output=gated_output,
+            learned_norm_gain=learned_norm_gain,
+            looks_ahead=store_with_lookahead_value,
+            compacts_masked=traits.mixes_tokens,
+            attn_pool_chunks=attn_pool_chunks,
+            per_parameter_gates=per_parameter_gates,
+            channelwise_decay=channelwise_decay,
+            adaptive_step_transform=adaptive_step_transform,
+            max_lr=default_step_transform_max_lr,
             momentum_order=momentum_order if momentum else 0,
             num_combined=(momentum_order + learned_combine_include_zeroth) if learned_momentum_combine else 0,
             modulates_parameters=per_parameter_lr_modulation,
             max_modulation=max_mem_layer_modulation,
             mixes_weights=accept_weight_residual,
-            attn_pool_chunks=attn_pool_chunks,
-            pre_rmsnorm=pre_rmsnorm,
-            post_rmsnorm=post_rmsnorm,
-            qk_rmsnorm=qk_rmsnorm,
-            adaptive_step_transform=adaptive_step_transform,
-            max_lr=default_step_transform_max_lr,
             step_bias=init_adaptive_step_bias,
             momentum_bias=init_momentum_bias,
             decay_bias=init_decay_bias,
-            looks_ahead=store_with_lookahead_value,
-            compacts_masked=traits.mixes_tokens,
         )
+        super().__init__(settings)
         self.dim, self.num_views = dim, 3 if qkv_receives_diff_views else None
         self.layout = Layout(*chunks, batch_size)
         self.mixes_tokens, self.max_weight_growth = traits.mixes_tokens, max_weight_growth
@@ -182,13 +247,29 @@ class NeuralMemory(Pretrained, Projections):
         # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
         self._form = (model,)
         heads_axis = (heads,) if per_head_learned_parameters else ()
-        initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in model.parameters()]
+        initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in self.fast_forms().values()]
         self.memory_model_parameters = nn.ParameterList(initial)
         self.transition_gate = nn.Parameter(torch.tensor(-5.0)) if gated_transition else None
 
-        rules = Rules(max_grad_norm, spectral_norm_surprises, use_accelerated_scan)
+        rules = Rules(max_grad_norm, spectral_norm_surprises, use_accelerated_scan, channelwise_decay)
         fitting: EngineName = "general" if traits.uses is None else "dense" if spectral_norm_surprises else "factored"
-        self._engine = Engine(engine or fitting, model, traits.uses, store_memory_loss_fn, rules)
+        self._engine = Engine(engine or fitting, model, traits, store_memory_loss_fn, rules)
+
+    @classmethod
+    def paper(cls, dim: int, heads: int = 1, chunk_size: int | tuple[int, int] = 16, **overrides: Any) -> NeuralMemory:
+        """The memory as the paper has it (`docs/paper.md`); every argument can be overridden.
+
+        M(x) = x + LayerNorm(W_1 gelu(W_2 x)), four times as wide inside; convolution, SiLU and l2 norm of queries, keys
+        and values; summed loss; gates for every parameter; surprises at the weights of every chunk's start; a normed
+        and gated output. The paper does not say how gates start: here memory is kept long and steps are small.
+        """
+        chunks = checks.check_chunk_size(chunk_size)
+        checks.check_whole(dim=dim, heads=heads)
+        if heads > 1 and "dim_head" not in overrides:
+            checks.check_multiple("dim", dim, heads)
+        dim_head = dim if heads == 1 else dim // heads
+        options = PAPER | dict(dim_head=dim_head, batch_size=chunks[1], activation=nn.SiLU()) | overrides
+        return cls(dim, heads=heads, chunk_size=chunk_size, **options)
 
     # ---- the memory model and its weights
 
@@ -206,13 +287,17 @@ class NeuralMemory(Pretrained, Projections):
         """Weights and gates are kept in at least float32."""
         return torch.promote_types(self.memory_model_parameters[0].dtype, torch.float32)
 
+    def fast_forms(self) -> dict[str, nn.Parameter]:
+        """The parameters of the memory model that storing changes; their values here do not matter."""
+        return fast_parameters(self.memory_model, self.settings.learned_norm_gain)
+
     def initial_weights(self) -> Weights:
         """The learned memory of each head.  name -> (h ...)"""
-        named = zip(self.parameter_names, self.memory_model_parameters, self.memory_model.parameters(), strict=True)
-        has_heads = self.memory_model_parameters[0].ndim > next(self.memory_model.parameters()).ndim
+        forms = self.fast_forms()
+        has_heads = self.memory_model_parameters[0].ndim > next(iter(forms.values())).ndim
         return {
             name: (p if has_heads else p.expand((self.heads, *form.shape))).to(self.weight_dtype)
-            for name, p, form in named
+            for (name, form), p in zip(forms.items(), self.memory_model_parameters, strict=True)
         }
 
     def init_weights(self, batch: int) -> Weights:
@@ -233,7 +318,8 @@ class NeuralMemory(Pretrained, Projections):
         views = () if self.num_views is None else (2,)
         segment = self.memory_model_parameters[0].new_zeros(*views, batch, 0, self.dim)
         states = (weights, self.init_momentum(batch))
-        return NeuralMemState(0, weights, segment, states, Updates(0, 0, weights, []))
+        updates, tails = Updates(0, 0, weights, []), self.fresh_tails(batch)
+        return NeuralMemState(0, weights, segment, states, updates, tails=tails)
 
     def reset(self, state: NeuralMemState, rows: Tensor | None = None) -> NeuralMemState:
         """Let some sequences of a batch forget everything, waiting tokens included, as where a new document begins.
@@ -261,6 +347,8 @@ class NeuralMemory(Pretrained, Projections):
             group = group._replace(queries=mixed(torch.zeros_like(group.queries), group.queries))
         if group.weights is not None:
             group = group._replace(weights={n: mixed(fresh.weights[n], w) for n, w in group.weights.items()})
+        pairs = zip(fresh.tails, state.tails, strict=True)
+        tails = Tails(*(None if new is None or old is None else mixed(new, old) for new, old in pairs))
         chunk = state.seq_index // self.layout.store_chunk
         return NeuralMemState(
             state.seq_index,
@@ -270,6 +358,7 @@ class NeuralMemory(Pretrained, Projections):
             Updates(chunk, 0, current, []),
             mask,
             group,
+            tails,
         )
 
     # ---- storing and reading
@@ -357,7 +446,7 @@ class NeuralMemory(Pretrained, Projections):
         checks.check_sequence("seq", seq, views=None, dim=self.dim, dtype=self.memory_model_parameters[0].dtype)
         seq = seq if seq.ndim == 3 else seq.unsqueeze(1)
         last_group = seq.shape[1] // self.layout.retrieve_chunk + 1
-        form = next(self.memory_model.named_parameters())
+        form = next(iter(self.fast_forms().items()))
         weights = dict(checks.checked_trajectory("weights", weights, self.parameter_names))
         num_chunks = weights[form[0]].shape[1] - 1 if weights[form[0]].ndim == form[1].ndim + 2 else None
         chunks = () if num_chunks is None else (num_chunks + 1,)
@@ -366,7 +455,7 @@ class NeuralMemory(Pretrained, Projections):
         if num_chunks is not None:
             checks.check_enough_chunks(num_chunks, self.layout.weight_index(last_group - 1))
             block = DenseBlock({}, weights, {})
-        reader = Reader(self, self._engine, self.layout, self.mixes_tokens, 1, ReadingGroup(None, None))
+        reader = Reader(self, self._engine, self.layout, self.mixes_tokens, 1, ReadingGroup(None, None), None)
         reader.begin(seq, 0, last_group, self.weight_dtype)
         reader.read(block, BlockPlan(0, num_chunks or 0, 0, last_group, False))
         return reader.finish()[0]
@@ -395,18 +484,16 @@ class NeuralMemory(Pretrained, Projections):
             self, self._engine, layout, self.renew, self.mixes_tokens, residual, state.num_seen + 1, first_chunk
         )
         moved = {} if is_fresh else {name: m.unbind(0) for name, m in state.states[1].items()}
-        outcome = stream.run(Carry(state.weights, state.states[0], moved), state.group, seq, stored)
+        outcome = stream.run(Carry(state.weights, state.states[0], moved), state.group, state.tails, seq, stored)
         base, weights, orders = outcome.carry
         momenta = {name: torch.stack(order) for name, order in orders.items()} or state.states[1]
         rest = stored.select(num_chunks * chunk, stored.num_tokens)
         segment = rest.keys.clone() if self.num_views is None else torch.stack((rest.keys, rest.values))
         updates = Updates(first_chunk, num_chunks, weights, outcome.blocks, outcome.replay)
-        next_index = state.seq_index + num_chunks * chunk
-        return (
-            outcome.reads,
-            NeuralMemState(next_index, base, segment, (weights, momenta), updates, rest.is_stored, outcome.group),
-            self.by_head(outcome.surprises, state.batch),
-        )
+        next_index, states = state.seq_index + num_chunks * chunk, (weights, momenta)
+        more = (updates, rest.is_stored, outcome.group, outcome.tails)
+        state = NeuralMemState(next_index, base, segment, states, *more)
+        return outcome.reads, state, self.by_head(outcome.surprises, state.batch)
 
     def by_head(self, surprises: list[Surprise], batch: int) -> tuple[Tensor, Tensor]:
         """Losses and rates of all writes.  (r n c) each -> (b h writes)"""
@@ -437,8 +524,7 @@ class NeuralMemory(Pretrained, Projections):
             checks.check_same_tokens("store_seq", store_seq.shape[first:-1], seq.shape[first:-1])
 
     def weight_shapes(self, batch: int, *chunks: int) -> dict[str, tuple[int, ...]]:
-        forms = self.memory_model.named_parameters()
-        return {name: (batch * self.heads, *chunks, *form.shape) for name, form in forms}
+        return {name: (batch * self.heads, *chunks, *form.shape) for name, form in self.fast_forms().items()}
 
     def checked_state(self, state: NeuralMemState, batch: int) -> NeuralMemState:
         """A state that this module, for this batch, could have returned."""
@@ -453,6 +539,8 @@ class NeuralMemory(Pretrained, Projections):
         checks.check_weights("state.states[1]", state.states[1], orders, self.weight_dtype)
         views = None if self.num_views is None else 2
         checks.check_waiting(state.cache_store_segment, views=views, dim=self.dim, chunk=self.layout.store_chunk)
+        for name, tail, fresh in zip(Tails._fields, state.tails, self.fresh_tails(batch), strict=True):
+            checks.check_tail(f"state.tails.{name}", tail, None if fresh is None else fresh.shape)
         return state
 
     def checked_residual(

@@ -15,7 +15,8 @@ from titans_pytorch.state import ReadingGroup
 class Reader:
     """Positions are as in `fast_weights.schedule`; `start` and `stop` count the tokens of the call.
 
-    seq: (b t dim), all tokens of the call; first_token: the position of the first of them
+    seq: (b t dim), all tokens of the call; first_token: the position of the first of them;
+    tail: what the convolution of queries still sees of the tokens before those that are read
     """
 
     def __init__(
@@ -26,9 +27,11 @@ class Reader:
         mixes_tokens: bool,
         first_token: int,
         group: ReadingGroup,
+        tail: Tensor | None,
     ) -> None:
         self.projections, self.engine, self.layout = projections, engine, layout
         self.mixes_tokens, self.first_token, self.group = mixes_tokens, first_token, group
+        self.tail = tail
 
     def begin(self, seq: Tensor, first_group: int, last_group: int, dtype: torch.dtype) -> None:
         chunk = self.layout.retrieve_chunk
@@ -36,7 +39,8 @@ class Reader:
         stop = min(max(last_group * chunk - self.first_token, start), seq.shape[1])
         self.first_position = self.first_token + start
         self.normed = self.projections.retrieve_norm(seq[:, start:stop])
-        self.queries = self.projections.queries(self.normed).to(dtype)
+        queries, self.tail = self.projections.queries(self.normed, self.tail)
+        self.queries, self.slow = queries.to(dtype), self.projections.slow_weights(seq.shape[0], dtype)
         self.reads: list[Tensor] = []
         self.last_block: tuple[Block, int] | None = None
 
@@ -61,9 +65,9 @@ class Reader:
         grouped = self.in_groups(queries, front, plan.num_groups)
         if self.mixes_tokens:  # 0 * NaN is NaN: what is not finite must not reach the tokens before it
             poison = (grouped.detach() * 0).sum(dim=-1, keepdim=True).cumsum(dim=2)
-            reads = self.engine.read(block, grouped.nan_to_num(0.0, 0.0, 0.0), self.rows(plan)) + poison
+            reads = self.engine.read(block, grouped.nan_to_num(0.0, 0.0, 0.0), self.rows(plan), self.slow) + poison
         else:
-            reads = self.engine.read(block, grouped, self.rows(plan))
+            reads = self.engine.read(block, grouped, self.rows(plan), self.slow)
         reads = reads.flatten(1, 2)
         self.reads.append(reads.narrow(1, front, queries.shape[1]))
         self.last_block = (block, plan.first_chunk)

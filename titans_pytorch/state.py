@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from titans_pytorch.convolution import Tails
 from titans_pytorch.fast_weights.general import DenseBlock
 from titans_pytorch.fast_weights.interface import Block, Weights
 
@@ -114,7 +115,7 @@ class ReadingGroup(NamedTuple):
 class NeuralMemState(NamedTuple):
     """The state of a stream; its size does not depend on the number of tokens seen.
 
-    The last three fields are ours; everything else is as in the published package.
+    The fields after `updates` are ours; everything else is as in the published package.
     """
 
     seq_index: int  # tokens stored so far
@@ -124,6 +125,7 @@ class NeuralMemState(NamedTuple):
     updates: Updates  # name -> (b·h N+1 ...)  the weights over the chunks of the last call
     cache_store_mask: Tensor | None = None  # (b t)  which of the waiting tokens are to be stored; None: all
     group: ReadingGroup = ReadingGroup(None, None)
+    tails: Tails = Tails(None, None, None)  # what convolutions still see of the tokens before
 
     @property
     def batch(self) -> int:
@@ -177,6 +179,7 @@ class NeuralMemState(NamedTuple):
                 None if group.queries is None else fn(group.queries, 0),
                 None if group.weights is None else each(group.weights, 0),
             ),
+            tails=Tails(*(None if tail is None else fn(tail, 0) for tail in self.tails)),
         )
 
 

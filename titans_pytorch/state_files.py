@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor, device
 
 from titans_pytorch.attention import KeyValueCache
+from titans_pytorch.convolution import Tails
 from titans_pytorch.mac_cache import LayerCache, MACCache
 from titans_pytorch.state import NeuralMemState, ReadingGroup, Updates
 
 FORMAT, VERSION = "titans_pytorch.state", 1
 KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (NeuralMemState, ReadingGroup, MACCache, LayerCache, KeyValueCache)
+    kind.__name__: kind for kind in (NeuralMemState, ReadingGroup, Tails, MACCache, LayerCache, KeyValueCache)
 }
 
 

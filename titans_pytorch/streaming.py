@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titans_pytorch.convolution import Tails
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, Residual
@@ -95,6 +96,7 @@ class Step(NamedTuple):
     reads: Tensor | None  # (b t dim)
     carry: Carry
     group: ReadingGroup
+    tails: Tails
     surprises: list[Surprise]
     blocks: list[Block]
 
@@ -105,6 +107,7 @@ class Outcome(NamedTuple):
     reads: Tensor | None  # (b t dim)
     carry: Carry
     group: ReadingGroup
+    tails: Tails
     surprises: list[Surprise]
     blocks: list[Block]
     replay: Callable[[], list[Block]] | None
@@ -123,7 +126,7 @@ class Stream:
     first_token: int  # position of the first new token
     first_chunk: int  # the first chunk that is not complete
 
-    def run(self, carry: Carry, group: ReadingGroup, seq: Tensor | None, stored: Stored) -> Outcome:
+    def run(self, carry: Carry, group: ReadingGroup, tails: Tails, seq: Tensor | None, stored: Stored) -> Outcome:
         """All of a call.  seq: (b t dim), what is read; None: only store"""
         rows = stored.new.keys.shape[0] * self.projections.heads
         spans = self.spans(stored.new.keys.shape[1], rows)
@@ -135,28 +138,33 @@ class Stream:
         blocks: list[Block] = []
         num_blocks = sum(plan.num_chunks > 0 for plans in spans for plan in plans)
         keeps_blocks = num_blocks <= 1 or (torch.is_grad_enabled() and not recomputes)
-        replay = None if keeps_blocks else partial(self.all_blocks, carry, stored, spans, torch.is_grad_enabled())
+        replay = (
+            None if keeps_blocks else partial(self.all_blocks, carry, tails, stored, spans, torch.is_grad_enabled())
+        )
         parameters = [p for p in self.projections.parameters() if p.requires_grad]
         step = partial(recomputed, self.step, parameters=parameters) if recomputes else self.step
         previous = None if self.residual is None else self.residual.blocks
         for plans in spans:
-            read, carry, group, surprise, done = step(carry, group, seq, stored, previous, plans, keeps_blocks)
+            read, carry, group, tails, surprise, done = step(
+                carry, group, tails, seq, stored, previous, plans, keeps_blocks
+            )
             if read is not None:
                 reads.add(read)
             surprises.extend(surprise)
             blocks.extend(done)
-        return Outcome(None if seq is None else reads.joined(), carry, group, surprises, blocks, replay)
+        joined = None if seq is None else reads.joined()
+        return Outcome(joined, carry, group, tails, surprises, blocks, replay)
 
     def all_blocks(
-        self, carry: Carry, stored: Stored, spans: list[list[BlockPlan]], is_differentiable: bool
+        self, carry: Carry, tails: Tails, stored: Stored, spans: list[list[BlockPlan]], is_differentiable: bool
     ) -> list[Block]:
         """Store once more, for somebody who wants to look at the weights on the way."""
         blocks: list[Block] = []
         previous = None if self.residual is None else self.residual.blocks
         with torch.set_grad_enabled(is_differentiable):
             for plans in spans:
-                step = self.step(carry, ReadingGroup(None, None), None, stored, previous, plans, True)
-                carry = step.carry
+                step = self.step(carry, ReadingGroup(None, None), tails, None, stored, previous, plans, True)
+                carry, tails = step.carry, step.tails
                 blocks.extend(step.blocks)
         return blocks
 
@@ -180,6 +188,7 @@ class Stream:
         self,
         carry: Carry,
         group: ReadingGroup,
+        tails: Tails,
         seq: Tensor | None,
         stored: Stored,
         previous: list[Block] | None,
@@ -192,8 +201,8 @@ class Stream:
         first, num_chunks = plans[0].first_chunk, sum(plan.num_chunks for plan in plans)
         chunk, start = self.layout.store_chunk, plans[0].first_chunk - self.first_chunk
         tokens = stored.select(start * chunk, (start + num_chunks) * chunk)
-        projected = self.projections.project_writes(tokens, chunk, dtype) if num_chunks else None
-        reader = None if seq is None else self.reader(seq, group, plans, dtype)
+        projected = self.projections.project_writes(tokens, chunk, dtype, tails) if num_chunks else None
+        reader = None if seq is None else self.reader(seq, group, tails.queries, plans, dtype)
         blocks, losses = [], []
         for plan in plans:
             if projected is None or plan.num_chunks == 0:
@@ -214,13 +223,17 @@ class Stream:
                 carry = self.renew(carry)
         surprises = [] if projected is None else [surprise_of(projected, torch.cat(losses, dim=1))]
         reads, group = (None, group) if reader is None else reader.finish()
-        return Step(reads, carry, group, surprises, blocks)
+        tails = tails if projected is None else projected.tails
+        tails = tails if reader is None else tails._replace(queries=reader.tail)
+        return Step(reads, carry, group, tails, surprises, blocks)
 
-    def reader(self, seq: Tensor, group: ReadingGroup, plans: list[BlockPlan], dtype: torch.dtype) -> Reader:
+    def reader(
+        self, seq: Tensor, group: ReadingGroup, tail: Tensor | None, plans: list[BlockPlan], dtype: torch.dtype
+    ) -> Reader:
         """Whoever reads the span's tokens; the first span of a call begins with a group that may have begun earlier."""
         first_group = self.first_token // self.layout.retrieve_chunk
         is_first = plans[0].first_chunk == self.first_chunk
-        reader = Reader(self.projections, self.engine, self.layout, self.mixes_tokens, self.first_token, group)
+        reader = Reader(self.projections, self.engine, self.layout, self.mixes_tokens, self.first_token, group, tail)
         reader.begin(seq, first_group if is_first else plans[0].first_group, plans[-1].last_group, dtype)
         if is_first:
             reader.read_older(plans)
@@ -228,8 +241,10 @@ class Stream:
 
 
 def surprise_of(projected: Projected, loss: Tensor) -> Surprise:
-    """Loss and rate of every write, where it stood; 0 where nothing is stored."""
-    rates = projected.writes.rates
+    """Loss and rate (the mean of those of all parameters) of every write, where it stood; 0 where nothing is stored."""
+    rates = (
+        projected.writes.rates[0] if len(projected.writes.rates) == 1 else torch.stack(projected.writes.rates).mean(0)
+    )
     if projected.order is not None:
         back = projected.order.argsort(dim=-1)
         loss, rates = loss.gather(2, back), rates.gather(2, back)

@@ -13,13 +13,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from titans_pytorch.fast_weights.channels import ChannelBlock
 from titans_pytorch.fast_weights.factored import FactoredBlock, full_precision
 from titans_pytorch.fast_weights.general import OpaqueModel, StillBlock, build
-from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Residual, Rows, Writes
+from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Residual, Rows, Weights, Writes, assigned
 from titans_pytorch.fast_weights.limits import safe_norm, smooth_limit
-from titans_pytorch.fast_weights.recurrence import unroll
+from titans_pytorch.fast_weights.probe import ModelTraits
+from titans_pytorch.fast_weights.recurrence import unroll, unroll_channels
 from titans_pytorch.fast_weights.single import SingleBlock
-from titans_pytorch.fast_weights.taps import Surprises, TappedModel, Use
+from titans_pytorch.fast_weights.taps import Surprises, TappedModel
 
 EngineName = Literal["factored", "dense", "general"]
 
@@ -35,15 +37,17 @@ class Rules(NamedTuple):
     max_grad_norm: float | None = None
     is_spectral: bool = False
     use_accelerated_scan: bool = False
+    is_channelwise: bool = False  # every channel is forgotten by itself
 
 
 class Engine:
     """Stores writes into weights and reads queries from them.
 
-    uses: how the memory model uses its matrices, None if that is not known
+    traits: how the memory model uses its matrices, and whether it mixes tokens
     """
 
-    def __init__(self, name: EngineName, model: nn.Module, uses: tuple[Use, ...] | None, loss_fn: LossFn, rules: Rules):
+    def __init__(self, name: EngineName, model: nn.Module, traits: ModelTraits, loss_fn: LossFn, rules: Rules):
+        uses = traits.uses
         if name not in ("factored", "dense", "general"):
             raise ValueError(f"engine must be 'factored', 'dense' or 'general', got {name!r}")
         if name == "factored" and rules.is_spectral:
@@ -52,7 +56,7 @@ class Engine:
             raise ValueError(
                 f"engine {name!r} needs a memory model that uses its matrices as x @ w; got 'general' only"
             )
-        self.name, self.rules = name, rules
+        self.name, self.rules, self.mixes_tokens = name, rules, traits.mixes_tokens
         self.model = (
             OpaqueModel(model, loss_fn) if name == "general" or uses is None else TappedModel(model, uses, loss_fn)
         )
@@ -61,21 +65,35 @@ class Engine:
 
     def store(self, carry: Carry, writes: Writes, residual: Residual | None = None) -> tuple[Block, Tensor]:
         """A block of chunks, all surprised at the base.  -> the block, the loss of every write (r n c)"""
-        surprises, loss = self.model.gradients(carry.base, writes, residual)
+        surprises, loss = self.gradients(carry.base, writes, residual)
         surprises = steps_of(surprises, writes, self.rules.max_grad_norm)
+        gates = assigned(carry.weights, writes.gates)
         with full_precision(loss):
             if self.name == "factored":
                 if writes.num_chunks == 1:
-                    return SingleBlock(carry, surprises, writes.gates), loss
-                return FactoredBlock(carry, surprises, unroll(writes.gates)), loss
-            return build(carry, surprises, writes.gates, self.rules.is_spectral, self.rules.use_accelerated_scan), loss
+                    return SingleBlock(carry, surprises, gates), loss
+                unrolled = [(unroll_channels if self.rules.is_channelwise else unroll)(each) for each in writes.gates]
+                kind = ChannelBlock if self.rules.is_channelwise else FactoredBlock
+                return kind(carry, surprises, assigned(carry.weights, unrolled)), loss
+            return build(carry, surprises, gates, self.rules.is_spectral, self.rules.use_accelerated_scan), loss
+
+    def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
+        """Of each chunk's loss, every parameter's weighted by its own rates if it has some."""
+        if len(writes.rates) == 1 or (self.name != "general" and not self.mixes_tokens):
+            return self.model.gradients(base, writes, residual)
+        total = Surprises({}, {})
+        for name, rates in assigned(base, writes.rates).items():
+            found, loss = self.model.gradients(base, writes._replace(rates=(rates,)), residual)
+            total.factors.update({n: factors for n, factors in found.factors.items() if n == name})
+            total.tensors.update({n: tensor for n, tensor in found.tensors.items() if n == name})
+        return total, loss
 
     def at_rest(self, carry: Carry) -> Block:
         return StillBlock(carry)
 
-    def read(self, block: Block, queries: Tensor, rows: Rows) -> Tensor:
-        """queries: (r g k d), rows: the entry of the block that each group reads -> (r g k d)"""
-        return self.model.read(block, queries, rows)
+    def read(self, block: Block, queries: Tensor, rows: Rows, slow: Weights) -> Tensor:
+        """queries: (r g k d), rows: the entry of the block that each group reads, slow: (r d) -> (r g k d)"""
+        return self.model.read(block, queries, rows, slow)
 
     def kept_elements(self, writes_per_chunk: int) -> int:
         """About how many numbers autograd keeps of a row's chunk: some of every width, or some of every weight."""
@@ -102,7 +120,7 @@ def steps_of(surprises: Surprises, writes: Writes, max_grad_norm: float | None) 
 
     def scale(name: str, square: Tensor | None) -> Tensor:
         limit = smooth_limit(safe_norm(square), max_grad_norm) if square is not None and max_grad_norm else None
-        scale = -torch.ones_like(writes.rates[..., 0]) if limit is None else -limit
+        scale = -torch.ones_like(writes.rates[0][..., 0]) if limit is None else -limit
         share = writes.modulation.get(name)
         return scale if share is None else scale * share
 

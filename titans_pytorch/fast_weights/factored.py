@@ -24,15 +24,15 @@ from titans_pytorch.fast_weights.taps import Factors, Surprises
 class FactoredBlock(NamedTuple):
     start: Carry
     surprises: Surprises
-    coefficients: Coefficients
+    coefficients: dict[str, Coefficients]  # of every parameter
 
     @property
     def num_chunks(self) -> int:
-        return self.coefficients.surprise.shape[-1]
+        return next(iter(self.coefficients.values())).surprise.shape[-1]
 
     def product(self, name: str, x: Tensor, rows: Rows, is_transposed: bool = False) -> Tensor:
         """x: (r g k i) -> (r g k j)"""
-        initial, past, surprise = self.coefficients[:3]
+        initial, past, surprise = self.coefficients[name][:3]
         weight, momenta = self.start.weights[name], self.start.momenta.get(name, ())
         factors = self.surprises.factors.get(name)
         if is_transposed:
@@ -56,7 +56,7 @@ class FactoredBlock(NamedTuple):
 
     def materialise(self, name: str) -> Tensor:
         """The weights before each chunk and after the last.  -> (r n+1 ...)"""
-        initial, past, surprise = self.coefficients[:3]
+        initial, past, surprise = self.coefficients[name][:3]
         steps = self.tensors(name)
         with full_precision(initial):
             out = torch.einsum("rn,r...->rn...", initial, self.start.weights[name])
@@ -80,7 +80,7 @@ class FactoredBlock(NamedTuple):
 
     def end(self, name: str) -> list[Tensor]:
         """The last weights, then the last momentum of each order.  (r ...) each"""
-        initial, past, surprise, last_past, last_surprise = self.coefficients
+        initial, past, surprise, last_past, last_surprise = self.coefficients[name]
         momenta = self.start.momenta.get(name, ())
         scales = (initial[:, -1], *past[: len(momenta), :, -1])
         starts: list[Tensor | None] = [scaled_sum(scales, (self.start.weights[name], *momenta))]
@@ -97,12 +97,16 @@ class FactoredBlock(NamedTuple):
 
 
 def add_outer_products(starts: list[Tensor | None], factors: Factors, coefficients: tuple[Tensor, ...]) -> list[Tensor]:
-    """start + sum_i coefficient_i left_i^T right_i for each start.  starts: (r i j) or None, coefficients: (r n)"""
+    """start + sum_i coefficient_i left_i^T right_i for each start.
+
+    starts: (r i j) or None, coefficients: (r n), or of every channel (r j n)
+    """
     left, right = factors
     ends, is_left_narrow = [], left.shape[-1] <= right.shape[-1]
     for start, coefficient in zip(starts, coefficients, strict=True):
-        scale = coefficient[..., None, None]
-        scaled = (left * scale, right) if is_left_narrow else (left, right * scale)
+        has_channels = coefficient.ndim == 3
+        scale = coefficient.mT.unsqueeze(2) if has_channels else coefficient[..., None, None]
+        scaled = (left * scale, right) if is_left_narrow and not has_channels else (left, right * scale)
         ends.append(accumulated(start, scaled[0].flatten(1, 2).mT, scaled[1].flatten(1, 2), coefficient.dtype))
     return ends
 

@@ -37,18 +37,22 @@ class OpaqueModel:
         """Asked for anew each time: moving a module may replace its parameters."""
         return dict(self.model.named_parameters())
 
-    def call(self, weights: Weights, x: Tensor) -> Tensor:
-        with Substitute(self.parameters, weights):
+    def call(self, weights: Weights, x: Tensor, slow: Weights) -> Tensor:
+        with Substitute(self.parameters, weights | slow):
             return self.model(x)
+
+    def call_each(self, weights: Weights, x: Tensor, slow: Weights) -> Tensor:
+        """weights: (r n ...), x: (r n c d), slow: (r d) -> (r n c d)"""
+        return vmap(vmap(self.call, in_dims=(0, 0, None)))(weights, x, slow)
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
         """Gradient tensors of each chunk's weighted loss at the base, and the loss of every write (r n c)."""
         names, num_chunks = list(base), writes.num_chunks
 
         def objective(weights: list[Tensor], _: Tap) -> tuple[Tensor, list[Tensor]]:
-            prediction = vmap(vmap(self.call))(dict(zip(names, weights, strict=True)), writes.keys)
+            prediction = self.call_each(dict(zip(names, weights, strict=True)), writes.keys, writes.slow)
             loss = self.loss_fn(prediction, writes.values)
-            return (loss * writes.rates).sum(), [loss]
+            return (loss * writes.rates[0]).sum(), [loss]
 
         # one copy of the weights for each chunk gives each chunk a gradient of its own
         copies = [weight.unsqueeze(1).expand(-1, num_chunks, *weight.shape[1:]) for weight in base.values()]
@@ -57,14 +61,17 @@ class OpaqueModel:
         found, _, (loss,) = gradients(objective, copies, [])
         return Surprises({}, dict(zip(names, found, strict=True))), loss
 
-    def read(self, block: Block, queries: Tensor, rows: Rows) -> Tensor:
-        """Each group of queries through the model, with the weights of its row of the block.  queries: (r g k d)"""
-        weights = {name: block.materialise(name) for name in self.parameters}
+    def read(self, block: Block, queries: Tensor, rows: Rows, slow: Weights) -> Tensor:
+        """Each group of queries through the model, with the weights of its row of the block.
+
+        queries: (r g k d), slow: (r d)
+        """
+        weights = {name: block.materialise(name) for name in self.parameters if name not in slow}
         if block.num_chunks == 0:
             weights = {name: w.expand(-1, queries.shape[1], *w.shape[2:]) for name, w in weights.items()}
         else:
             weights = {name: w[:, rows] for name, w in weights.items()}
-        return vmap(vmap(self.call))(weights, queries)
+        return self.call_each(weights, queries, slow)
 
 
 def mixed(name: str, weight: Tensor, mix: Tensor, residual: Residual) -> Tensor:
@@ -133,18 +140,18 @@ class StillBlock(NamedTuple):
 
 
 def build(
-    carry: Carry, surprises: Surprises, gates: Gates, is_spectral: bool, use_accelerated_scan: bool
+    carry: Carry, surprises: Surprises, gates: dict[str, Gates], is_spectral: bool, use_accelerated_scan: bool
 ) -> DenseBlock:
     """Integrate a block's surprises into the weights after each of its chunks."""
     tensors = {name: factors.matrices() for name, factors in surprises.factors.items()} | surprises.tensors
     integrate = integrate_by_scan if use_accelerated_scan else integrate_by_products
-    poison, weights, last_momenta = poison_after(gates), {}, {}
+    weights, last_momenta = {}, {}
     for name, start in carry.weights.items():
-        surprise = tensors.get(name)
+        surprise, poison = tensors.get(name), poison_after(gates[name])
         if surprise is None:  # the model never uses it: it is only forgotten
-            surprise = start.new_zeros(()).expand(start.shape[0], gates.log_keep.shape[-1], *start.shape[1:])
+            surprise = start.new_zeros(()).expand(start.shape[0], poison.shape[-1] - 1, *start.shape[1:])
         transform = orthogonalised if is_spectral and start.ndim == 3 else None
-        built, last = integrate(gates, surprise, start, carry.momenta.get(name, ()), transform)
+        built, last = integrate(gates[name], surprise, start, carry.momenta.get(name, ()), transform)
         weights[name] = built + poison.reshape(*poison.shape, *[1] * (start.ndim - 1))
         if last:
             last_momenta[name] = last
@@ -175,10 +182,21 @@ def integrate_by_products(
     if transform is not None:
         taken = transform(taken.unflatten(2, shape)).flatten(2)
     keep = products(gates.log_keep)
-    weights = torch.baddbmm(keep[..., 1:] @ taken, keep[..., :1], start)
+    if gates.log_keep.ndim == 3:
+        weights = forget_channels(
+            keep, taken.unflatten(2, (-1, keep.shape[1])), start.unflatten(2, (-1, keep.shape[1]))
+        )
+    else:
+        weights = torch.baddbmm(keep[..., 1:] @ taken, keep[..., :1], start)
     ends = [sums(order.past[..., -1:], order.surprise[..., -1:, :]) for order in orders[1:]]
     last = tuple(end.reshape(len(end), *shape) for end in ends)
     return weights.unflatten(2, shape) if shape else weights.squeeze(2), last
+
+
+def forget_channels(keep: Tensor, taken: Tensor, start: Tensor) -> Tensor:
+    """Every channel has a gate.  keep: (r j n+1 n+1), taken: (r n i j), start: (r 1 i j) -> weights (r n+1 i·j)"""
+    steps = torch.cat((start, taken), dim=1)
+    return (keep @ steps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(2)
 
 
 def integrate_by_scan(
@@ -200,5 +218,10 @@ def integrate_by_scan(
     if stored is not None:
         step = step * stored
     step = step if transform is None else transform(step)
-    weights = scan(gates.log_keep.exp().reshape(*gates.log_keep.shape, *wide), step, prev=start)
+    keep = gates.log_keep.exp()
+    if keep.ndim == 3:  # (r j n): every channel has a gate
+        keep = keep.mT.reshape(*step.shape[:2], *wide[1:], *step.shape[2:][-1:]).expand_as(step)
+    else:
+        keep = keep.reshape(*keep.shape, *wide)
+    weights = scan(keep, step, prev=start)
     return torch.cat((start.unsqueeze(1), weights), dim=1), tuple(last)

@@ -6,8 +6,8 @@ at the same base weights. An engine turns a block's writes into a `Block` that c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -23,15 +23,25 @@ Rows = slice | Tensor
 """Which entry of a block, 0 for its start, each group of queries reads"""
 
 
+Each = TypeVar("Each")
+
+
+def assigned(names: Iterable[str], each: Sequence[Each]) -> dict[str, Each]:
+    """What is one for all parameters or one for each, by name."""
+    names = list(names)
+    return dict(zip(names, each if len(each) > 1 else list(each) * len(names), strict=True))
+
+
 class Writes(NamedTuple):
     """What is to be stored: whole chunks, `c` counts every write, also several of one token."""
 
     keys: Tensor  # (r n c d)
     values: Tensor  # (r n c d)
-    rates: Tensor  # (r n c)    theta, 0 for what is not stored
-    gates: Gates
+    rates: tuple[Tensor, ...]  # (r n c)    theta, 0 for what is not stored; one for all parameters or one for each
+    gates: tuple[Gates, ...]  # one for all parameters or one for each
     modulation: dict[str, Tensor]  # name -> (r n)  share of each parameter in the surprise; empty: all 1
     mix: Tensor | None  # (r n)    share of the previous layer's weights in the base
+    slow: Weights  # (r d)    parameters of the memory model that storing does not change
 
     @property
     def num_chunks(self) -> int:
@@ -40,8 +50,8 @@ class Writes(NamedTuple):
     def select(self, chunks: slice) -> Writes:
         modulation = {name: share[:, chunks] for name, share in self.modulation.items()}
         mix = None if self.mix is None else self.mix[:, chunks]
-        tokens = (self.keys[:, chunks], self.values[:, chunks], self.rates[:, chunks])
-        return Writes(*tokens, self.gates.select(chunks), modulation, mix)
+        tokens = (self.keys[:, chunks], self.values[:, chunks], tuple(rate[:, chunks] for rate in self.rates))
+        return Writes(*tokens, tuple(gates.select(chunks) for gates in self.gates), modulation, mix, self.slow)
 
 
 class Carry(NamedTuple):

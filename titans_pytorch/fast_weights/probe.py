@@ -147,7 +147,7 @@ def check_opaque(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> 
     stacked = {name: torch.stack((p, p * 0.5)) for name, p in parameters.items()}
 
     def loss(weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        out = opaque.call(weights, x)
+        out = opaque.call(weights, x, {})
         return out.square().sum(), out
 
     try:

@@ -23,7 +23,7 @@ from torch import Tensor
 class Gates(NamedTuple):
     """What decides how a row's weights evolve over chunks; logarithms keep products of many gates exact."""
 
-    log_keep: Tensor  # (... n)    log(1 - alpha)
+    log_keep: Tensor  # (... n)    log(1 - alpha), or of every channel (... j n)
     log_momentum: Tensor | None  # (o ... n)  log(eta), None without momentum
     combine: Tensor | None  # (p ... n)  weights of the orders, None to take the last
     is_stored: Tensor | None  # (... n)    0 where a chunk has nothing to store, else 1; None: all do
@@ -68,11 +68,11 @@ def products(log_gates: Tensor) -> Tensor:
 
 def momenta(gates: Gates) -> list[Steps]:
     """The momentum of every order after each chunk; order 0, the surprise itself, comes first."""
-    log_keep, is_stored = gates.log_keep, gates.is_stored
-    n = log_keep.shape[-1]
-    identity = torch.eye(n, dtype=log_keep.dtype, device=log_keep.device).expand(*log_keep.shape, n)
+    like, is_stored = gates.poison, gates.is_stored
+    n = like.shape[-1]
+    identity = torch.eye(n, dtype=like.dtype, device=like.device).expand(*like.shape, n)
     log_momentum = [] if gates.log_momentum is None else list(gates.log_momentum)
-    past = log_keep.new_zeros(len(log_momentum), *log_keep.shape)
+    past = like.new_zeros(len(log_momentum), *like.shape)
     orders = [Steps(past, identity)]
     for order, log_gate in enumerate(log_momentum):
         from_past, from_surprise = orders[-1]
@@ -106,13 +106,30 @@ def unroll(gates: Gates) -> Coefficients:
     keep = products(gates.log_keep)
     handed = keep[..., 1:]
     past = (handed @ step.past.unsqueeze(-1)).squeeze(-1)
-    if gates.log_momentum is None:
-        last_past, last_surprise = past.new_zeros(0, 0, *past.shape[1:-1]), past.new_zeros(0, *gates.log_keep.shape)
-    else:
-        last_past = torch.stack([order.past[..., -1] for order in orders[1:]])
-        last_surprise = torch.stack([order.surprise[..., -1, :] for order in orders[1:]])
     surprise = handed if gates.log_momentum is None and gates.is_stored is None else handed @ step.surprise
-    return Coefficients(keep[..., 0] + poison_after(gates), past, surprise, last_past, last_surprise)
+    return Coefficients(keep[..., 0] + poison_after(gates), past, surprise, *last_momenta(gates, orders))
+
+
+def unroll_channels(gates: Gates) -> Coefficients:
+    """The same where every channel is forgotten by itself: what makes weights has channels before the chunks.
+
+    log_keep: (... j n) -> initial (... j n+1), past (o ... j n+1), surprise (... j n+1 n); momenta have no channels
+    """
+    orders = momenta(gates)
+    step = steps(gates, orders)
+    keep = products(gates.log_keep)
+    handed = keep[..., 1:]
+    past = (handed @ step.past.unsqueeze(-2).unsqueeze(-1)).squeeze(-1)
+    initial = keep[..., 0] + poison_after(gates).unsqueeze(-2)
+    return Coefficients(initial, past, handed @ step.surprise.unsqueeze(-3), *last_momenta(gates, orders))
+
+
+def last_momenta(gates: Gates, orders: list[Steps]) -> tuple[Tensor, Tensor]:
+    """Of the momenta and the surprises of a block in its last momenta.  (o o ...), (o ... n)"""
+    if gates.log_momentum is None:
+        return gates.poison.new_zeros(0, 0, *gates.poison.shape[:-1]), gates.poison.new_zeros(0, *gates.poison.shape)
+    last_past = torch.stack([order.past[..., -1] for order in orders[1:]])
+    return last_past, torch.stack([order.surprise[..., -1, :] for order in orders[1:]])
 
 
 def poison_after(gates: Gates) -> Tensor:

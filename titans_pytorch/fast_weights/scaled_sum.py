@@ -1,4 +1,4 @@
-"""Sums of weights with one scale for each row, as cheap backwards as forwards.
+"""Sums of weights with one scale for each row, or each of its channels, as cheap backwards as forwards.
 
 The gradient of a scale is a dot product over a whole weight; autograd would write the product out before summing it.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def scaled_sum(scales: Sequence[Tensor], weights: Sequence[Tensor], plus: Tensor | None = None) -> Tensor:
-    """plus + sum_k scale_k weight_k.  scales: (r) each, weights and plus: (r ...) each -> (r ...)"""
+    """plus + sum_k scale_k weight_k.  scales: (r) or (r j) each, weights and plus: (r ... j) each -> (r ... j)"""
     if torch.compiler.is_compiling():  # the compiler fuses for itself
         for scale, weight in zip(scales, weights, strict=True):
             term = weight * along(scale, weight)
@@ -23,8 +23,10 @@ def scaled_sum(scales: Sequence[Tensor], weights: Sequence[Tensor], plus: Tensor
 
 
 def along(scale: Tensor, weights: Tensor) -> Tensor:
-    """(r) -> (r 1 ...)"""
-    return scale.reshape(-1, *[1] * (weights.ndim - 1))
+    """(r) -> (r 1 ...), or of channels (r j) -> (r 1 ... j)"""
+    if scale.ndim == 1:
+        return scale.reshape(-1, *[1] * (weights.ndim - 1))
+    return scale.reshape(len(scale), *[1] * (weights.ndim - 2), *weights.shape[1:][-1:])
 
 
 class ScaledSum(torch.autograd.Function):
@@ -48,10 +50,9 @@ class ScaledSum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         num, needed = ctx.num, ctx.needs_input_grad[2:]
         scales, weights = ctx.saved_tensors[:num], ctx.saved_tensors[num:]
-        flat = gradient.reshape(len(gradient), 1, -1)
         of_scales = [
-            (flat @ weight.reshape(len(weight), -1, 1)).reshape(-1) if is_needed else None
-            for weight, is_needed in zip(weights, needed[:num], strict=True)
+            gradient_of_scale(gradient, weight, scale) if is_needed else None
+            for weight, scale, is_needed in zip(weights, scales, needed[:num], strict=True)
         ]
         of_weights = [
             gradient * along(scale, gradient) if is_needed else None
@@ -59,3 +60,9 @@ class ScaledSum(torch.autograd.Function):
         ]
         of_plus = gradient if ctx.needs_input_grad[0] else None
         return of_plus, None, *of_scales, *of_weights
+
+
+def gradient_of_scale(gradient: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    if scale.ndim == 1:
+        return (gradient.reshape(len(gradient), 1, -1) @ weight.reshape(len(weight), -1, 1)).reshape(-1)
+    return (gradient * weight).reshape(len(weight), -1, scale.shape[1]).sum(dim=1)

@@ -22,7 +22,7 @@ class SingleBlock(NamedTuple):
 
     start: Carry
     surprises: Surprises
-    gates: Gates  # (r 1)
+    gates: dict[str, Gates]  # of every parameter (r 1)
 
     @property
     def num_chunks(self) -> int:
@@ -50,7 +50,7 @@ class SingleBlock(NamedTuple):
 
     def end(self, name: str) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The weights and the momentum of every order after the chunk.  (r ...) each"""
-        weight, past, gates = self.start.weights[name], self.start.momenta.get(name, ()), self.gates
+        weight, past, gates = self.start.weights[name], self.start.momenta.get(name, ()), self.gates[name]
         surprise = self.surprise(name)
         log_momentum = () if gates.log_momentum is None else gates.log_momentum
         orders = [surprise]
@@ -63,7 +63,8 @@ class SingleBlock(NamedTuple):
             step = scaled_sum(shares, orders[len(orders) - len(shares) :])
         if gates.is_stored is not None:
             step = step * along(gates.is_stored[:, 0], weight)
-        keep = gates.log_keep[:, 0].exp() + gates.poison[:, 0]
+        keep = gates.log_keep[..., 0].exp()
+        keep = keep + along(gates.poison[:, 0], keep)
         return scaled_sum((keep,), (weight,), step), tuple(orders[1:])  # eq. 13
 
     def surprise(self, name: str) -> Tensor:

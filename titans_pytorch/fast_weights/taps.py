@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from titans_pytorch.fast_weights.answering import Answer
 from titans_pytorch.fast_weights.inner_gradient import Tap, gradients
-from titans_pytorch.fast_weights.interface import Block, LossFn, Residual, Rows, Weights, Writes
+from titans_pytorch.fast_weights.interface import Block, LossFn, Residual, Rows, Weights, Writes, assigned
 
 
 class Use(NamedTuple):
@@ -61,10 +61,18 @@ class TappedModel:
         return dict(self.model.named_parameters())
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
-        """Gradients of each chunk's weighted loss at the base, and the loss of every write (r n c)."""
+        """Gradients of each chunk's weighted loss at the base, and the loss of every write (r n c).
+
+        Where every parameter has rates of its own, the model must not mix writes: each has a gradient of its own, which
+        the rates weigh afterwards.
+        """
 
         # vectors exist once for each chunk and taps once for each token: every chunk gets a gradient of its own
         vectors = {name: base_vectors(base, writes, residual, name) for name, w in base.items() if w.ndim < 3}
+        rates = assigned(base, writes.rates) if len(writes.rates) > 1 else None
+        if rates is not None:
+            vectors = {name: v.expand(-1, -1, writes.keys.shape[2], -1) for name, v in vectors.items()}
+        slow = {name: w[:, None, None] for name, w in writes.slow.items()}
         sizes = [base[use.name].shape[1 if use.is_transposed else 2] for use in self.uses]
         zeros = [writes.keys.new_zeros(()).expand(*writes.keys.shape[:-1], size) for size in sizes]
 
@@ -75,12 +83,15 @@ class TappedModel:
                 inputs.append(x)
                 return tap(base_product(base, writes, residual, name, x, is_transposed))
 
-            with Answer(self.parameters, tapped, dict(zip(vectors, values, strict=True))):
+            with Answer(self.parameters, tapped, dict(zip(vectors, values, strict=True)) | slow):
                 prediction = self.model(writes.keys)
             loss = self.loss_fn(prediction, writes.values)
-            return (loss * writes.rates).sum(), [*inputs, loss]
+            return (loss if rates is not None else loss * writes.rates[0]).sum(), [*inputs, loss]
 
         of_vectors, errors, (*inputs, loss) = gradients(objective, list(vectors.values()), zeros)
+        if rates is not None:
+            of_vectors = [(g * rates[name][..., None]).sum(dim=2) for name, g in zip(vectors, of_vectors, strict=True)]
+            errors = [g * rates[use.name][..., None] for use, g in zip(self.uses, errors, strict=True)]
         tensors = {
             name: error.reshape(*error.shape[:2], *base[name].shape[1:])
             for name, error in zip(vectors, of_vectors, strict=True)
@@ -98,9 +109,16 @@ class TappedModel:
             )
         return {name: found[name] for name, weight in base.items() if weight.ndim == 3 and name in found}
 
-    def read(self, block: Block, queries: Tensor, rows: Rows) -> Tensor:
-        """Each group of queries through the model, with the weights of its row of the block.  queries: (r g k d)"""
-        vectors = {name: block.vector(name, rows) for name, p in self.parameters.items() if p.ndim < 2}
+    def read(self, block: Block, queries: Tensor, rows: Rows, slow: Weights) -> Tensor:
+        """Each group of queries through the model, with the weights of its row of the block.
+
+        queries: (r g k d), slow: (r d)
+        """
+        vectors = {
+            name: slow[name][:, None, None] if name in slow else block.vector(name, rows)
+            for name, p in self.parameters.items()
+            if p.ndim < 2
+        }
 
         def product(name: str, x: Tensor, is_transposed: bool) -> Tensor:
             return block.product(name, x, rows, is_transposed)
