@@ -17,6 +17,10 @@ SMALL: dict[str, Any] = dict(
     dim=DIM, depth=2, heads=2, window=4, num_persistent=2, ff_hidden=6, memory_chunk=2, memory_refresh=4, max_step=0.5
 )
 
+PAPER = dict(
+    summed_loss=True, per_parameter_gates=True, channelwise_decay=True, learned_norm_gain=True, gated_output=True
+)
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one memory, odd window": dict(memory_heads=1, window=5, memory_chunk=3, memory_refresh=6),
@@ -28,6 +32,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gate: memory": dict(gate="memory", layer_residual=True),
     "gate: product": dict(gate="product"),
     "gate: mix": dict(gate="mix"),
+    "no convolution, no norm": dict(conv_size=None, qk_l2norm=False),
+    "convolution longer than window": dict(conv_size=5, window=3),
+    "the paper's memory": dict(memory_options=PAPER),
+    "the paper's memory by the paper's chunks": dict(
+        memory_options=PAPER, memory_heads=1, memory_chunk=4, memory_refresh=4, num_persistent=1
+    ),
     "linear memory, no momentum": dict(memory_depth=1, momentum=False),
     "deep memory, no decay": dict(memory_depth=3, decay=False, memory_expansion=1.0),
     "no memory": dict(memory=False),

@@ -55,10 +55,11 @@ class Memory:
 
     def still(self, written: Tensor, asked: Tensor) -> Tensor:
         """M*(q_t) for all tokens asked, by the memory as it stands once `written` has been written."""
-        still = []
-        for row in self.rows(written):
-            still.append(Row(row.current, row.base, [], [row.current] * (len(asked) + 2)))
-        return self.layer.read(still, asked)
+        if len(written):
+            weights = [row.current for row in self.rows(written)]
+        else:
+            weights = [self.layer.initial(head) for head in range(self.layer.options.heads)]
+        return self.layer.read([Row(w, w, [], [w] * (len(asked) + 2)) for w in weights], asked)
 
 
 class Reference:
@@ -203,6 +204,8 @@ def oracle_options(config: TitansConfig) -> dict[str, Any]:
         heads=heads,
         chunk_size=config.memory_chunk,
         batch_size=config.memory_refresh,
+        conv_size=config.conv_size,
+        qk_l2norm=config.qk_l2norm,
         momentum=config.momentum,
         default_step_transform_max_lr=config.max_step,
         default_model_kwargs=dict(depth=config.memory_depth, expansion_factor=config.memory_expansion),

@@ -18,6 +18,8 @@ SET_BY_THE_CONFIG = (
     "heads",
     "dim_head",
     "momentum",
+    "conv_size",
+    "qk_l2norm",
     "default_step_transform_max_lr",
     "init_decay_bias",
     "default_model_kwargs",
@@ -43,6 +45,8 @@ class TitansConfig:
     memory_depth, memory_expansion: layers of the memory's MLP (1: linear), width of its hidden layers over its own
     memory_chunk: tokens that share one step; every token reads the memory after the last complete chunk
     memory_refresh: tokens after which gradients are taken at the current memory; None: always at the initial one
+    conv_size: tokens that convolutions of queries, keys and values see; None: no convolution
+    qk_l2norm: queries and keys have length 1
     momentum, decay: past surprise (eq. 10) and forgetting (eq. 13)
     max_step, decay_bias: the largest step size; what the logit of forgetting starts with
     memory_options: further arguments of `NeuralMemory`
@@ -62,9 +66,11 @@ class TitansConfig:
     memory_expansion: float = 4.0
     memory_chunk: int = 8
     memory_refresh: int | None = 16
+    conv_size: int | None = 4
+    qk_l2norm: bool = True
     momentum: bool = True
     decay: bool = True
-    max_step: float = 0.3
+    max_step: float = 0.1
     decay_bias: float = -4.0
     memory_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,6 +85,7 @@ class TitansConfig:
             memory_depth=self.memory_depth,
             memory_chunk=self.memory_chunk,
             memory_refresh=self.memory_refresh,
+            conv_size=self.conv_size,
         )
         checks.check_counts(num_persistent=self.num_persistent)
         checks.check_positive(memory_expansion=self.memory_expansion, max_step=self.max_step)

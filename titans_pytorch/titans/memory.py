@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from titans_pytorch.convolution import CausalConvolution
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.titans.config import TitansConfig
 
@@ -15,7 +16,7 @@ NEVER = -80.0
 
 
 def make_memory(config: TitansConfig) -> NeuralMemory:
-    options: dict[str, Any] = dict(activation=nn.SiLU())
+    options: dict[str, Any] = dict(activation=nn.SiLU(), conv_size=config.conv_size, qk_l2norm=config.qk_l2norm)
     memory = NeuralMemory(
         config.dim,
         chunk_size=config.memory_chunk,
@@ -28,14 +29,28 @@ def make_memory(config: TitansConfig) -> NeuralMemory:
         default_model_kwargs=dict(depth=config.memory_depth, expansion_factor=config.memory_expansion),
         **(options | dict(config.memory_options)),
     )
-    with torch.no_grad():  # so that from the beginning a token finds what was stored under it
-        for asked, stored in zip(memory.to_queries.parameters(), memory.to_keys.parameters(), strict=True):
-            asked.copy_(stored)
+    start_associating(memory)
     if not config.decay:  # and it stays so
         memory.to_decay_factor.requires_grad_(False)
     return memory
 
 
+@torch.no_grad()
+def start_associating(memory: NeuralMemory) -> None:
+    """Let a token find from the beginning what was stored under it, and what was stored next to it.
+
+    Queries start as keys, and convolutions as means over neighbours: with weights of either sign a token's query and the
+    key of the token after it would have nothing in common, and nothing would tell the projections how to change.
+    """
+    for layer in (memory.to_queries, memory.to_keys, memory.to_values):
+        for module in layer.modules():
+            if isinstance(module, CausalConvolution):
+                module.weight.abs_()
+    if memory.num_kv_per_token == 1:
+        for asked, stored in zip(memory.to_queries.parameters(), memory.to_keys.parameters(), strict=True):
+            asked.copy_(stored)
+
+
 def lookback_of(memory: NeuralMemory) -> int:
     """How many tokens before it a query depends on."""
-    return (getattr(memory, "conv_size", None) or 1) - 1
+    return (memory.settings.conv_size or 1) - 1
