@@ -107,9 +107,8 @@ def accuracy(model: nn.Module, task: Task, generator: Generator, batches: int = 
 def train(model: nn.Module, task: Task, args: argparse.Namespace) -> list[dict[str, float]]:
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    warm = max(args.steps // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, 1.0) * max(0.1, 1 - step / args.steps)
+        optimizer, lambda step: min((step + 1) / 20, 1.0) * min(1.0, max(0.1, 2 - 2 * step / args.steps))
     )
     began, log = time.perf_counter(), []
     for step in range(1, args.steps + 1):

@@ -15,6 +15,15 @@ from titans_pytorch.memory_models import (
 from titans_pytorch.nested_attention import NestedAttention
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState, mem_state_detach
 from titans_pytorch.state_files import load_state, save_state
+from titans_pytorch.titans import (
+    TitansBackbone,
+    TitansConfig,
+    TitansLMM,
+    TitansMAC,
+    TitansMAG,
+    TitansMAL,
+    TitansState,
+)
 
 __all__ = [
     "FactorizedMemoryMLP",
@@ -30,6 +39,13 @@ __all__ = [
     "NeuralMemory",
     "ResidualNorm",
     "SegmentedAttention",
+    "TitansBackbone",
+    "TitansConfig",
+    "TitansLMM",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
+    "TitansState",
     "audit",
     "load_state",
     "mem_state_detach",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
@@ -63,6 +64,9 @@ def described(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {key: described(each) for key, each in value.items()}
+    if is_config(type(value)):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", "arguments": described(fields)}
     if isinstance(value, (tuple, list)):
         return [described(each) for each in value]
     kind = type(value)
@@ -72,6 +76,11 @@ def described(value: Any) -> Any:
     if isinstance(value, nn.Module) and kind.__module__.startswith("torch.nn.") and not value.state_dict():
         return {"class": name, "arguments": _printed(value)}
     return {"to_be_passed": name if isinstance(value, nn.Module) else getattr(value, "__qualname__", name)}
+
+
+def is_config(kind: type) -> bool:
+    """A dataclass of this library."""
+    return dataclasses.is_dataclass(kind) and kind.__module__.startswith("titans_pytorch.")
 
 
 def _printed(module: nn.Module) -> dict[str, Any]:
@@ -94,8 +103,8 @@ def rebuilt(name: str, value: Any) -> Any:
         if module.split(".")[0] not in ("titans_pytorch", "torch"):
             raise ValueError(f"{name} must be of titans_pytorch or torch.nn, got {value['class']}")
         found = getattr(import_module(module), kind)
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise ValueError(f"{name} must be a module, got {value['class']}")
+        if not (isinstance(found, type) and (issubclass(found, nn.Module) or is_config(found))):
+            raise ValueError(f"{name} must be a module or a config, got {value['class']}")
         return found(**rebuilt(name, value["arguments"]))
     return {key: rebuilt(f"{name}[{key!r}]", each) for key, each in value.items()}
 

@@ -14,17 +14,25 @@ from titans_pytorch.attention import KeyValueCache
 from titans_pytorch.convolution import Tails
 from titans_pytorch.mac_cache import LayerCache, MACCache
 from titans_pytorch.state import NeuralMemState, ReadingGroup, Updates
+from titans_pytorch.titans.attention import KeyValues
+from titans_pytorch.titans.state import LayerState, SegmentState, TitansState
 
 FORMAT, VERSION = "titans_pytorch.state", 1
 KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (NeuralMemState, ReadingGroup, Tails, MACCache, LayerCache, KeyValueCache)
+    kind.__name__: kind
+    for kind in (
+        *(NeuralMemState, ReadingGroup, Tails),
+        *(MACCache, LayerCache, KeyValueCache),
+        *(TitansState, LayerState, SegmentState, KeyValues),
+    )
 }
 
 
-def save_state(state: NeuralMemState | MACCache, path: str | Path) -> None:
-    """Write a state of a memory, or a cache of a transformer, to one file.  `updates` begin anew."""
-    if not isinstance(state, (NeuralMemState, MACCache)):
-        raise TypeError(f"state must be a NeuralMemState or a MACCache, got {type(state).__name__}")
+def save_state(state: NeuralMemState | MACCache | TitansState, path: str | Path) -> None:
+    """Write the state of a memory or a model, or a cache of a transformer, to one file.  `updates` begin anew."""
+    if not isinstance(state, (NeuralMemState, MACCache, TitansState)):
+        got = type(state).__name__
+        raise TypeError(f"state must be a NeuralMemState, a MACCache or a TitansState, got {got}")
     tensors: dict[str, Tensor] = {}
     layout = json.dumps(_layout(state, "state", tensors))
     save_file(tensors, path, metadata={"format": FORMAT, "version": str(VERSION), "layout": layout})

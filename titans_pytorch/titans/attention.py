@@ -24,7 +24,7 @@ class KeyValues(NamedTuple):
     values: Tensor
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         return self.keys.shape[2]
 
     def at(self, start: int, stop: int) -> KeyValues:
@@ -32,7 +32,7 @@ class KeyValues(NamedTuple):
 
     def last(self, count: int) -> KeyValues:
         """At most so many, as a copy that does not keep the others alive."""
-        start = self.count - count
+        start = self.length - count
         return self if start <= 0 else KeyValues(*(x[:, :, start:].clone() for x in self))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> KeyValues:
@@ -93,14 +93,14 @@ def attend_sliding(q: Tensor, turns: Turns, tokens: KeyValues, prefix: KeyValues
     q: (b h n d), not turned, of the last n of the tokens, before which there are at most window - 1 others. First the
     queries that see those; then blocks of a window, each with the window before it, all at once.  -> (b h n d)
     """
-    count, num_before, scale = q.shape[2], tokens.count - q.shape[2], q.shape[-1] ** -0.5
+    count, num_before, scale = q.shape[2], tokens.length - q.shape[2], q.shape[-1] ** -0.5
     q, still = turned(q, q.shape[-1], *turns), q
     if prefix is not None:
         q, tokens, prefix = beside(q, still, tokens, prefix)
 
     def masked(queries: Tensor, tokens: KeyValues, prefix: KeyValues | None) -> Tensor:
-        num_persistent = 0 if prefix is None else prefix.count
-        mask = sliding_mask(queries.shape[2], tokens.count, num_persistent, window, queries.device)
+        num_persistent = 0 if prefix is None else prefix.length
+        mask = sliding_mask(queries.shape[2], tokens.length, num_persistent, window, queries.device)
         return attend(queries, *joined(prefix, tokens), None if queries.shape[2] == 1 else mask, scale=scale)
 
     num_first = min(count, window)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from titans_pytorch import checks
 
@@ -112,3 +112,54 @@ class TitansConfig:
         """The same with some fields changed."""
         return replace(self, **changes)
 
+
+
+class Size(NamedTuple):
+    """A row of the paper's table of sizes."""
+
+    parameters: float
+    depth: int
+    dim: int
+    heads: int
+
+
+SIZES = {
+    "170M": Size(170e6, 12, 768, 16),
+    "340M": Size(340e6, 24, 1024, 16),
+    "400M": Size(400e6, 24, 1024, 16),  # the paper does not give its shape: that of 340M, with wider networks
+    "760M": Size(760e6, 24, 1536, 16),
+    "1.3B": Size(1.3e9, 18, 2048, 8),
+}
+PAPER_TOKENS = 32_000
+MIXER_MATRICES: dict[Variant, int] = {"mac": 9, "mag": 9, "mal": 9, "lmm": 5}
+"""Of dim x dim in a mixer: queries, keys, values, gate and output of the memory, and those of attention"""
+
+PAPER_MEMORY = dict(summed_loss=True, per_parameter_gates=True, learned_norm_gain=True, gated_output=True)
+
+
+def preset(size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> TitansConfig:
+    """A model of the paper: blocks, width and heads, 128 persistent tokens, chunks of 16, segments of 512, windows of 2048.
+
+    The paper does not say how wide feed-forward networks are: as wide as it takes to be of the size that is named, which
+    differs between the variants, as attention and memory have parameters of their own.
+    """
+    checks.check_choice("size", size, tuple(SIZES))
+    checks.check_choice("variant", variant, get_args(Variant))
+    shape = SIZES[size]
+    config = TitansConfig(
+        dim=shape.dim,
+        depth=shape.depth,
+        heads=shape.heads,
+        window=512 if variant == "mac" else 2048,
+        num_persistent=128,
+        memory_chunk=16,
+        memory_refresh=16,
+        memory_options=PAPER_MEMORY,
+    )
+    mixer = MIXER_MATRICES[variant] * shape.dim**2 + shape.dim * config.num_persistent
+    memories = 2 * config.memory_expansion * shape.dim**2 / config.num_memories
+    block = (shape.parameters - 2 * num_tokens * shape.dim) / shape.depth - mixer - memories
+    hidden = round(block / (3 * shape.dim) / 32) * 32
+    if hidden < 32:
+        raise ValueError(f"num_tokens must leave room for {shape.depth} blocks in {size} parameters, got {num_tokens}")
+    return config.with_options(ff_hidden=hidden)

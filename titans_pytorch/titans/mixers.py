@@ -103,7 +103,7 @@ class MemoryAsContext(Mixer):
         """The next tokens of one segment."""
         assert self.attention is not None
         attention, count = self.attention, x.shape[1]
-        num_persistent = 0 if state.prefix is None else state.prefix.count
+        num_persistent = 0 if state.prefix is None else state.prefix.length
         offset = start % self.window
         place = num_persistent + offset  # in S~, which is a sequence by itself: [persistent | h | segment]
         turns = attention.turns(place + self.window, count)
