@@ -2,9 +2,9 @@
 
     python -m benchmarks.recall --variant mac --memory on --pairs 8 --keys 64 --tokens 96 --steps 400 --out mac.json
 
-A sequence is `pairs` times (key, value), a gap that no attention of the model reaches across, and the keys once more, in
-random order and at random places among blanks; at each the model has to name the value. Also evaluated at 4 and 16 times
-the trained length, with as many pairs. `--set name=value` changes a field of the config (`--set memory_refresh=8`).
+A sequence is `pairs` times (key, value), a gap that no attention of the model reaches across, and the keys once more,
+at random places among blanks; at each the model has to name the value. Also evaluated at 4 and 16 times the trained
+length, with as many pairs. `--set name=value` changes a field of the config (`--set memory_refresh=8`).
 """
 
 from __future__ import annotations

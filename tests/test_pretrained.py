@@ -144,5 +144,5 @@ def test_refuses_what_is_no_state(tmp_path: Path) -> None:
     NeuralMemory(8, 2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must be a file of save_state"):
         load_state(tmp_path / "model.safetensors")
-    with pytest.raises(TypeError, match="state must be a NeuralMemState or a MACCache"):
+    with pytest.raises(TypeError, match="state must be a NeuralMemState, a MACCache or a TitansState"):
         save_state({}, tmp_path / "state.safetensors")

@@ -1,4 +1,4 @@
-"""The family: pieces equal the whole, nothing leaks, the memory reaches, all of it trains, saves and says what is wrong."""
+"""The family: pieces equal the whole, nothing leaks, the memory reaches; it trains, saves and says what is wrong."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_any_pieces_give_what_one_call_gives(variant: str, name: str) -> None:
     model, ids = build(variant, name), random_ids(2, 19)
     with torch.no_grad():
         whole, last = model(ids)
-        for lengths in ((1,) * 19, (5, 1, 7, 6), (12, 7), (3, 4, 12)):
+        for lengths in ((1,) * 19, (5, 1, 7, 6)):
             outputs, state = in_pieces(model, ids, lengths)
             assert_close(outputs, whole, **TOLERANCE)
             for left, right in zip(tensors(state), tensors(last), strict=True):
@@ -93,7 +93,7 @@ def check_pieces(data: st.DataObject) -> None:
     assert_close(outputs, whole, **TOLERANCE)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_configuration_in_any_pieces(data: st.DataObject) -> None:
     check_pieces(data)
@@ -176,14 +176,11 @@ def test_states_can_be_selected_repeated_moved_saved_and_copied(variant: str, tm
 # ---- audit
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", "chunk longer than window", "one memory, odd window", "the paper's memory", "gate: attention"]
-)
+@pytest.mark.parametrize("name", ["plain", "chunk longer than window", "one memory, odd window", "the paper's memory"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_audit(variant: str, name: str) -> None:
-    model = build_backbone(variant, name)
-    # Stacked windows see farther than one, and a segment or window reaches back at most 5 tokens here.
-    audit(model, random_inputs(2, 18), stream=stream, window=10).check()
+    model = build_backbone(variant, name, depth=1)  # of which attention sees at most 5 tokens
+    audit(model, random_inputs(2, 13), stream=stream, window=5, splits=[(1,) * 13, (5, 2, 6)]).check()
 
 
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal"])

@@ -1,8 +1,8 @@
 """The Titans models as their equations read (arXiv 2501.00663): one sequence, one token, one key after the other.
 
 Slow on purpose. Nothing is shared with the library but the memory's own network; the memory's steps are those of
-`tests/oracle.py`. Give it float64. Positions inside MAC are counted along [persistent | h | segment], as eq. 22 joins them; in MAG and MAL the persistent
-tokens, which every token sees, have none.
+`tests/oracle.py`. Give it float64. Positions inside MAC are counted along [persistent | h | segment], as eq. 22 joins
+them; in MAG and MAL the persistent tokens, which every token sees, have none.
 """
 
 from __future__ import annotations
@@ -104,7 +104,12 @@ class Reference:
         return (key if position is None else rotated(key, position)), value
 
     def attend(
-        self, mixer: str, x: Tensor, position: int, placeless: list[tuple[Tensor, Tensor]], placed: list[tuple[Tensor, Tensor]]
+        self,
+        mixer: str,
+        x: Tensor,
+        position: int,
+        placeless: list[tuple[Tensor, Tensor]],
+        placed: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
         """One token over the keys and values that it sees, with and without a position.  (dim) -> (dim)"""
         query, heads, seen = self.heads(self.linear(f"{mixer}attention.to_queries", x)), [], placeless + placed
@@ -138,7 +143,10 @@ class Reference:
 
     def gate(self, mixer: str, y: Tensor, m: Tensor) -> Tensor:
         """The readings of ⊗ in eqs. 25 and 28."""
-        y, m = rms_norm(y, self.p[f"{mixer}gate.attention_norm.weight"]), rms_norm(m, self.p[f"{mixer}gate.memory_norm.weight"])
+        y, m = (
+            rms_norm(y, self.p[f"{mixer}gate.attention_norm.weight"]),
+            rms_norm(m, self.p[f"{mixer}gate.memory_norm.weight"]),
+        )
         match self.config.gate:
             case "attention":
                 return torch.sigmoid(y) * m

@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 def beside(turned: Tensor, still: Tensor, keys: KeyValues, prefix: KeyValues) -> tuple[Tensor, KeyValues, KeyValues]:
-    """Queries and keys of twice the width, so that tokens are compared where they are and the prefix without a position.
+    """Queries and keys of twice the width: tokens are compared where they are, the prefix without a position.
 
     A prefix at a fixed place would be ever farther away. q k is turned·k for tokens, still·k for the prefix.
     """
@@ -113,9 +113,7 @@ def attend_sliding(q: Tensor, turns: Turns, tokens: KeyValues, prefix: KeyValues
     queries = rearrange(F.pad(q[:, :, num_first:], padding), "b h (w i) d -> (b w) h i d", i=window)
 
     def blocks(x: Tensor) -> Tensor:
-        return rearrange(
-            F.pad(x[:, :, start:], padding).unfold(2, 2 * window - 1, window), "b h w d j -> (b w) h j d"
-        )
+        return rearrange(F.pad(x[:, :, start:], padding).unfold(2, 2 * window - 1, window), "b h w d j -> (b w) h j d")
 
     num_blocks = len(queries) // batch
     if prefix is not None:

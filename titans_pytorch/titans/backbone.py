@@ -11,6 +11,7 @@ from titans_pytorch import checks
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.mixers import MIXERS
+from titans_pytorch.titans.norm import RMSNorm
 from titans_pytorch.titans.state import LayerState, TitansState
 
 
@@ -31,8 +32,8 @@ class Block(nn.Module):
     def __init__(self, variant: Variant, config: TitansConfig) -> None:
         super().__init__()
         self.mixer = MIXERS[variant](config)
-        self.mixer_norm = nn.RMSNorm(config.dim) if self.mixer.parts or self.mixer.has_attention else nn.Identity()
-        self.ff_norm, self.ff = nn.RMSNorm(config.dim), SwiGLU(config.dim, config.hidden)
+        self.mixer_norm = RMSNorm(config.dim) if self.mixer.parts or self.mixer.has_attention else nn.Identity()
+        self.ff_norm, self.ff = RMSNorm(config.dim), SwiGLU(config.dim, config.hidden)
 
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
         mixed, state = self.mixer(self.mixer_norm(x), start, state)
@@ -63,8 +64,9 @@ class TitansBackbone(Pretrained, nn.Module):
         if not isinstance(config, TitansConfig):
             raise TypeError(f"config must be a TitansConfig, got {type(config).__name__}")
         self.variant, self.config = variant, config
-        self.blocks = nn.ModuleList(Block(variant, config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.dim)
+        blocks = [Block(variant, config) for _ in range(config.depth)]
+        self.blocks, self.parts = nn.ModuleList(blocks), blocks[0].mixer.parts
+        self.norm = RMSNorm(config.dim)
 
     def forward(self, x: Tensor, state: TitansState | None = None) -> Read:
         """The next tokens of a sequence.  x: (b n dim) -> (b n dim), normed, and what the next piece needs"""
@@ -85,6 +87,6 @@ class TitansBackbone(Pretrained, nn.Module):
         checks.check_batch("state", state.batch, batch)
         if len(state.layers) != len(self.blocks):
             raise ValueError(f"state must be of this model's {len(self.blocks)} blocks, got {len(state.layers)}")
-        expected = self.blocks[0].mixer.parts
-        if (got := state.layers[0].parts) != expected:
-            raise ValueError(f"state must be of a model like this one, with {expected or 'nothing'}, got {got or 'nothing'}")
+        if (got := state.layers[0].parts) != self.parts:
+            expected, found = (", ".join(sorted(parts)) or "nothing" for parts in (self.parts, got))
+            raise ValueError(f"state must be of a model like this one, with {expected}, got one with {found}")

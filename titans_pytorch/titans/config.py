@@ -113,7 +113,6 @@ class TitansConfig:
         return replace(self, **changes)
 
 
-
 class Size(NamedTuple):
     """A row of the paper's table of sizes."""
 
@@ -138,9 +137,9 @@ PAPER_MEMORY = dict(summed_loss=True, per_parameter_gates=True, learned_norm_gai
 
 
 def preset(size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> TitansConfig:
-    """A model of the paper: blocks, width and heads, 128 persistent tokens, chunks of 16, segments of 512, windows of 2048.
+    """A model of the paper: blocks, width, heads, 128 persistent tokens, chunks of 16, segments of 512, window 2048.
 
-    The paper does not say how wide feed-forward networks are: as wide as it takes to be of the size that is named, which
+    The paper does not say how wide feed-forward networks are: as wide as it takes to be of the size that is named. That
     differs between the variants, as attention and memory have parameters of their own.
     """
     checks.check_choice("size", size, tuple(SIZES))

@@ -1,6 +1,6 @@
-"""How what was attended to and what was remembered become one: the ⊗ of eqs. 25 and 28, whose form the paper leaves open.
+"""How what was attended to and what was remembered become one: the ⊗ of eqs. 25 and 28, whose form is left open.
 
-It says: both are normalised with learned vectors as weights, then a non-linearity follows. Four readings of that:
+The paper says: both are normalised with learned vectors as weights, then comes a non-linearity. Four readings of it:
 
     mix        g y + (1 - g) m  with  g = σ(w y + u m): either may pass; the only one that is not a plain product
     attention  σ(y) m: what was attended to decides how much of what was remembered passes
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.titans.config import GateForm
+from titans_pytorch.titans.norm import RMSNorm
 
 
 class Gate(nn.Module):
@@ -23,7 +24,7 @@ class Gate(nn.Module):
     def __init__(self, dim: int, form: GateForm) -> None:
         super().__init__()
         self.form = form
-        self.attention_norm, self.memory_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.attention_norm, self.memory_norm = RMSNorm(dim), RMSNorm(dim)
         self.shares = nn.Parameter(torch.zeros(2, dim)) if form == "mix" else None
 
     def forward(self, attended: Tensor, remembered: Tensor) -> Tensor:

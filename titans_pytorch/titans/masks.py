@@ -33,9 +33,7 @@ def kept(build: MaskOf) -> MaskOf:
 
 
 @kept
-def sliding_mask(
-    num_queries: int, num_tokens: int, num_persistent: int, window: int, device: torch.device
-) -> Tensor:
+def sliding_mask(num_queries: int, num_tokens: int, num_persistent: int, window: int, device: torch.device) -> Tensor:
     """Keys [persistent | tokens]: the last `window` tokens, oneself included (eqs. 27, 31).  -> (i j)"""
     keys = torch.arange(-num_persistent, num_tokens, device=device)
     queries = torch.arange(num_tokens - num_queries, num_tokens, device=device)
@@ -43,10 +41,8 @@ def sliding_mask(
 
 
 @kept
-def context_mask(
-    num_queries: int, num_tokens: int, num_persistent: int, window: int, device: torch.device
-) -> Tensor:
-    """Keys [persistent | h | segment]: token i sees what was read for the tokens j <= i, and these (eq. 23).  -> (i j)"""
+def context_mask(num_queries: int, num_tokens: int, num_persistent: int, window: int, device: torch.device) -> Tensor:
+    """Keys [persistent | h | segment]: token i sees the tokens j <= i and what was read for them (eq. 23).  -> (i j)"""
     tokens = torch.arange(num_tokens, device=device)
     keys = torch.cat((torch.full((num_persistent,), -1, device=device), tokens, tokens))
     queries = torch.arange(num_tokens - num_queries, num_tokens, device=device)

@@ -39,8 +39,8 @@ def make_memory(config: TitansConfig) -> NeuralMemory:
 def start_associating(memory: NeuralMemory) -> None:
     """Let a token find from the beginning what was stored under it, and what was stored next to it.
 
-    Queries start as keys, and convolutions as means over neighbours: with weights of either sign a token's query and the
-    key of the token after it would have nothing in common, and nothing would tell the projections how to change.
+    Queries start as keys, and convolutions as means over neighbours: with weights of either sign a token's query and
+    the key of the token after it would have nothing in common, and nothing would tell projections how to change.
     """
     for layer in (memory.to_queries, memory.to_keys, memory.to_values):
         for module in layer.modules():

@@ -17,6 +17,7 @@ from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.gate import Gate
 from titans_pytorch.titans.masks import context_mask, sliding_mask
 from titans_pytorch.titans.memory import lookback_of, make_memory
+from titans_pytorch.titans.norm import RMSNorm
 from titans_pytorch.titans.state import LayerState, SegmentState
 
 
@@ -28,7 +29,9 @@ class Mixer(nn.Module):
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
         self.window = config.window
-        self.persistent = nn.Parameter(torch.randn(config.num_persistent, config.dim)) if config.num_persistent else None
+        self.persistent = (
+            nn.Parameter(torch.randn(config.num_persistent, config.dim)) if config.num_persistent else None
+        )
         self.memory = make_memory(config) if config.memory else None
         self.attention = Attention(config.dim, config.heads) if self.has_attention else None
 
@@ -57,7 +60,9 @@ class Mixer(nn.Module):
             return persistent, None
         return self.memory(persistent)
 
-    def slide(self, x: Tensor, start: int, prefix: KeyValues | None, recent: KeyValues | None) -> tuple[Tensor, KeyValues]:
+    def slide(
+        self, x: Tensor, start: int, prefix: KeyValues | None, recent: KeyValues | None
+    ) -> tuple[Tensor, KeyValues]:
         """Attention over the last `window` tokens and the prefix.  -> (b n dim), what the next token sees"""
         assert self.attention is not None
         turns = self.attention.turns(start, x.shape[1])
@@ -73,7 +78,7 @@ class MemoryAsContext(Mixer):
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
-        self.context_norm = nn.RMSNorm(config.dim) if config.memory else None
+        self.context_norm = RMSNorm(config.dim) if config.memory else None
         self.gate = Gate(config.dim, config.gate) if config.memory else None
         self.lookback = 0 if self.memory is None else lookback_of(self.memory)
 
@@ -110,18 +115,18 @@ class MemoryAsContext(Mixer):
         recent = joined(state.recent, attention.keys_values(x, turns))
         context, segment = None, state.segment
         if segment is not None:
-            h, segment = self.read_before(x, segment)                                             # eq. (21)
+            h, segment = self.read_before(x, segment)  # eq. (21)
             context = joined(segment.context, attention.keys_values(h, attention.turns(place, count)))
             segment = segment._replace(context=context)
         sees = context_mask if context is not None else sliding_mask
         mask = sees(count, offset + count, num_persistent, self.window, x.device)
-        keys_values = joined(state.prefix, context, recent)                                       # eq. (22)
+        keys_values = joined(state.prefix, context, recent)  # eq. (22)
         q = attention.queries(x)
-        y = attention.out(attend(turned(q, q.shape[-1], *turns), *keys_values, mask))             # eq. (23)
+        y = attention.out(attend(turned(q, q.shape[-1], *turns), *keys_values, mask))  # eq. (23)
         output, memory = y, state.memory
         if self.memory is not None and self.gate is not None:
-            read, memory = self.memory(y, state=memory)                                           # eq. (24)
-            output = self.gate(y, read)                                                           # eq. (25)
+            read, memory = self.memory(y, state=memory)  # eq. (24)
+            output = self.gate(y, read)  # eq. (25)
         if offset + count < self.window:
             return output, LayerState(memory, state.prefix, recent, segment)
         if memory is not None and segment is not None:
@@ -129,8 +134,9 @@ class MemoryAsContext(Mixer):
         return output, LayerState(memory, state.prefix, None, segment)
 
     def read_before(self, x: Tensor, segment: SegmentState) -> tuple[Tensor, SegmentState]:
-        """What the memory knew of these tokens before their segment.  -> h (b n dim), with the tokens to look back at"""
-        assert self.memory is not None and self.context_norm is not None
+        """What the memory knew of these tokens before their segment.  -> h (b n dim), where the segment is then"""
+        assert self.memory is not None
+        assert self.context_norm is not None
         tail = segment.tail
         seen = x if tail is None else torch.cat((tail, x), dim=1)
         h = self.memory.retrieve_memories(seen, segment.before)[:, seen.shape[1] - x.shape[1] :]
@@ -147,18 +153,18 @@ class MemoryAsGate(Mixer):
 
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
         state = self.begin(x) if state is None else state
-        y, recent = self.slide(x, start, state.prefix, state.recent)                              # eq. (27)
+        y, recent = self.slide(x, start, state.prefix, state.recent)  # eq. (27)
         if self.memory is None or self.gate is None:
             return y, LayerState(None, state.prefix, recent)
         read, memory = self.memory(x, state=state.memory)
-        return self.gate(y, read), LayerState(memory, state.prefix, recent)                       # eq. (28)
+        return self.gate(y, read), LayerState(memory, state.prefix, recent)  # eq. (28)
 
     def begin(self, x: Tensor) -> LayerState:
         persistent = self.persistent_tokens(x.shape[0])
         if persistent is None:
             return LayerState()
         assert self.attention is not None
-        _, memory = self.remember_persistent(x.shape[0])                                          # eq. (26)
+        _, memory = self.remember_persistent(x.shape[0])  # eq. (26)
         return LayerState(memory, self.attention.keys_values(persistent, None))
 
 
@@ -168,14 +174,14 @@ class MemoryAsLayer(Mixer):
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
         self.keeps_input = config.layer_residual and config.memory
-        self.norm = nn.RMSNorm(config.dim) if config.memory else None
+        self.norm = RMSNorm(config.dim) if config.memory else None
 
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
         state = self.begin(x) if state is None else state
         y, memory = x, state.memory
         if self.memory is not None:
-            y, memory = self.memory(x, state=memory)                                              # eq. (30)
-        o, recent = self.slide(self.normed(y, x), start, state.prefix, state.recent)              # eq. (31)
+            y, memory = self.memory(x, state=memory)  # eq. (30)
+        o, recent = self.slide(self.normed(y, x), start, state.prefix, state.recent)  # eq. (31)
         return o, LayerState(memory, state.prefix, recent)
 
     def begin(self, x: Tensor) -> LayerState:
@@ -183,7 +189,7 @@ class MemoryAsLayer(Mixer):
         if persistent is None:
             return LayerState()
         assert self.attention is not None
-        read, memory = self.remember_persistent(x.shape[0])                                       # eq. (29)
+        read, memory = self.remember_persistent(x.shape[0])  # eq. (29)
         assert read is not None
         return LayerState(memory, self.attention.keys_values(self.normed(read, persistent), None))
 
@@ -207,8 +213,8 @@ class MemoryAlone(Mixer):
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
         if self.memory is None:
             return torch.zeros_like(x), LayerState()
-        memory = self.remember_persistent(x.shape[0])[1] if state is None else state.memory       # eq. (19)
-        read, memory = self.memory(x, state=memory)                                               # eqs. (13-15)
+        memory = self.remember_persistent(x.shape[0])[1] if state is None else state.memory  # eq. (19)
+        read, memory = self.memory(x, state=memory)  # eqs. (13-15)
         return read, LayerState(memory)
 
 
