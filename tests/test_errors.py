@@ -93,6 +93,31 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
         ("engine", "factored", "spectral_norm_surprises"),
     ),
     ({"init_decay_bias": "0"}, TypeError, ("init_decay_bias",)),
+    *(({"conv_size": size}, ValueError, ("conv_size", str(size), "positive")) for size in (0, -4)),
+    *(({"conv_size": size}, TypeError, ("conv_size", str(size), "whole")) for size in (4.0, True, "4")),
+    *(
+        ({name: given}, TypeError, (name, str(given), "True or False"))
+        for name in (
+            "qk_l2norm",
+            "summed_loss",
+            "per_parameter_gates",
+            "channelwise_decay",
+            "learned_norm_gain",
+            "gated_output",
+        )
+        for given in (None, 1, "yes")
+    ),
+    ({"qk_l2norm": True, "qk_rmsnorm": True}, ValueError, ("qk_l2norm", "qk_rmsnorm", "exclude")),
+    (
+        {"summed_loss": True, "store_memory_loss_fn": lambda a, b: (a - b).abs().sum(dim=-1)},
+        ValueError,
+        ("summed_loss", "store_memory_loss_fn", "exclude"),
+    ),
+    (
+        {"learned_norm_gain": True, "mem_model_norm_add_residual": False},
+        ValueError,
+        ("learned_norm_gain", "mem_model_norm_add_residual=True", "False"),
+    ),
 ]
 
 
@@ -101,6 +126,25 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
 def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Exception], words: tuple[str, ...]) -> None:
     with refused(error, *words):
         memory(**options)
+
+
+PAPER_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
+    ({"dim": 0}, ValueError, ("dim", "0", "positive")),
+    ({"dim": 8.0}, TypeError, ("dim", "8.0", "whole")),
+    ({"heads": 3}, ValueError, ("dim", "multiple of heads", "3", "8", "dim_head")),
+    ({"heads": 0}, ValueError, ("heads", "0", "positive")),
+    ({"chunk_size": 0}, ValueError, ("chunk_size", "0", "positive")),
+    ({"qk_rmsnorm": True}, ValueError, ("qk_l2norm", "qk_rmsnorm", "exclude")),
+    ({"size": 3}, TypeError, ("size",)),
+]
+
+
+@pytest.mark.parametrize("options, error, words", PAPER_ARGUMENTS, ids=str)
+def test_wrong_arguments_of_the_papers_memory_are_refused(
+    options: dict[str, Any], error: type[Exception], words: tuple[str, ...]
+) -> None:
+    with refused(error, *words):
+        NeuralMemory.paper(**{"dim": 8} | options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no CUDA device")
@@ -207,6 +251,7 @@ OTHERS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"momentum_order": 2}, ("state", r"\(1, 2", r"\(2, 2")),
     ({"chunk_size": 8}, ("state", "fewer than 4")),
     ({"qkv_receives_diff_views": True}, ("state", r"\(2, 2, 2, 8\)")),
+    ({"conv_size": 3}, ("state.tails.queries", "None", "conv_size", r"\(2, 2, 8\)")),
 ]
 
 

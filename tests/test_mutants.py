@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.configurations import DIM_HEAD, OPTIONS, Case
 from tests.test_exactness import check
+from titans_pytorch import convolution, losses, neural_memory, options, projections, streaming
 from titans_pytorch import gates as gates_module
-from titans_pytorch import neural_memory
 from titans_pytorch.fast_weights import engine as engine_module
-from titans_pytorch.fast_weights import general, limits, recurrence, schedule, spectral, taps
+from titans_pytorch.fast_weights import general, limits, recurrence, scaled_sum, schedule, single, spectral, taps
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.recurrence import Gates
 from titans_pytorch.neural_memory import NeuralMemory
@@ -48,16 +48,32 @@ RICH = PLAIN | {
     "max_weight_growth": 1.02,
 }
 
+PAPER = PLAIN | {
+    "dim": 6,
+    "heads": 2,
+    "chunk_size": 3,
+    "batch_size": 6,
+    "activation": "SiLU",
+    "qk_l2norm": True,
+    "conv_size": 4,
+    "summed_loss": True,
+    "per_parameter_gates": True,
+    "channelwise_decay": True,
+    "learned_norm_gain": True,
+    "gated_output": True,
+    "default_step_transform_max_lr": 0.1,
+}
+
 
 def case(
-    options: dict[str, Any],
+    chosen: dict[str, Any],
     split: tuple[int, ...] = (5, 1, 7),
     engine: str = "factored",
     mask: bool = False,
     store: bool = False,
     seed: int = 3,
 ) -> Case:
-    return Case(options, 2, sum(split), split, seed, mask, store, engine)
+    return Case(chosen, 2, sum(split), split, seed, mask, store, engine)
 
 
 CASES = {
@@ -71,6 +87,15 @@ CASES = {
     "attention": case(PLAIN | {"model": "attention", "chunk_size": 4}, mask=True, seed=4),
     "spectral": case(PLAIN | {"spectral_norm_surprises": True, "batch_size": 4}, engine="dense"),
     "general": case(PLAIN | {"model": "opaque", "accept_weight_residual": True}, engine="general", mask=True, seed=4),
+    "paper": case(PAPER, mask=True),
+    "paper, one chunk a batch": case(PAPER | {"batch_size": 3}),
+    "paper, dense": case(PAPER, engine="dense"),
+    "paper, square": case(
+        PAPER | {"batch_size": 3, "default_model_kwargs": dict(depth=1), "per_parameter_gates": False}
+    ),
+    "paper, general": case(PAPER, engine="general"),
+    "paper, mixing tokens": case(PAPER | {"model": "attention", "learned_norm_gain": False}),
+    "gates of parameters": case(PAPER | {"channelwise_decay": False, "momentum_order": 2}),
 }
 
 
@@ -292,6 +317,213 @@ def the_pool_sees_masked_tokens(patcher: pytest.MonkeyPatch) -> None:
         wrapped(patcher, pool, "forward", lambda original, self, x, is_stored=None: original(self, x))
 
 
+# the options of the paper
+
+PAPER_CASES = ("paper", "paper, one chunk a batch", "paper, dense", "paper, general")
+
+
+def convolutions_become(patcher: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
+    wrapped(patcher, convolution.CausalConvolution, "forward", change)
+
+
+@mutant(*PAPER_CASES)
+def convolutions_are_shifted_by_one(patcher: pytest.MonkeyPatch) -> None:
+    """Every token sees the one before it as if it were itself."""
+
+    def change(original: Any, self: Any, x: Tensor, tail: Tensor) -> Any:
+        late = torch.cat((tail[:, -1:], x[:, :-1]), dim=1)
+        return original(self, late, tail)[0], original(self, x, tail)[1]
+
+    convolutions_become(patcher, change)
+
+
+@mutant(*PAPER_CASES)
+def convolutions_forget_their_tails(patcher: pytest.MonkeyPatch) -> None:
+    convolutions_become(patcher, lambda original, self, x, tail: (original(self, x, tail)[0], tail * 0))
+
+
+@mutant(*PAPER_CASES)
+def convolutions_keep_the_tail_they_were_given(patcher: pytest.MonkeyPatch) -> None:
+    convolutions_become(patcher, lambda original, self, x, tail: (original(self, x, tail)[0], tail))
+
+
+@mutant(*PAPER_CASES)
+def convolutions_are_correlations(patcher: pytest.MonkeyPatch) -> None:
+    """The newest token at the other end of the kernel."""
+
+    def change(original: Any, self: Any, x: Tensor, tail: Tensor) -> Any:
+        seen = torch.cat((tail, x), dim=1)
+        last = len(self.weight) - 1
+        out = sum(seen[:, lag : lag + x.shape[1]] * self.weight[lag] for lag in range(last + 1))
+        return out, seen[:, x.shape[1] :]
+
+    convolutions_become(patcher, change)
+
+
+@mutant(*PAPER_CASES)
+def keys_take_the_tail_of_values(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Projections, tokens: Any, chunk: int, dtype: Any, tails: Any) -> Any:
+        return original(self, tokens, chunk, dtype, tails._replace(keys=tails.values))
+
+    wrapped(patcher, Projections, "project_writes", change)
+
+
+@mutant("paper")
+def convolutions_see_masked_tokens(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, Projections, "normed", lambda original, self, tokens, is_stored: original(self, tokens, None))
+
+
+@mutant("paper", "paper, one chunk a batch", "paper, dense")
+def the_activation_comes_before_the_convolution(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Any, x: Tensor, tail: Tensor) -> Any:
+        return self.convolution(self.activation(self.linear(x)), tail)
+
+    wrapped(patcher, convolution.Projection, "forward", change)
+
+
+@mutant(*PAPER_CASES)
+def queries_and_keys_are_not_of_length_1(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(projections.L2Norm, "forward", lambda self, x: x)
+
+
+@mutant(*PAPER_CASES)
+def lengths_are_means(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(projections.L2Norm, "forward", lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:]))
+
+
+@mutant(*PAPER_CASES)
+def the_summed_loss_is_a_mean(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(options, "summed_squared_error", losses.mean_squared_error)
+
+
+@mutant("plain", "general")
+def the_mean_loss_is_a_sum(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, Engine, "__init__", lambda original, self, name, model, traits, loss_fn, rules: original(
+        self, name, model, traits, losses.summed_squared_error, rules))  # fmt: skip
+
+
+def swapped(each: tuple[Any, ...]) -> tuple[Any, ...]:
+    return each[::-1]
+
+
+@mutant(*PAPER_CASES, "paper, mixing tokens", "gates of parameters")
+def parameters_trade_step_sizes(patcher: pytest.MonkeyPatch) -> None:
+    writes_become(patcher, rates=swapped)
+
+
+@mutant(*PAPER_CASES, "paper, mixing tokens", "gates of parameters")
+def all_parameters_step_as_the_first(patcher: pytest.MonkeyPatch) -> None:
+    writes_become(patcher, rates=lambda rates: rates[:1])
+
+
+@mutant("paper", "paper, mixing tokens", "gates of parameters")
+def the_rates_of_the_first_parameter_are_reported(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(
+        patcher,
+        streaming,
+        "surprise_of",
+        lambda original, projected, loss: original(
+            projected._replace(writes=projected.writes._replace(rates=projected.writes.rates[:1])), loss
+        ),
+    )
+
+
+@mutant(*PAPER_CASES, "paper, mixing tokens", "gates of parameters")
+def parameters_trade_momenta(patcher: pytest.MonkeyPatch) -> None:
+    def change(gates: tuple[Gates, ...]) -> tuple[Gates, ...]:
+        return tuple(
+            own._replace(log_momentum=other.log_momentum) for own, other in zip(gates, gates[::-1], strict=True)
+        )
+
+    writes_become(patcher, gates=change)
+
+
+@mutant("gates of parameters")
+def parameters_trade_forgetting(patcher: pytest.MonkeyPatch) -> None:
+    def change(gates: tuple[Gates, ...]) -> tuple[Gates, ...]:
+        return tuple(own._replace(log_keep=other.log_keep) for own, other in zip(gates, gates[::-1], strict=True))
+
+    writes_become(patcher, gates=change)
+
+
+@mutant("gates of parameters")
+def forgetting_is_momentum(patcher: pytest.MonkeyPatch) -> None:
+    gates_become(patcher, lambda gates: gates._replace(log_keep=gates.log_momentum[0]))
+
+
+@mutant(*PAPER_CASES, "paper, mixing tokens")
+def channels_are_forgotten_in_reverse(patcher: pytest.MonkeyPatch) -> None:
+    gates_become(patcher, lambda gates: gates._replace(log_keep=gates.log_keep.flip(1)))
+
+
+@mutant(*PAPER_CASES, "paper, mixing tokens")
+def channels_are_forgotten_on_average(patcher: pytest.MonkeyPatch) -> None:
+    gates_become(
+        patcher,
+        lambda gates: gates._replace(log_keep=gates.log_keep.mean(dim=1, keepdim=True).expand_as(gates.log_keep)),
+    )
+
+
+@mutant("paper, square")
+def rows_are_forgotten_not_columns(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, scale: Tensor, weights: Tensor) -> Tensor:
+        scale = original(scale, weights)
+        return scale.mT if scale.ndim == 3 else scale
+
+    for module in (scaled_sum, single):
+        wrapped(patcher, module, "along", change)
+
+
+@mutant("paper")
+def channels_forget_what_comes_later_too(patcher: pytest.MonkeyPatch) -> None:
+    """What is stored is forgotten from the start of its block on, not from its own chunk on."""
+
+    def change(original: Any, gates: Gates) -> Any:
+        found = original(gates)
+        return found._replace(surprise=found.surprise * found.initial.unsqueeze(-1))
+
+    wrapped(patcher, engine_module, "unroll_channels", change)
+
+
+@mutant(*PAPER_CASES)
+def the_gain_is_a_fast_weight(patcher: pytest.MonkeyPatch) -> None:
+    """Or rather: it moves, by the mean of what is stored."""
+
+    def change(original: Any, self: Projections, batch: int, dtype: Any) -> Any:
+        return {name: gain * 1.1 + 0.05 for name, gain in original(self, batch, dtype).items()}
+
+    wrapped(patcher, Projections, "slow_weights", change)
+
+
+@mutant(*PAPER_CASES)
+def heads_trade_their_gains(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Projections, batch: int, dtype: Any) -> Any:
+        return {name: gain.flip(0) for name, gain in original(self, batch, dtype).items()}
+
+    wrapped(patcher, Projections, "slow_weights", change)
+
+
+@mutant(*PAPER_CASES)
+def outputs_are_gated_by_a_sigmoid(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, Projections, "merge", with_gate(lambda gate: gate[:-1].append(torch.nn.Sigmoid())))
+
+
+@mutant(*PAPER_CASES)
+def outputs_are_not_gated(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, Projections, "merge", with_gate(lambda gate: None))
+
+
+def with_gate(make: Callable[[Any], Any]) -> Callable[..., Tensor]:
+    def change(original: Any, self: Projections, *args: Any) -> Tensor:
+        gate, self.retrieve_gate = self.retrieve_gate, make(self.retrieve_gate)
+        try:
+            return original(self, *args)
+        finally:
+            self.retrieve_gate = gate
+
+    return change
+
+
 # masks
 
 
@@ -402,14 +634,7 @@ def reads_are_not_normed(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("rich")
 def heads_are_not_gated(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, self: Projections, reads: Tensor, tokens: Tensor) -> Tensor:
-        gate, self.retrieve_gate = self.retrieve_gate, None
-        try:
-            return original(self, reads, tokens)
-        finally:
-            self.retrieve_gate = gate
-
-    wrapped(patcher, Projections, "merge", change)
+    wrapped(patcher, Projections, "merge", with_gate(lambda gate: None))
 
 
 @mutant("plain")

@@ -32,6 +32,19 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "read apart": dict(chunk_size=(3, 2)),
     "mixes tokens": dict(chunk_size=4, model=MemoryAttention(6)),
     "spectral": dict(chunk_size=4, batch_size=8, spectral_norm_surprises=True),
+    "convolution": dict(chunk_size=4, conv_size=4),
+    "options of the paper": dict(
+        chunk_size=4,
+        batch_size=8,
+        conv_size=3,
+        qk_l2norm=True,
+        summed_loss=True,
+        default_step_transform_max_lr=0.1,
+        per_parameter_gates=True,
+        channelwise_decay=True,
+        learned_norm_gain=True,
+        gated_output=True,
+    ),
 }
 
 
@@ -53,7 +66,7 @@ def tensors(state: NeuralMemState) -> Iterator[Tensor]:
     yield state.cache_store_segment
     for weights in (state.weights, *state.states, state.group.weights or {}):
         yield from weights.values()
-    yield from (t for t in (state.cache_store_mask, state.group.queries) if t is not None)
+    yield from (t for t in (state.cache_store_mask, state.group.queries, *state.tails) if t is not None)
 
 
 def size(state: NeuralMemState) -> tuple[int, int]:
@@ -65,9 +78,9 @@ def size(state: NeuralMemState) -> tuple[int, int]:
 # size
 
 
-@pytest.mark.parametrize("name", ["plain", "heads and batches", "mixes tokens"])
+@pytest.mark.parametrize("name", ["plain", "heads and batches", "mixes tokens", "options of the paper"])
 def test_a_state_is_as_small_after_100_000_tokens_as_after_100(name: str) -> None:
-    built = memory(name, **({"batch_size": 256} if name == "heads and batches" else {})).float()
+    built = memory(name, **({"batch_size": 256} if "batch_size" in CONFIGURATIONS[name] else {})).float()
     state, sizes = None, []
     with torch.no_grad():
         for length in (101, 9_000, 40_001, 50_899):
@@ -212,7 +225,7 @@ def test_a_reset_at_the_border_of_a_batch_is_a_fresh_start() -> None:
 
 
 @pytest.mark.parametrize("engine", ["factored", "dense", "general"])
-@pytest.mark.parametrize("name", ["plain", "heads and batches", "gated"])
+@pytest.mark.parametrize("name", ["plain", "heads and batches", "gated", "options of the paper"])
 def test_updates_are_the_weights_before_every_chunk_and_after_the_last(name: str, engine: str) -> None:
     built = memory(name, engine=engine)
     seq = tokens(built, 2, 15)

@@ -69,7 +69,7 @@ def check_momentum(
 
 
 def warn_ignored(option: str, because: str) -> None:
-    warnings.warn(f"{option} has no effect with {because}", UserWarning, stacklevel=4)
+    warnings.warn(f"{option} has no effect with {because}", UserWarning, stacklevel=6)
 
 
 def check_sequence(name: str, seq: Any, *, views: int | None, dim: int, dtype: torch.dtype) -> None:
@@ -352,3 +352,8 @@ def check_tail(name: str, tail: Tensor | None, shape: tuple[int, ...] | None) ->
     expected = None if shape is None else tuple(shape)
     if got != expected:
         raise ValueError(f"{name} must have the shape {expected} of this module's conv_size, got {got}")
+
+
+def check_divides(name: str, size: int, whole_name: str, whole: int) -> None:
+    if whole % size:
+        raise ValueError(f"{whole_name} must be a multiple of {name} ({size}), got {whole}; or give dim_head")

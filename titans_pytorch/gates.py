@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.fast_weights.recurrence import Gates
-from titans_pytorch.settings import Settings
+from titans_pytorch.options import MemoryOptions
 
 DECAY_RANK = 32
 """Width between tokens and a forgetting gate of every channel; a full map would have as many weights as projections"""
@@ -75,31 +76,32 @@ def max_lr_sigmoid(raw: Tensor, max_lr: float) -> Tensor:
 class GateLayers(nn.Module):
     """The layers that gates are made of, one set for all parameters of the memory or one for each (`p`)."""
 
-    def add_gates(self, settings: Settings) -> None:
-        dim, heads, u = settings.dim, settings.heads, settings.num_kv_per_token
-        p, o, num_combined = settings.num_gated, settings.momentum_order, settings.num_combined
-        self.settings = settings
-        self.adaptive_step_transform = settings.adaptive_step_transform or partial(
-            max_lr_sigmoid, max_lr=settings.max_lr
-        )
-        self.reduce_to_chunk_rep = AttentionPool(dim) if settings.attn_pool_chunks else AveragePool()
+    def add_gates(self, options: MemoryOptions, fast: Mapping[str, Tensor]) -> None:
+        """fast: the parameters of the memory, as they are shaped"""
+        dim, heads, u = options.dim, options.heads, options.num_kv_per_token
+        o, num_combined, num_names = options.num_orders, options.num_combined, len(fast)
+        p = num_names if options.per_parameter_gates else 1
+        self.options, self.parameter_names = options, tuple(fast)
+        self.channels = [w.shape[-1] if w.ndim else 1 for w in fast.values()]
+        default_step = partial(max_lr_sigmoid, max_lr=options.default_step_transform_max_lr)
+        self.adaptive_step_transform = options.adaptive_step_transform or default_step
+        self.reduce_to_chunk_rep = AttentionPool(dim) if options.attn_pool_chunks else AveragePool()
         each_step = "b n c (h p u) -> p (b h) n c u"
-        self.to_adaptive_step = Gating(dim, heads * p * u, each_step, bias=settings.step_bias, p=p, u=u)
-        self.to_decay_factor = self.decay_gating(settings)
-        each_momentum = partial(Gating, pattern="b n (h p o) -> p o (b h) n", bias=settings.momentum_bias, p=p, o=o)
-        self.to_momentum = each_momentum(dim, heads * p * o) if o else None
+        self.to_adaptive_step = Gating(dim, heads * p * u, each_step, bias=options.init_adaptive_step_bias, p=p, u=u)
+        self.to_decay_factor = self.decay_gating(p)
+        each_momentum = partial(Gating, dim, pattern="b n (h p o) -> p o (b h) n", bias=options.init_momentum_bias)
+        self.to_momentum = each_momentum(heads * p * o, p=p, o=o) if o else None
         orders = partial(Gating, dim, pattern="b n (h o) -> o (b h) n")
         self.to_learned_momentum_combine = orders(heads * num_combined, o=num_combined) if num_combined else None
-        num_names = len(settings.parameter_names)
-        modulates = settings.modulates_parameters
+        modulates = options.per_parameter_lr_modulation
         self.to_layer_modulation = orders(heads * num_names, o=num_names) if modulates else None
-        self.to_learned_weight_residual_mix = Gating(dim, heads, "b n h -> (b h) n") if settings.mixes_weights else None
+        mixes = options.accept_weight_residual
+        self.to_learned_weight_residual_mix = Gating(dim, heads, "b n h -> (b h) n") if mixes else None
 
-    def decay_gating(self, settings: Settings) -> nn.Module:
-        dim, heads, p, bias = settings.dim, settings.heads, settings.num_gated, settings.decay_bias
-        if settings.channelwise_decay:
-            num_channels = sum(settings.parameter_channels.values())
-            return ChannelGating(dim, heads * num_channels, "b n (h j) -> (b h) j n", bias=bias, h=heads)
+    def decay_gating(self, p: int) -> nn.Module:
+        dim, heads, bias = self.options.dim, self.options.heads, self.options.init_decay_bias
+        if self.options.channelwise_decay:
+            return ChannelGating(dim, heads * sum(self.channels), "b n (h j) -> (b h) j n", bias=bias, h=heads)
         return Gating(dim, heads * p, "b n (h p) -> p (b h) n", bias=bias, p=p)
 
     def rates(self, chunks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -108,7 +110,7 @@ class GateLayers(nn.Module):
 
     def gates(self, pooled: Tensor, poison: Tensor, is_stored: Tensor | None, dtype: torch.dtype) -> tuple[Gates, ...]:
         """One for all parameters, or one for each.  pooled: (b n dim), one vector for each chunk"""
-        names, combine, momentum = self.settings.parameter_names, self.to_learned_momentum_combine, self.to_momentum
+        names, combine, momentum = self.parameter_names, self.to_learned_momentum_combine, self.to_momentum
         log_keep = self.log_keep(pooled, dtype)
         log_momentum = () if momentum is None else F.logsigmoid(finite(momentum(pooled), dtype)).unbind(0)  # eta
         mixed = None if combine is None else finite(combine(pooled), dtype).softmax(dim=0)
@@ -126,20 +128,20 @@ class GateLayers(nn.Module):
     def log_keep(self, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """log(1 - alpha), one for all parameters (r n), one for each, or one for each of their channels (r j n)"""
         logs = F.logsigmoid(-finite(self.to_decay_factor(pooled), dtype))
-        if self.settings.channelwise_decay:
-            return logs.split(list(self.settings.parameter_channels.values()), dim=1)
+        if self.options.channelwise_decay:
+            return logs.split(self.channels, dim=1)
         return logs.unbind(0)
 
     def each_head(self, x: Tensor) -> Tensor:
-        return repeat(x, "b n -> (b h) n", h=self.settings.heads)
+        return repeat(x, "b n -> (b h) n", h=self.options.heads)
 
     def shares(self, pooled: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor | None]:
         """lambda of every parameter, and the share of the previous layer's weights.  (r n) each"""
         modulation, mix = self.to_layer_modulation, self.to_learned_weight_residual_mix
         by_name = {}
         if modulation is not None:
-            shares = finite(modulation(pooled), dtype).sigmoid() * self.settings.max_modulation
-            by_name = dict(zip(self.settings.parameter_names, shares, strict=True))
+            shares = finite(modulation(pooled), dtype).sigmoid() * self.options.max_mem_layer_modulation
+            by_name = dict(zip(self.parameter_names, shares, strict=True))
         return by_name, None if mix is None else finite(mix(pooled), dtype).sigmoid()
 
 

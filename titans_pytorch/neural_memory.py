@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from assoc_scan import AssocScan
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from titans_pytorch import checks
@@ -19,40 +19,19 @@ from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Weights
 from titans_pytorch.fast_weights.limits import renewed
 from titans_pytorch.fast_weights.probe import inspect_model
 from titans_pytorch.fast_weights.schedule import BlockPlan, Layout
+from titans_pytorch.losses import mean_squared_error
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.options import MemoryOptions
+from titans_pytorch.paper import paper_options
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.projections import NORM_GAIN, Projections, StoredTokens
 from titans_pytorch.reading import Reader
-from titans_pytorch.settings import Settings
-from titans_pytorch.state import NeuralMemState, ReadingGroup, Updates, mem_state_detach
+from titans_pytorch.state import NeuralMemState, ReadingGroup, Updates, mem_state_detach, restarted
 from titans_pytorch.streaming import Stored, Stream, Surprise
 
 __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
 
 DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
-
-PAPER: dict[str, Any] = dict(
-    qk_l2norm=True,
-    conv_size=4,
-    summed_loss=True,
-    per_parameter_gates=True,
-    channelwise_decay=True,
-    learned_norm_gain=True,
-    gated_output=True,
-    init_decay_bias=-4.0,
-    default_step_transform_max_lr=0.1,
-)
-"""What `NeuralMemory.paper` turns on"""
-
-
-def mean_squared_error(prediction: Tensor, value: Tensor) -> Tensor:
-    """The default key-value loss of each token.  (... d), (... d) -> (...)"""
-    return (prediction - value).square().mean(dim=-1)
-
-
-def summed_squared_error(prediction: Tensor, value: Tensor) -> Tensor:
-    """The loss of each token as the paper has it (eq. 12).  (... d), (... d) -> (...)"""
-    return (prediction - value).square().sum(dim=-1)
 
 
 def fast_parameters(model: nn.Module, has_learned_gain: bool) -> dict[str, nn.Parameter]:
@@ -158,94 +137,20 @@ class NeuralMemory(Pretrained, Projections):
         learned_norm_gain: bool = False,
         gated_output: bool = False,
     ) -> None:
-        checks.check_whole(
-            dim=dim, dim_head=dim_head, heads=heads, momentum_order=momentum_order, num_kv_per_token=num_kv_per_token
-        )
-        checks.check_whole(batch_size=batch_size, conv_size=conv_size)
-        checks.check_switches(
-            qk_l2norm=qk_l2norm,
-            summed_loss=summed_loss,
-            per_parameter_gates=per_parameter_gates,
-            channelwise_decay=channelwise_decay,
-            learned_norm_gain=learned_norm_gain,
-            gated_output=gated_output,
-        )
-        checks.check_exclusive(qk_l2norm=qk_l2norm, qk_rmsnorm=qk_rmsnorm)
-        has_loss = store_memory_loss_fn is not mean_squared_error
-        checks.check_exclusive(summed_loss=summed_loss, store_memory_loss_fn=has_loss)
-        checks.check_needed(
-            "learned_norm_gain", learned_norm_gain, mem_model_norm_add_residual=mem_model_norm_add_residual
-        )
-        store_memory_loss_fn = summed_squared_error if summed_loss else store_memory_loss_fn
-        checks.check_positive(
-            default_step_transform_max_lr=default_step_transform_max_lr,
-            max_mem_layer_modulation=max_mem_layer_modulation,
-            max_grad_norm=max_grad_norm,
-        )
-        chunks = checks.check_chunk_size(chunk_size)
-        checks.check_number(
-            init_adaptive_step_bias=init_adaptive_step_bias,
-            init_momentum_bias=init_momentum_bias,
-            init_decay_bias=init_decay_bias,
-        )
-        checks.check_callable(
-            store_memory_loss_fn=store_memory_loss_fn, adaptive_step_transform=adaptive_step_transform
-        )
-        checks.check_elementwise("adaptive_step_transform", adaptive_step_transform)
-        checks.check_activation(activation)
-        checks.check_batching(batch_size, chunks[1], gated_transition, max_weight_growth)
-        checks.check_chunking(chunks[1], attn_pool_chunks, store_with_lookahead_value)
-        momentum_options = (momentum, momentum_order, learned_momentum_combine, learned_combine_include_zeroth)
-        checks.check_momentum(*momentum_options, init_momentum_bias)
-        checks.check_scan(use_accelerated_scan)
-        dim_head = dim if dim_head is None else dim_head
-        checks.check_dim_head(dim, dim_head, heads)
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        model = MemoryMLP(dim_head, **(default_model_kwargs or DEFAULT_MODEL)) if model is None else deepcopy(model)
-        model = ResidualNorm(dim_head, model) if mem_model_norm_add_residual else model
-        traits = inspect_model(model.requires_grad_(False), dim_head, store_memory_loss_fn)
-
-        settings = Settings(
-            dim=dim,
-            heads=heads,
-            dim_head=dim_head,
-            num_kv_per_token=num_kv_per_token,
-            parameter_channels={
-                name: p.shape[-1] if p.ndim else 1 for name, p in fast_parameters(model, learned_norm_gain).items()
-            },
-            activation=activation,
-            conv_size=conv_size,
-            pre_rmsnorm=pre_rmsnorm,
-            post_rmsnorm=post_rmsnorm,
-            qk_rmsnorm=qk_rmsnorm,
-            qk_l2norm=qk_l2norm,
-            gated_output=gated_output,
-            learned_norm_gain=learned_norm_gain,
-            looks_ahead=store_with_lookahead_value,
-            compacts_masked=traits.mixes_tokens,
-            attn_pool_chunks=attn_pool_chunks,
-            per_parameter_gates=per_parameter_gates,
-            channelwise_decay=channelwise_decay,
-            adaptive_step_transform=adaptive_step_transform,
-            max_lr=default_step_transform_max_lr,
-            momentum_order=momentum_order if momentum else 0,
-            num_combined=(momentum_order + learned_combine_include_zeroth) if learned_momentum_combine else 0,
-            modulates_parameters=per_parameter_lr_modulation,
-            max_modulation=max_mem_layer_modulation,
-            mixes_weights=accept_weight_residual,
-            step_bias=init_adaptive_step_bias,
-            momentum_bias=init_momentum_bias,
-            decay_bias=init_decay_bias,
-        )
-        super().__init__(settings)
+        given = {name: value for name, value in locals().items() if name in MemoryOptions.names()}
+        options = MemoryOptions(**given)
+        chunks, width = options.chunks, options.head_width
+        form = MemoryMLP(width, **(default_model_kwargs or DEFAULT_MODEL)) if model is None else deepcopy(model)
+        form = ResidualNorm(width, form) if mem_model_norm_add_residual else form
+        traits = inspect_model(form.requires_grad_(False), width, options.loss_fn)
+        super().__init__(options, fast_parameters(form, learned_norm_gain), traits.mixes_tokens)
         self.dim, self.num_views = dim, 3 if qkv_receives_diff_views else None
         self.layout = Layout(*chunks, batch_size)
         self.mixes_tokens, self.max_weight_growth = traits.mixes_tokens, max_weight_growth
-        self.momentum_order = momentum_order if momentum else 0
+        self.momentum_order = options.num_orders
 
         # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
-        self._form = (model,)
+        self._form = (form,)
         heads_axis = (heads,) if per_head_learned_parameters else ()
         initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in self.fast_forms().values()]
         self.memory_model_parameters = nn.ParameterList(initial)
@@ -253,7 +158,7 @@ class NeuralMemory(Pretrained, Projections):
 
         rules = Rules(max_grad_norm, spectral_norm_surprises, use_accelerated_scan, channelwise_decay)
         fitting: EngineName = "general" if traits.uses is None else "dense" if spectral_norm_surprises else "factored"
-        self._engine = Engine(engine or fitting, model, traits, store_memory_loss_fn, rules)
+        self._engine = Engine(engine or fitting, form, traits, options.loss_fn, rules)
 
     @classmethod
     def paper(cls, dim: int, heads: int = 1, chunk_size: int | tuple[int, int] = 16, **overrides: Any) -> NeuralMemory:
@@ -263,13 +168,7 @@ class NeuralMemory(Pretrained, Projections):
         and values; summed loss; gates for every parameter; surprises at the weights of every chunk's start; a normed
         and gated output. The paper does not say how gates start: here memory is kept long and steps are small.
         """
-        chunks = checks.check_chunk_size(chunk_size)
-        checks.check_whole(dim=dim, heads=heads)
-        if heads > 1 and "dim_head" not in overrides:
-            checks.check_multiple("dim", dim, heads)
-        dim_head = dim if heads == 1 else dim // heads
-        options = PAPER | dict(dim_head=dim_head, batch_size=chunks[1], activation=nn.SiLU()) | overrides
-        return cls(dim, heads=heads, chunk_size=chunk_size, **options)
+        return cls(**paper_options(dim, heads, chunk_size, overrides))
 
     # ---- the memory model and its weights
 
@@ -289,7 +188,7 @@ class NeuralMemory(Pretrained, Projections):
 
     def fast_forms(self) -> dict[str, nn.Parameter]:
         """The parameters of the memory model that storing changes; their values here do not matter."""
-        return fast_parameters(self.memory_model, self.settings.learned_norm_gain)
+        return fast_parameters(self.memory_model, self.options.learned_norm_gain)
 
     def initial_weights(self) -> Weights:
         """The learned memory of each head.  name -> (h ...)"""
@@ -329,37 +228,7 @@ class NeuralMemory(Pretrained, Projections):
         batch = state.batch
         rows = torch.ones(batch, dtype=torch.bool, device=state.cache_store_segment.device) if rows is None else rows
         checks.check_mask("rows", rows, (batch,))
-        fresh = self.init_state(batch)
-
-        def mixed(new: Tensor, old: Tensor, axis: int = 0) -> Tensor:
-            marked = repeat(rows, "b -> (b h)", h=old.shape[axis] // batch)
-            return torch.where(marked.reshape(-1, *[1] * (old.ndim - 1 - axis)), new, old)
-
-        weights, current = (
-            {n: mixed(fresh.weights[n], w) for n, w in ws.items()} for ws in (state.weights, state.states[0])
-        )
-        momenta = {name: mixed(fresh.states[1][name], m, 1) for name, m in state.states[1].items()}
-        mask, group = state.cache_store_mask, state.group
-        if state.cache_store_segment.shape[-2]:
-            old = torch.ones(state.cache_store_segment.shape[-3:-1], dtype=torch.bool, device=rows.device)
-            mask = (old if mask is None else mask) & ~rows[:, None]
-        if group.queries is not None:
-            group = group._replace(queries=mixed(torch.zeros_like(group.queries), group.queries))
-        if group.weights is not None:
-            group = group._replace(weights={n: mixed(fresh.weights[n], w) for n, w in group.weights.items()})
-        pairs = zip(fresh.tails, state.tails, strict=True)
-        tails = Tails(*(None if new is None or old is None else mixed(new, old) for new, old in pairs))
-        chunk = state.seq_index // self.layout.store_chunk
-        return NeuralMemState(
-            state.seq_index,
-            weights,
-            state.cache_store_segment,
-            (current, momenta),
-            Updates(chunk, 0, current, []),
-            mask,
-            group,
-            tails,
-        )
+        return restarted(state, self.init_state(batch), rows, self.layout.store_chunk)
 
     # ---- storing and reading
 

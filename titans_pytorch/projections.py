@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from titans_pytorch.convolution import Projection, Tails, fresh_tail, projected
 from titans_pytorch.fast_weights.interface import Weights, Writes
 from titans_pytorch.gates import GateLayers, finite
-from titans_pytorch.settings import Settings
+from titans_pytorch.options import MemoryOptions
 
 NORM_GAIN = "norm.gamma"
 """Name of the gain of `ResidualNorm`"""
@@ -54,50 +55,50 @@ class L2Norm(nn.Module):
         return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def projection(dim_in: int, dim_out: int, settings: Settings) -> nn.Module:
-    if settings.conv_size is not None:
-        return Projection(dim_in, dim_out, settings.conv_size, settings.activation)
+def projection(dim_in: int, dim_out: int, options: MemoryOptions) -> nn.Module:
+    if options.conv_size is not None:
+        return Projection(dim_in, dim_out, options.conv_size, options.activation)
     linear = nn.Linear(dim_in, dim_out, bias=False)
-    return linear if settings.activation is None else nn.Sequential(linear, settings.activation)
+    return linear if options.activation is None else nn.Sequential(linear, options.activation)
 
 
-def head_norm(settings: Settings) -> nn.Module:
+def head_norm(options: MemoryOptions) -> nn.Module:
     """Of queries and keys."""
-    if settings.qk_l2norm:
+    if options.qk_l2norm:
         return L2Norm()
-    return MultiheadRMSNorm(settings.dim_head, settings.heads) if settings.qk_rmsnorm else nn.Identity()
+    return MultiheadRMSNorm(options.head_width, options.heads) if options.qk_rmsnorm else nn.Identity()
 
 
 class Projections(GateLayers):
     """The layers of a `NeuralMemory` outside its memory; parameter names are those of published checkpoints."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, options: MemoryOptions, fast: Mapping[str, Tensor], mixes_tokens: bool) -> None:
+        """fast: the parameters of the memory, as they are shaped; mixes_tokens: whether its model does"""
         super().__init__()
-        dim, heads, dim_head, u = settings.dim, settings.heads, settings.dim_head, settings.num_kv_per_token
+        dim, heads, dim_head, u = options.dim, options.heads, options.head_width, options.num_kv_per_token
         inner = heads * dim_head
         self.heads, self.dim_head, self.num_kv_per_token = heads, dim_head, u
-        self.parameter_names, self.looks_ahead = settings.parameter_names, settings.looks_ahead
-        self.compacts_masked = settings.compacts_masked
+        self.looks_ahead, self.compacts_masked = options.store_with_lookahead_value, mixes_tokens
 
-        self.retrieve_norm = nn.RMSNorm(dim) if settings.pre_rmsnorm else nn.Identity()
-        self.store_norm = nn.RMSNorm(dim) if settings.pre_rmsnorm else nn.Identity()
-        self.q_norm, self.k_norm = head_norm(settings), head_norm(settings)
-        norms_reads = settings.post_rmsnorm or settings.gated_output
+        self.retrieve_norm = nn.RMSNorm(dim) if options.pre_rmsnorm else nn.Identity()
+        self.store_norm = nn.RMSNorm(dim) if options.pre_rmsnorm else nn.Identity()
+        self.q_norm, self.k_norm = head_norm(options), head_norm(options)
+        norms_reads = options.post_rmsnorm or options.gated_output
         self.multihead_rmsnorm = MultiheadRMSNorm(dim_head, heads) if norms_reads else nn.Identity()
 
-        self.to_queries = projection(dim, inner, settings)
-        self.to_keys = projection(dim, inner * u, settings)
-        self.to_values = projection(dim, inner * u, settings)
-        is_combined = heads > 1 or settings.gated_output
+        self.to_queries = projection(dim, inner, options)
+        self.to_keys = projection(dim, inner * u, options)
+        self.to_values = projection(dim, inner * u, options)
+        is_combined = heads > 1 or options.gated_output
         self.combine_heads = nn.Linear(inner, dim, bias=False) if is_combined else nn.Identity()
-        self.retrieve_gate = self.output_gate(settings)
-        self.add_gates(settings)
-        self.memory_norm_gamma = nn.Parameter(torch.zeros(heads, dim_head)) if settings.learned_norm_gain else None
+        self.retrieve_gate = self.output_gate(options)
+        self.add_gates(options, fast)
+        self.memory_norm_gamma = nn.Parameter(torch.zeros(heads, dim_head)) if options.learned_norm_gain else None
 
-    def output_gate(self, settings: Settings) -> nn.Module | None:
+    def output_gate(self, options: MemoryOptions) -> nn.Module | None:
         """A gate of every feature, one of every head, or none.  (b t dim) -> (b h t d), (b h t 1)"""
-        dim, heads, inner = settings.dim, settings.heads, settings.heads * settings.dim_head
-        if settings.gated_output:
+        dim, heads, inner = options.dim, options.heads, options.heads * options.head_width
+        if options.gated_output:
             gate = nn.Linear(dim, inner, bias=False)
             return nn.Sequential(gate, Rearrange("b t (h d) -> b h t d", h=heads), nn.SiLU())
         if heads == 1:

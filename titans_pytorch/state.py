@@ -186,3 +186,35 @@ class NeuralMemState(NamedTuple):
 def mem_state_detach(state: NeuralMemState) -> NeuralMemState:
     """Cut a state from the graph of what came before, for truncated backpropagation through time."""
     return state.detach()
+
+
+def restarted(state: NeuralMemState, fresh: NeuralMemState, rows: Tensor, chunk: int) -> NeuralMemState:
+    """Some sequences of a batch anew.  fresh: a state that has seen nothing, rows: (b) bool, chunk: of storing"""
+    batch = state.batch
+
+    def mixed(new: Tensor, old: Tensor, axis: int = 0) -> Tensor:
+        marked = rows.repeat_interleave(old.shape[axis] // batch)
+        return torch.where(marked.reshape(-1, *[1] * (old.ndim - 1 - axis)), new, old)
+
+    def anew(weights: Weights) -> Weights:
+        return {name: mixed(fresh.weights[name], weight) for name, weight in weights.items()}
+
+    current = anew(state.states[0])
+    momenta = {name: mixed(fresh.states[1][name], m, 1) for name, m in state.states[1].items()}
+    mask, group = state.cache_store_mask, state.group
+    if state.cache_store_segment.shape[-2]:
+        old = torch.ones(state.cache_store_segment.shape[-3:-1], dtype=torch.bool, device=rows.device)
+        mask = (old if mask is None else mask) & ~rows[:, None]
+    if group.queries is not None:
+        group = group._replace(queries=mixed(torch.zeros_like(group.queries), group.queries))
+    if group.weights is not None:
+        group = group._replace(weights=anew(group.weights))
+    pairs = zip(fresh.tails, state.tails, strict=True)
+    return state._replace(
+        weights=anew(state.weights),
+        states=(current, momenta),
+        updates=Updates(state.seq_index // chunk, 0, current, []),
+        cache_store_mask=mask,
+        group=group,
+        tails=Tails(*(None if new is None or old is None else mixed(new, old) for new, old in pairs)),
+    )

@@ -29,6 +29,8 @@ EngineName = Literal["factored", "dense", "general"]
 BLOCK_OVERHEAD = 5e8
 CARRY_COST = 400
 DENSE_BLOCK_ELEMENTS = 2**22
+CHANNEL_COST = 400  # of scaling one factor of a write for one group
+CHANNEL_CHUNKS = (8, 16)  # fewer in a block are slower than one by one, more need too much memory
 
 
 class Rules(NamedTuple):
@@ -61,6 +63,7 @@ class Engine:
             OpaqueModel(model, loss_fn) if name == "general" or uses is None else TappedModel(model, uses, loss_fn)
         )
         self.matrices = [p.shape for p in model.parameters() if p.ndim == 2]
+        self.num_channels = sum(p.shape[-1] if p.ndim else 1 for p in model.parameters())
         self.num_elements = sum(p.numel() for p in model.parameters())
 
     def store(self, carry: Carry, writes: Writes, residual: Residual | None = None) -> tuple[Block, Tensor]:
@@ -98,7 +101,9 @@ class Engine:
     def kept_elements(self, writes_per_chunk: int) -> int:
         """About how many numbers autograd keeps of a row's chunk: some of every width, or some of every weight."""
         if self.name == "factored":
-            return 6 * writes_per_chunk * sum(i + j for i, j in self.matrices)
+            widths = 6 * sum(i + j for i, j in self.matrices)
+            scaled = 2 * CHANNEL_CHUNKS[1] * self.num_channels if self.rules.is_channelwise else 0
+            return writes_per_chunk * (widths + scaled)
         return 10 * self.num_elements
 
     def block_chunks(self, rows: int, writes_per_chunk: int) -> int:
@@ -107,12 +112,21 @@ class Engine:
         not read and carry the momentum through products."""
         if self.name != "factored":
             return max(1, DENSE_BLOCK_ELEMENTS // (rows * self.num_elements))
+        if self.rules.is_channelwise:
+            return self.channel_block_chunks(rows, writes_per_chunk)
         elements, per_pair = rows * self.num_elements, 4 * rows * sum(i + j for i, j in self.matrices)
         best = max(2, round(math.sqrt((BLOCK_OVERHEAD + CARRY_COST * elements) / max(per_pair, 1)) / writes_per_chunk))
         shared = (BLOCK_OVERHEAD + CARRY_COST * elements) / best
         together = shared + writes_per_chunk * (22 * elements + best * writes_per_chunk * per_pair)
         alone = BLOCK_OVERHEAD + CARRY_COST * elements + 14 * writes_per_chunk * elements
         return 1 if alone < together else best
+
+    def channel_block_chunks(self, rows: int, writes_per_chunk: int) -> int:
+        """The same where every group of queries scales all factors of its block for itself."""
+        block = BLOCK_OVERHEAD + CARRY_COST * rows * self.num_elements
+        best = round(math.sqrt(block / (CHANNEL_COST * rows * self.num_channels * writes_per_chunk)))
+        fewest, most = CHANNEL_CHUNKS
+        return 1 if best < fewest else min(best, most)
 
 
 def steps_of(surprises: Surprises, writes: Writes, max_grad_norm: float | None) -> Surprises:
