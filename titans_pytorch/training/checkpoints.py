@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,10 +52,21 @@ class Checkpoint:
     progress: Progress
 
     def model(self) -> dict[str, Tensor]:
-        return load_file(self.path / WEIGHTS)
+        with unpickling_nothing(self.path):
+            return load_file(self.path / WEIGHTS)
 
     def optimizer(self) -> dict[str, Tensor]:
-        return load_file(self.path / OPTIMIZER)
+        with unpickling_nothing(self.path):
+            return load_file(self.path / OPTIMIZER)
+
+
+@contextmanager
+def unpickling_nothing(path: Path) -> Iterator[None]:
+    """Safetensors hold numbers only; whatever else lies in their place is refused."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise SettingsError(f"{path} must hold safetensors, got other files: {error}") from None
 
 
 def save(folder: Path, model: Savable, optimizer: Mapping[str, Tensor], progress: Progress, keep: int) -> Path:

@@ -51,6 +51,7 @@ class Trainer:
         self.progress = Progress() if resumed is None else resumed.progress
         torch.manual_seed(settings.seed)
         self.module = build()  # without what accelerate wraps around it
+        self.model_class = type(self.module)  # sharding changes it
         if resumed is not None:
             self.module.load_state_dict(resumed.model())
         self.is_sharded = wants_sharding(settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from titans_pytorch.training.errors import SettingsError, needed
@@ -16,7 +15,7 @@ def wants_sharding(settings: Training) -> bool:
     return settings.shard or os.environ.get(ASKS_FOR_FSDP, "false").lower() == "true"
 
 
-def accelerator(settings: Training, folder: Path) -> Any:
+def accelerator(settings: Training) -> Any:
     """One process or many, as `accelerate launch` or `torchrun` has started them.
 
     Sharding is done by our own few lines (sharding.py), the same on CPU and accelerators, so that accelerate is not
@@ -26,15 +25,21 @@ def accelerator(settings: Training, folder: Path) -> Any:
     for tracker in settings.trackers:
         needed("torch.utils.tensorboard" if tracker == "tensorboard" else tracker, f"--trackers {tracker}")
     os.environ.pop(ASKS_FOR_FSDP, None)
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16" if settings.device != "cpu" and has_accelerator() else "float32"
+    is_cpu = settings.device == "cpu" or not has_accelerator()
+    precision = ("float32" if is_cpu else "bf16") if settings.precision == "auto" else settings.precision
     return accelerate.Accelerator(
-        cpu=settings.device == "cpu",
+        cpu=is_cpu,
         mixed_precision={"float32": "no", "bf16": "bf16"}[precision],
         log_with=list(settings.trackers) or None,
-        project_dir=folder,
     )
+
+
+def agreed(values: list[Any]) -> list[Any]:
+    """What the first process has, on all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    shared: list[Any] = broadcast_object_list(values)
+    return shared
 
 
 def has_accelerator() -> bool:

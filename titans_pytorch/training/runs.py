@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.training.checkpoints import Checkpoint, best, last
+from titans_pytorch.training.checkpoints import Checkpoint, best, last, unpickling_nothing
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.files import explained, flush, writing
 
@@ -91,18 +93,21 @@ class Run:
                     ) from None
         return records
 
-    def lock(self) -> IO[str] | None:
-        """Held as long as the process lives, so that no two write to one run."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No two processes write to one run; the lock goes with the process that holds it."""
         try:
             import fcntl
         except ImportError:  # not on Windows
-            return None
-        file = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SettingsError(f"{self.folder} is being trained by another process: wait for it or stop it") from None
-        return file
+            yield
+            return
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                message = f"{self.folder} is being trained by another process: wait for it or stop it"
+                raise SettingsError(message) from None
+            yield
 
     def model(self, which: str = "best") -> tuple[Any, Checkpoint]:
         """The trained model, of the best or the last checkpoint."""
@@ -110,7 +115,9 @@ class Run:
         find = {"best": best, "last": last}[which]
         if (found := find(self.checkpoints)) is None:
             raise SettingsError(f"{self.folder} has no checkpoint yet")
-        return model_class(config.get("model_class", "")).from_pretrained(found.path), found
+        kind = model_class(config.get("model_class", ""))
+        with redirect_stdout(StringIO()), unpickling_nothing(found.path):  # the hub says what it loads
+            return kind.from_pretrained(found.path), found
 
 
 def length(path: Path) -> int:
@@ -136,5 +143,5 @@ def new_folder(root: Path, script: str) -> Path:
 def newest(root: Path, script: str) -> Path:
     found = [path.parent for path in root.glob(f"*/{CONFIG}") if Run(path.parent).config()["script"] == script]
     if not found:
-        raise SettingsError(f"--resume needs a run of this script, got none in {root}: name it with --run")
+        raise SettingsError(f"--resume needs a run of this script, got none in {root}: name it with --folder")
     return max(found, key=lambda path: (path / CONFIG).stat().st_mtime)

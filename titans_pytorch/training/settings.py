@@ -38,6 +38,8 @@ class Training:
     checkpoint_every: int = setting(100, "steps between checkpoints; 0: only at the end")
     keep: int = setting(2, "checkpoints kept beside the best")
 
+    pictures: bool = setting(True, "draw the run when it ends")
+
     device: Literal["auto", "cpu"] = setting("auto", "cpu: leave accelerators alone")
     precision: Literal["auto", "float32", "bf16"] = setting("auto", "auto: bf16 on accelerators, float32 on CPU")
     compile: bool = setting(False, "torch.compile the model")

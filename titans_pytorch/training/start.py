@@ -7,7 +7,8 @@ import signal
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,13 @@ def told(work: Callable[[], int]) -> int:
     """Do it; what a user can mend is told in one sentence."""
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
+        # Said of blocks whose output is a view; nothing of ours changes it in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             return work()
         except SettingsError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error{'' if is_first() else f' in process {process()}'}: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
@@ -60,6 +63,15 @@ def told(work: Callable[[], int]) -> int:
         except BrokenPipeError:  # whoever read our output has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+
+
+def process() -> str:
+    """Its number among all, as `accelerate launch` and `torchrun` say it."""
+    return os.environ.get("RANK", "0")
+
+
+def is_first() -> bool:
+    return process() == "0"
 
 
 # ---- settings
@@ -91,8 +103,10 @@ def plan(script: str, model_kind: type[Any], presets: Presets, arguments: Sequen
 def parser(script: str, model_kind: type[Any], presets: Presets) -> Parser:
     made = Parser(prog=f"python {Path(sys.argv[0]).name}", description=sys.modules["__main__"].__doc__)
     made.add_argument("--preset", choices=tuple(presets), help="settings to begin with; default: by the device")
-    made.add_argument("--run", help=f"folder of the run; default: {RUNS}/{script}- and the time")
-    made.add_argument("--resume", action="store_true", help="go on with --run, or with the newest run of this script")
+    made.add_argument("--folder", help=f"folder of the run; default: {RUNS}/{script}- and the time")
+    made.add_argument(
+        "--resume", action="store_true", help="go on with --folder, or with the newest run of this script"
+    )
     add_options(made, model_kind, "the model")
     add_options(made, Training, "the training")
     return made
@@ -100,13 +114,15 @@ def parser(script: str, model_kind: type[Any], presets: Presets) -> Parser:
 
 def chosen_run(script: str, parsed: Namespace) -> tuple[Run, bool]:
     if parsed.resume:
-        run = Run(Path(parsed.run) if parsed.run else newest(RUNS, script))
+        run = Run(Path(parsed.folder) if parsed.folder else newest(RUNS, script))
         run.config()
         return run, True
-    run = Run(Path(parsed.run) if parsed.run else new_folder(RUNS, script))
+    run = Run(Path(parsed.folder) if parsed.folder else new_folder(RUNS, script))
+    if not is_first():  # whose run is the one that counts, and may be there already
+        return run, False
     if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
         raise SettingsError(
-            f"--run must be a new folder, got {run.folder}: name another, or add --resume to go on with it"
+            f"--folder must be a new folder, got {run.folder}: name another, or add --resume to go on with it"
         )
     return run, False
 
@@ -130,7 +146,7 @@ def saved_settings(script: str, model_kind: type[Any], run: Run, parsed: Namespa
     config = run.config()
     if config["script"] != script:
         raise SettingsError(
-            f"--run must be a run of this script ({script}), got {run.folder}, one of {config['script']}"
+            f"--folder must be a run of this script ({script}), got {run.folder}, one of {config['script']}"
         )
     if parsed.preset not in (None, config.get("preset")):
         raise SettingsError(f"--preset must be {config.get('preset')}, as the run was started, got {parsed.preset}")
@@ -155,50 +171,60 @@ def check_same(what: str, before: Any, after: Any) -> None:
 
 
 def train(plan: Plan) -> int:
-    from titans_pytorch.training.processes import accelerator
+    from titans_pytorch.training.processes import accelerator, agreed
 
-    accelerate = accelerator(plan.training, plan.run.folder)
+    accelerate = accelerator(plan.training)
     try:
-        return train_with(plan, accelerate)
+        (folder,) = agreed([plan.run.folder])
+        plan = replace(plan, run=Run(folder))
+        with prepared(plan.run) if accelerate.is_main_process else nullcontext():
+            return train_with(plan, accelerate)
     finally:
         accelerate.end_training()
+
+
+@contextmanager
+def prepared(run: Run) -> Iterator[None]:
+    """The run's folder is there, ours alone, and swept."""
+    with explained(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+    with run.locked():
+        checkpoints.sweep(run.folder)
+        checkpoints.sweep(run.checkpoints)
+        yield
 
 
 def train_with(plan: Plan, accelerate: Any) -> int:
     from titans_pytorch.training.loop import Trainer, flat
 
-    is_main, training, run = accelerate.is_main_process, plan.training, plan.run
-    say = print if is_main else nothing
+    training, run = plan.training, plan.run
+    say = print if accelerate.is_main_process else nothing
     say(f"preset {plan.preset}: {plan.why}")
     with accelerate.local_main_process_first():
         corpus = data.corpus(training.data, Path(training.data_dir))
     corpus.check(training.sequence)
     where = "" if training.data else "; --data enwik8 or --data FILE trains on something else"
     say(f"data: {corpus.about}{where}")
-    lock = prepare_folder(run) if is_main else None
-    accelerate.wait_for_everyone()
     resumed = checkpoints.last(run.checkpoints) if plan.is_resumed else None
-    if is_main and plan.is_resumed:
-        run.rewind(resumed.progress.lengths if resumed else {})
-    accelerate.wait_for_everyone()
     trainer = Trainer(training, lambda: built(plan.model), corpus, run, accelerate, resumed)
-    if is_main:
-        run.save_config(config(plan, trainer.module))
+    if accelerate.is_main_process:
+        run.rewind(resumed.progress.lengths if resumed else {})
+        run.save_config(config(plan, trainer.model_class))
         run.save_text(bytes(corpus.valid[: training.sequence]))
     if training.trackers:
+        accelerate.project_configuration.set_directories(str(run.folder))
         accelerate.init_trackers(run.folder.name, flat(plan.model, training))
     size = sum(p.numel() for p in trainer.module.parameters())
     say(f"model: {size:,} parameters, on {accelerate.device}, {accelerate.num_processes} process(es)")
     say(f"run: {run.folder}" + (f", from step {trainer.progress.step}" if plan.is_resumed else ""))
     is_over = trainer.train()
-    if is_main:
+    if trainer.progress.best is not None:
         say(f"best so far: {trainer.progress.best:.4f} bits per byte on validation text")
-        show(plan, run)
+    if accelerate.is_main_process and training.pictures:
+        show(run)
     accelerate.wait_for_everyone()
-    if lock is not None:
-        lock.close()
     if not is_over:
-        say(f"stopped at step {trainer.progress.step}: --run {run.folder} --resume goes on")
+        say(f"stopped at step {trainer.progress.step}: --folder {run.folder} --resume goes on")
     return 0 if is_over else 128 + signal.SIGINT
 
 
@@ -215,18 +241,7 @@ def built(model_settings: Any) -> nn.Module:
     return model
 
 
-def prepare_folder(run: Run) -> Any:
-    """The run's folder, locked and swept."""
-    with explained(run.folder):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        lock = run.lock()
-    checkpoints.sweep(run.folder)
-    checkpoints.sweep(run.checkpoints)
-    return lock
-
-
-def config(plan: Plan, model: nn.Module) -> dict[str, Any]:
-    kind = type(model)
+def config(plan: Plan, kind: type[nn.Module]) -> dict[str, Any]:
     return {
         "script": plan.script,
         "preset": plan.preset,
@@ -236,7 +251,7 @@ def config(plan: Plan, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def show(plan: Plan, run: Run) -> None:
+def show(run: Run) -> None:
     """The pictures, or how to get them."""
     from titans_pytorch.training.pictures import draw
 
