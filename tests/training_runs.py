@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 import train_implicit_mlp_attn
 import train_mac
@@ -29,11 +30,13 @@ def text(path: Path, size: int = 20_000) -> Path:
 def train(folder: Path, data: Path, *options: str) -> int:
     """train_mac.py in this process; the exit code."""
     where = ["--data", str(data), "--data-dir", str(data.parent / "data"), "--folder", str(folder)]
+    AcceleratorState._reset_state(reset_partial_state=True)  # which a process otherwise keeps, precision included
     return start("mac", MACModel, train_mac.PRESETS, [*SMALL, *where, *options])
 
 
 def train_attention(folder: Path, data: Path, *options: str) -> int:
     where = ["--data", str(data), "--data-dir", str(data.parent / "data"), "--folder", str(folder)]
+    AcceleratorState._reset_state(reset_partial_state=True)
     return start("implicit-mlp-attn", AttentionModel, train_implicit_mlp_attn.PRESETS, [*SMALL, *where, *options])
 
 

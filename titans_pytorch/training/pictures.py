@@ -50,7 +50,7 @@ def write(fig: Any, path: Path) -> Path:
 
 def draw_curves(run: Run) -> Path:
     """Bits per byte over steps, and over the position in the context."""
-    records = run.metrics()
+    sequence, records = run.config()["training"]["sequence"], run.metrics()
     steps = [each for each in records if "bits_per_byte" in each]
     valid = [each for each in records if "valid_bits_per_byte" in each]
     if not steps:
@@ -64,15 +64,14 @@ def draw_curves(run: Run) -> Path:
         points = [each["step"] for each in valid], [each["valid_bits_per_byte"] for each in valid]
         left.plot(*points, color=VALID, marker="o", markersize=3.5, linewidth=1.4, label="validation")
         left.set_title(f"best validation: {min(points[1]):.3f} bits per byte", fontsize=10)
-        by_position(right, run, valid)
+        by_position(right, sequence, valid)
     left.set(xlabel="step", ylabel="bits per byte", ylim=(max(0, y.min() * 0.9), min(y.max(), 9) * 1.02))
     left.legend(frameon=False)
     left.grid(alpha=0.25)
     return write(fig, run.folder / CURVES)
 
 
-def by_position(ax: Any, run: Run, valid: list[dict[str, Any]]) -> None:
-    sequence = run.config()["training"]["sequence"]
+def by_position(ax: Any, sequence: int, valid: list[dict[str, Any]]) -> None:
     for record, color, name in ((valid[0], "#bbbbbb", "first"), (valid[-1], VALID, "last")):
         heights = record["by_position"]
         middles = (np.arange(len(heights)) + 0.5) * sequence / len(heights)
