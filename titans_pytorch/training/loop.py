@@ -62,6 +62,9 @@ class Trainer:
             self.module.compile()
         if not self.is_sharded:
             self.model = accelerator.prepare_model(self.module)
+            # Precision is set around each call. What accelerate puts around the model's forward for it would take
+            # apart the caches that samples need.
+            self.module.__dict__.pop("forward", None)
         self.optimizers = optimizers(self.module, settings)
         if resumed is not None:
             sharding.load_optimizer_state(self.module, self.optimizers, resumed.optimizer())

@@ -53,13 +53,17 @@ class MACModel:
     def build(self) -> nn.Module:
         if self.memory == "on":
             return self.with_layers(self.memory_layers, self.ff_mult)
+        return self.with_layers((), self.matched_ff_mult())
+
+    def matched_ff_mult(self) -> float:
+        """The width of feed-forward networks at which a model without memory has as many parameters as one with it."""
         with torch.random.fork_rng():  # only counted
             wanted = size(self.with_layers(self.memory_layers, self.ff_mult))
             bare = size(self.with_layers((), self.ff_mult))
         # One more hidden feature of a layer: two rows and biases into it, one column out of it.
         more = round((wanted - bare) / (self.depth * (3 * self.dim + 2)))
         hidden = int(self.dim * self.ff_mult * 2 / 3) + more
-        return self.with_layers((), (hidden + 0.5) * 3 / (2 * self.dim))
+        return (hidden + 0.5) * 3 / (2 * self.dim)
 
     def with_layers(self, memory_layers: tuple[int, ...], ff_mult: float) -> MemoryAsContextTransformer:
         return MemoryAsContextTransformer(**self.arguments(memory_layers, ff_mult), **self.memory_arguments())
