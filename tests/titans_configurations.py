@@ -17,9 +17,7 @@ SMALL: dict[str, Any] = dict(
     dim=DIM, depth=2, heads=2, window=4, num_persistent=2, ff_hidden=6, memory_chunk=2, memory_refresh=4, max_step=0.5
 )
 
-PAPER = dict(
-    summed_loss=True, per_parameter_gates=True, channelwise_decay=True, learned_norm_gain=True, gated_output=True
-)
+PAPER = dict(summed_loss=True, per_parameter_gates=True, channelwise_decay=True)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -32,7 +30,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gate: memory": dict(gate="memory", layer_residual=True),
     "gate: product": dict(gate="product"),
     "gate: mix": dict(gate="mix"),
-    "no convolution, no norm": dict(conv_size=None, qk_l2norm=False),
+    "no convolution, no norm": dict(
+        conv_size=None, qk_l2norm=False, memory_options=dict(gated_output=False, learned_norm_gain=False)
+    ),
     "convolution longer than window": dict(conv_size=5, window=3),
     "the paper's memory": dict(memory_options=PAPER),
     "the paper's memory by the paper's chunks": dict(

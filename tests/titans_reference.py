@@ -218,5 +218,7 @@ def oracle_options(config: TitansConfig) -> dict[str, Any]:
         default_step_transform_max_lr=config.max_step,
         default_model_kwargs=dict(depth=config.memory_depth, expansion_factor=config.memory_expansion),
         activation=nn.SiLU(),
+        gated_output=True,
+        learned_norm_gain=True,
         max_weight_growth=10.0,
     ) | dict(config.memory_options)

@@ -49,7 +49,8 @@ class TitansConfig:
     qk_l2norm: queries and keys have length 1
     momentum, decay: past surprise (eq. 10) and forgetting (eq. 13)
     max_step, decay_bias: the largest step size; what the logit of forgetting starts with
-    memory_options: further arguments of `NeuralMemory`
+    memory_options: further arguments of `NeuralMemory`, which win over the family's: SiLU, gated_output and
+        learned_norm_gain are on
     """
 
     dim: int
@@ -70,7 +71,7 @@ class TitansConfig:
     qk_l2norm: bool = True
     momentum: bool = True
     decay: bool = True
-    max_step: float = 0.1
+    max_step: float = 0.3
     decay_bias: float = -4.0
     memory_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -133,7 +134,7 @@ PAPER_TOKENS = 32_000
 MIXER_MATRICES: dict[Variant, int] = {"mac": 9, "mag": 9, "mal": 9, "lmm": 5}
 """Of dim x dim in a mixer: queries, keys, values, gate and output of the memory, and those of attention"""
 
-PAPER_MEMORY = dict(summed_loss=True, per_parameter_gates=True, learned_norm_gain=True, gated_output=True)
+PAPER_MEMORY = dict(per_parameter_gates=True, channelwise_decay=True)
 
 
 def preset(size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> TitansConfig:

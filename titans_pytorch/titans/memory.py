@@ -16,13 +16,15 @@ NEVER = -80.0
 
 
 def make_memory(config: TitansConfig) -> NeuralMemory:
-    options: dict[str, Any] = dict(activation=nn.SiLU(), conv_size=config.conv_size, qk_l2norm=config.qk_l2norm)
+    options: dict[str, Any] = dict(activation=nn.SiLU(), gated_output=True, learned_norm_gain=True)
     memory = NeuralMemory(
         config.dim,
         chunk_size=config.memory_chunk,
         batch_size=config.memory_refresh,
         heads=config.num_memories,
         dim_head=config.dim // config.num_memories,
+        conv_size=config.conv_size,
+        qk_l2norm=config.qk_l2norm,
         momentum=config.momentum,
         default_step_transform_max_lr=config.max_step,
         init_decay_bias=config.decay_bias if config.decay else NEVER,
@@ -53,4 +55,4 @@ def start_associating(memory: NeuralMemory) -> None:
 
 def lookback_of(memory: NeuralMemory) -> int:
     """How many tokens before it a query depends on."""
-    return (memory.settings.conv_size or 1) - 1
+    return (memory.options.conv_size or 1) - 1

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from titans_pytorch.attention_transformer import AttentionTransformer
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
 from titans_pytorch.memory_models import MemoryMLP
+from titans_pytorch.titans import TitansConfig, TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansState
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.settings import setting
 
@@ -111,6 +113,95 @@ class MACModel:
     def check(self) -> None:
         if not self.memory_layers:
             raise SettingsError("--memory-layers must name at least one layer, got none: --memory off has no memory")
+
+
+class ForTraining:
+    """A model of the Titans family, called as the trainer calls models; what it saves is that model."""
+
+    @property
+    def layers(self: Any) -> Any:
+        return self.backbone.blocks
+
+    def forward(
+        self: Any, ids: Tensor, return_loss: bool = False, cache: TitansState | None = None, return_cache: bool = False
+    ) -> Any:
+        hidden, cache = self.backbone(self.token_emb(ids[:, :-1] if return_loss else ids), cache)
+        answer = self.to_logits(hidden)
+        if return_loss:
+            answer = F.cross_entropy(answer.flatten(0, 1).float(), ids[:, 1:].flatten().long())
+        return (answer, cache) if return_cache else answer
+
+
+class TrainedMAC(ForTraining, TitansMAC):  # type: ignore[misc]  # another way to call
+    pass
+
+
+class TrainedMAG(ForTraining, TitansMAG):  # type: ignore[misc]  # another way to call
+    pass
+
+
+class TrainedMAL(ForTraining, TitansMAL):  # type: ignore[misc]  # another way to call
+    pass
+
+
+class TrainedLMM(ForTraining, TitansLMM):  # type: ignore[misc]  # another way to call
+    pass
+
+
+TITANS: dict[str, Any] = {kind.variant: kind for kind in (TrainedMAC, TrainedMAG, TrainedMAL, TrainedLMM)}
+
+
+@dataclass(frozen=True)
+class TitansModel:
+    """The four models of the paper."""
+
+    variant: Literal["mac", "mag", "mal", "lmm"] = setting("mac", "memory as context, gate or layer, or alone")
+    memory: Literal["on", "off"] = setting("on", "off: no memory")
+    dim: int = setting(384, "features of a token")
+    depth: int = setting(8, "blocks")
+    heads: int = setting(6, "heads of attention")
+    window: int = setting(64, "tokens that attention sees: segment or sliding window")
+    persistent_tokens: int = setting(4, "learned tokens in front of the sequence")
+    gate: Literal["mix", "attention", "memory", "product"] = setting("mix", "how attention and memory are combined")
+
+    memory_heads: int = setting(6, "memories per block")
+    memory_depth: int = setting(2, "layers of the memory's own network, 1: linear")
+    memory_expansion: float = setting(4.0, "width of its hidden layers")
+    memory_chunk: int = setting(16, "tokens of a step of the memory")
+    memory_refresh: int = setting(32, "tokens after which gradients are taken at the current memory; 0: never")
+    memory_max_lr: float = setting(0.3, "largest step of the memory")
+    conv: int = setting(4, "tokens that convolutions of queries, keys and values see; 0: no convolution")
+    momentum: bool = setting(True, "surprises carry on")
+    decay: bool = setting(True, "the memory forgets")
+
+    def config(self) -> TitansConfig:
+        return TitansConfig(
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            window=self.window,
+            num_persistent=self.persistent_tokens,
+            gate=self.gate,
+            memory=self.memory == "on",
+            memory_heads=self.memory_heads,
+            memory_depth=self.memory_depth,
+            memory_expansion=self.memory_expansion,
+            memory_chunk=self.memory_chunk,
+            memory_refresh=self.memory_refresh or None,
+            max_step=self.memory_max_lr,
+            conv_size=self.conv or None,
+            momentum=self.momentum,
+            decay=self.decay,
+        )
+
+    def build(self) -> nn.Module:
+        return TITANS[self.variant](NUM_BYTES, self.config())
+
+    def check(self) -> None:
+        try:
+            self.config()
+        except (TypeError, ValueError) as error:
+            raise SettingsError(str(error)) from error
 
 
 @dataclass(frozen=True)

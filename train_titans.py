@@ -1,0 +1,28 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["titans-pytorch[examples]"]
+#
+# [tool.uv.sources]
+# titans-pytorch = { path = ".", editable = true }
+# ///
+"""python train_titans.py --variant mag: byte-level language models, the memory as context, gate, layer or alone."""
+
+from titans_pytorch.training import start
+from titans_pytorch.training.models import TitansModel
+
+PRESETS = dict(
+    debug=dict(
+        **dict(dim=32, depth=2, heads=2, window=16, memory_heads=2, memory_chunk=8, memory_refresh=16),
+        **dict(steps=10, batch=2, sequence=64, lr=2e-3, warmup=2, validate_every=5, validate_sequences=4),
+        **dict(sample_every=0, sample_length=32, prime_length=16, checkpoint_every=5),
+    ),
+    cpu=dict(
+        **dict(dim=128, depth=4, heads=4, window=32, memory_heads=4),
+        **dict(steps=400, batch=8, sequence=256, lr=3e-3, optimizer="adamw", warmup=40, validate_every=50),
+        **dict(sample_every=200, sample_length=256, checkpoint_every=50),
+    ),
+    gpu=dict(steps=100_000, batch=4, accumulate=4, sequence=512, lr=2e-4, clip=0.5),
+)
+
+if __name__ == "__main__":
+    raise SystemExit(start("titans", TitansModel, PRESETS))
