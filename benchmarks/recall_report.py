@@ -1,0 +1,80 @@
+"""A table and a plot of the runs of benchmarks.recall.
+
+python -m benchmarks.recall_report runs/*.json --plot docs/images/recall.png > table.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str, str, int]  # variant, memory, pairs
+
+
+def grouped(paths: list[Path]) -> dict[Key, list[dict[str, Any]]]:
+    runs: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    for path in paths:
+        run = json.loads(path.read_text())
+        runs[run["variant"], run["memory"], run["task"]["pairs"]].append(run)
+    return dict(sorted(runs.items()))
+
+
+def shown(values: list[float]) -> str:
+    """The median, and the range if there is more than one."""
+    middle = f"{statistics.median(values):.3f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3f}–{max(values):.3f})"
+
+
+def table(runs: dict[Key, list[dict[str, Any]]]) -> str:
+    lines = [
+        "| model | memory | pairs | trained tokens | seeds | steps | accuracy | at 4× | at 16× |",
+        "|" + "---|" * 9,
+    ]
+    for (variant, memory, pairs), same in runs.items():
+        tokens = same[0]["task"]["tokens"]
+        steps = "–".join(map(str, sorted({min(r["steps"] for r in same), max(r["steps"] for r in same)})))
+        columns = [shown([run["accuracy"][str(tokens * factor)] for run in same]) for factor in (1, 4, 16)]
+        cells = [variant.upper(), memory, str(pairs), str(tokens), str(len(same)), steps, *columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: dict[Key, list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    variants = sorted({variant for variant, _, _ in runs})
+    _, axes = plt.subplots(1, len(variants), figsize=(3.4 * len(variants), 3.2), sharey=True, squeeze=False)
+    for ax, variant in zip(axes[0], variants, strict=True):
+        for (name, memory, pairs), same in runs.items():
+            if name == variant:
+                lengths = sorted(map(int, same[0]["accuracy"]))
+                heights = [statistics.median(run["accuracy"][str(length)] for run in same) for length in lengths]
+                style = "-o" if memory == "on" else "--x"
+                ax.plot(lengths, heights, style, label=f"{pairs} pairs, memory {memory}")
+        ax.set(title=variant.upper(), xlabel="tokens", xscale="log", ylim=(-0.03, 1.03))
+        ax.legend(fontsize=7)
+    axes[0][0].set_ylabel("accuracy")
+    plt.tight_layout()
+    plt.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    runs = grouped(args.runs)
+    print(table(runs))
+    if args.plot is not None:
+        plot(runs, args.plot)
+
+
+if __name__ == "__main__":
+    main()
