@@ -32,7 +32,7 @@ from tests.titans_configurations import (
     random_inputs,
 )
 from titans_pytorch import NeuralMemory, TitansBackbone, TitansConfig, TitansState, audit, load_state, save_state
-from titans_pytorch.titans.config import SIZES, preset
+from titans_pytorch.titans.config import PAPER_TOKENS, SIZES, preset
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 GREEDY = dict(temperature=0.0)
@@ -229,7 +229,7 @@ def test_pieces_under_autocast(variant: str) -> None:
     model, ids = build(variant).float(), random_ids(2, 13)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         whole, pieces = model(ids)[0], in_pieces(model, ids, (4, 1, 8))[0]
-    assert_close(pieces.float(), whole.float(), rtol=0.1, atol=0.1)
+    assert (pieces - whole).float().norm() < 0.05 * whole.float().norm()
 
 
 @pytest.mark.slow
@@ -288,9 +288,11 @@ def test_a_backbone_can_be_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_presets_have_the_size_they_are_named_after(variant: str, size: str) -> None:
-    with torch.device("meta"):
-        model = MODELS[variant](32_000, preset(size, variant))
-    count = sum(p.numel() for p in model.parameters())
+    config = preset(size, variant)
+    assert (config.depth, config.dim, config.heads) == SIZES[size][1:]
+    one = TitansBackbone(variant, config.with_options(depth=1))  # type: ignore[arg-type]
+    block = sum(p.numel() for p in one.blocks.parameters())
+    count = config.depth * block + 2 * PAPER_TOKENS * config.dim + config.dim
     assert abs(count / SIZES[size].parameters - 1) < 0.03
 
 
@@ -300,8 +302,8 @@ def test_switches_reach_the_memory() -> None:
 
     assert memory(momentum=False).to_momentum is None
     assert memory(conv_size=None).options.conv_size is None
-    assert len(memory(memory_depth=1).initial_weights()) == 2
-    assert len(memory(memory_depth=4).initial_weights()) == 5
+    assert len(memory(memory_depth=1).initial_weights()) == 1
+    assert len(memory(memory_depth=4).initial_weights()) == 4
     x = random_inputs(1, 4)
     assert memory(decay=False).to_decay_factor(x).sigmoid().max() < 1e-30
     assert build_backbone("lmm", memory=False).blocks[0].mixer.memory is None

@@ -125,6 +125,7 @@ class MemoryAsContext(Mixer):
         y = attention.out(attend(turned(q, q.shape[-1], *turns), *keys_values, mask))  # eq. (23)
         output, memory = y, state.memory
         if self.memory is not None and self.gate is not None:
+            y = y.to(x.dtype)  # half precision under autocast
             read, memory = self.memory(y, state=memory)  # eq. (24)
             output = self.gate(y, read)  # eq. (25)
         if offset + count < self.window:
