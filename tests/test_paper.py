@@ -122,7 +122,7 @@ def test_any_pieces_equal_the_oracle(chunk_size: Any, engine: str) -> None:
     seq, stored = randn(2, 13, 8), randn(2, 13, 8, seed=1)
     mask = torch.rand(2, 13, generator=torch.Generator().manual_seed(2)) > 0.3
     options = dict(ALL, dim=8, dim_head=4, heads=2, chunk_size=chunk_size, batch_size=2 * store)
-    options |= dict(activation=nn.SiLU(), default_step_transform_max_lr=0.1, max_weight_growth=10.0)
+    options |= dict(activation=nn.SiLU(), default_step_transform_max_lr=0.3 / 4, max_weight_growth=10.0)
     with torch.no_grad():
         expected = oracle(
             built.state_dict(), built.memory_model, seq, store_seq=stored, store_mask=mask, **options

@@ -355,7 +355,8 @@ class NeuralMemory(Pretrained, Projections):
         moved = {} if is_fresh else {name: m.unbind(0) for name, m in state.states[1].items()}
         outcome = stream.run(Carry(state.weights, state.states[0], moved), state.group, state.tails, seq, stored)
         base, weights, orders = outcome.carry
-        momenta = {name: torch.stack(order) for name, order in orders.items()} or state.states[1]
+        has_moved = num_chunks > 0 and orders
+        momenta = {name: torch.stack(order) for name, order in orders.items()} if has_moved else state.states[1]
         rest = stored.select(num_chunks * chunk, stored.num_tokens)
         segment = rest.keys.clone() if self.num_views is None else torch.stack((rest.keys, rest.values))
         updates = Updates(first_chunk, num_chunks, weights, outcome.blocks, outcome.replay)
