@@ -86,7 +86,7 @@ class NeuralMemory(Pretrained, Projections):
         channelwise_decay: every entry along the last axis of every parameter (an output of `x @ w`) is forgotten by
             itself
         learned_norm_gain: the gain of the norm around the model is learned outside, and storing does not change it
-        gated_output: what is read is normed, and every feature gated by SiLU of a linear map of the token, before
+        gated_output: what is read is normed, and every feature gated by a sigmoid of a linear map of the token, before
             heads are combined (which they then are, be there one or more)
     """
 
