@@ -3,8 +3,8 @@
     python -m benchmarks.ablation                                        # the cpu preset, Python's source text
     python -m benchmarks.ablation --data FILE --steps 300 --minutes 10 --seeds 0,1
 
-Trains both for equal steps, and both for equal time, by train_mac.py, one after the other. Writes ablation.json, a table
-(ablation.md) and a plot (ablation.png) to --out. Runs that are already there are not repeated.
+Trains both for equal steps, and both for equal time, by train_mac.py, one after the other. Writes ablation.json, a
+table (ablation.md) and a plot (ablation.png) to --out. Runs that are already there are not repeated.
 """
 
 from __future__ import annotations
