@@ -52,6 +52,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.module = build()  # without what accelerate wraps around it
         self.model_class = type(self.module)  # sharding changes it
+        self.num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
         if resumed is not None:
             self.module.load_state_dict(resumed.model())
         self.is_sharded = wants_sharding(settings)
