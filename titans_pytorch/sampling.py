@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def gumbel_sample(logits: Tensor, temperature: float = 1.0, generator: Generator
     return (logits / temperature + gumbel).argmax(dim=-1)
 
 
-def generate(
+def draw(
     next_logits: NextLogits,
     prompt: Tensor,
     count: int,
@@ -65,9 +65,9 @@ def generate(
     stop_token: int | None = None,
     generator: Generator | None = None,
     show_progress: bool = False,
-) -> Tensor:
-    """Up to `count` tokens after a prompt (b n), fewer if all rows have stopped; stopped rows repeat the stop token."""
-    fed, tokens = prompt, []
+) -> Iterator[Tensor]:
+    """Up to `count` tokens (b 1) after a prompt (b n), as they come; see `generate`."""
+    fed = prompt
     stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in _progress(count, show_progress):
         logits = filter_fn(next_logits(fed), **filter_kwargs)
@@ -76,9 +76,14 @@ def generate(
             drawn = torch.where(stopped, stop_token, drawn)
             stopped = drawn == stop_token
         fed = drawn[:, None]
-        tokens.append(fed)
+        yield fed
         if stop_token is not None and stopped.all():
             break
+
+
+def generate(next_logits: NextLogits, prompt: Tensor, count: int, **options: Any) -> Tensor:
+    """Up to `count` tokens after a prompt (b n), fewer if all rows have stopped; stopped rows repeat the stop token."""
+    tokens = list(draw(next_logits, prompt, count, **options))
     return torch.cat(tokens, dim=1) if tokens else prompt[:, :0]
 
 

@@ -1,0 +1,171 @@
+"""Where text comes from, how it is split, and that batches depend on nothing but their numbers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.server
+import io
+import lzma
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from titans_pytorch.training import data, download
+from titans_pytorch.training.errors import SettingsError
+
+TEXT = bytes(np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8))
+DIGEST = hashlib.sha256(TEXT).hexdigest()
+
+
+def archive(text: bytes, name: str = "enwik8") -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(name, text)
+    return packed.getvalue()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content`, from where it is asked to if `takes_ranges`, and hangs up after `at_most` bytes."""
+
+    content, takes_ranges, at_most = b"", True, 1 << 30
+    asked: list[str | None]
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.asked.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.takes_ranges else 0
+        rest = self.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[: self.at_most])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[type[Server]]:
+    class Fresh(Server):
+        content, asked = archive(TEXT), []
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fresh)
+    Fresh.address = f"http://127.0.0.1:{running.server_port}/enwik8.zip"  # type: ignore[attr-defined]
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    yield Fresh
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def fetched(folder: Path, server: type[Server]) -> Path:
+    return download.enwik8(folder, server.address, len(TEXT), DIGEST)  # type: ignore[attr-defined]
+
+
+def test_enwik8_is_fetched_once(tmp_path: Path, server: type[Server]) -> None:
+    for _ in range(2):
+        assert fetched(tmp_path, server).read_bytes() == TEXT
+    assert server.asked == [None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["enwik8", "enwik8.verified"]
+
+
+@pytest.mark.parametrize("takes_ranges", [True, False])
+def test_a_download_goes_on_where_it_was_cut_off(takes_ranges: bool, tmp_path: Path, server: type[Server]) -> None:
+    server.at_most, server.takes_ranges = 100_000, takes_ranges
+    with pytest.raises(SettingsError, match=r"put enwik8.zip .* into .* and start again"):
+        fetched(tmp_path, server)
+    assert not (tmp_path / "enwik8").exists()
+    server.at_most = 1 << 30
+    assert fetched(tmp_path, server).read_bytes() == TEXT
+    assert server.asked[-1] == "bytes=100000-"
+
+
+def test_wrong_content_is_refused(tmp_path: Path, server: type[Server]) -> None:
+    server.content = archive(TEXT[:-1] + b"?")
+    with pytest.raises(SettingsError, match="sha256"):
+        fetched(tmp_path, server)
+    assert not (tmp_path / "enwik8").exists()
+    server.content = b"not a zip"
+    with pytest.raises(SettingsError, match="must be the zip archive"):
+        fetched(tmp_path, server)
+
+
+def test_a_file_that_somebody_put_there_is_verified(tmp_path: Path) -> None:
+    (tmp_path / "enwik8").write_bytes(TEXT[:100])
+    with pytest.raises(SettingsError, match="must hold the 300,000 bytes"):
+        download.enwik8(tmp_path, "http://127.0.0.1:9/", len(TEXT), DIGEST)
+
+
+def test_offline_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"cannot be fetched .* put enwik8.zip or the unpacked enwik8 into"):
+        download.enwik8(tmp_path, "http://127.0.0.1:9/enwik8.zip")
+
+
+@pytest.mark.parametrize("pack, suffix", [(gzip.compress, ".gz"), (lzma.compress, ".xz"), (bytes, "")])
+def test_any_file_packed_or_not(pack: object, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(pack(TEXT))  # type: ignore[operator]
+    for _ in range(2):
+        found = data.corpus(str(path), tmp_path / "data")
+        assert bytes(found.train) == TEXT[:270_000]
+        assert bytes(found.valid) == TEXT[270_000:285_000]
+        assert isinstance(found.train.base, np.memmap)
+    path.write_bytes(pack(TEXT[::-1]))  # type: ignore[operator]
+    assert bytes(data.corpus(str(path), tmp_path / "data").train) == TEXT[::-1][:270_000]
+
+
+@pytest.mark.parametrize("content", [b"not packed", gzip.compress(TEXT)[:-1000]])
+def test_a_file_that_does_not_unpack(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "text.gz"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"must be a whole .gz file"):
+        data.corpus(str(path), tmp_path / "data")
+    assert not any((tmp_path / "data").rglob("*text*"))
+
+
+def test_the_default_text_is_split_by_file(tmp_path: Path) -> None:
+    found = data.corpus(None, tmp_path)
+    assert len(found.train) > 20 * len(found.valid) > 1_000_000
+
+
+def test_no_file_is_in_both_parts(tmp_path: Path) -> None:
+    for i in range(200):
+        (tmp_path / f"m{i}.py").write_text(f"m{i}\n")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "left_out.py").write_text("left out")
+    sources = data.library_sources(tmp_path)
+    assert 4 < len(sources["valid"]) < 20
+    assert sorted(sources["train"] + sources["valid"]) == sorted(f"m{i}\n".encode() for i in range(200))
+
+
+def test_batches_depend_on_their_numbers_only() -> None:
+    text = np.frombuffer(TEXT, dtype=np.uint8)
+
+    def ids(**changed: int) -> torch.Tensor:
+        return data.batch(text, **(dict(seed=0, step=3, index=1, size=2, length=9) | changed))
+
+    torch.manual_seed(1)
+    first = ids()
+    torch.manual_seed(2)
+    np.random.seed(3)
+    assert torch.equal(ids(), first)
+    for changed in (dict(seed=1), dict(step=4), dict(index=2)):
+        assert not torch.equal(ids(**changed), first)
+    assert all(bytes(row.tolist()) in TEXT for row in first)
+
+
+def test_every_start_can_be_drawn() -> None:
+    text = np.arange(5, dtype=np.uint8)
+    drawn = data.batch(text, seed=0, step=0, index=0, size=200, length=4)
+    assert sorted({tuple(row) for row in drawn.tolist()}) == [(0, 1, 2, 3), (1, 2, 3, 4)]
+
+
+def test_validation_sequences_are_spread_over_the_text() -> None:
+    assert data.evenly(np.zeros(100, dtype=np.uint8), 4, 10).tolist() == [0, 30, 60, 90]

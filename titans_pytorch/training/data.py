@@ -1,0 +1,136 @@
+"""Text as bytes: where it comes from, how it is split, and which of it each step sees."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import shutil
+import sys
+import sysconfig
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from titans_pytorch.training import download
+from titans_pytorch.training.errors import SettingsError
+from titans_pytorch.training.files import PIECE, writing
+
+Bytes = NDArray[np.uint8]
+
+TRAIN, VALID = 0.90, 0.05  # shares of a file, in this order; the rest is for tests
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+EVERY = 20  # of so many files of the default text one is validated on
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two stretches of bytes, mapped into memory: however many processes read them, they are there once."""
+
+    about: str
+    train: Bytes
+    valid: Bytes
+
+    def check(self, sequence: int) -> None:
+        for name, part in (("training", self.train), ("validation", self.valid)):
+            if len(part) < sequence + 1:
+                raise SettingsError(
+                    f"--data must have more than --sequence {sequence} bytes of {name} text, got {len(part)} "
+                    f"from {self.about}"
+                )
+
+
+def batch(text: Bytes, *, seed: int, step: int, index: int, size: int, length: int) -> Tensor:
+    """Random sequences that depend on these numbers only.  -> (size length)
+
+    index: of the micro-batch among all of the step, whichever process takes it
+    """
+    starts = np.random.default_rng([seed, step, index]).integers(0, len(text) - length + 1, size=size)
+    return rows(text, starts, length)
+
+
+def evenly(text: Bytes, count: int, length: int) -> NDArray[np.int64]:
+    """Starts of `count` sequences, spread over a text: what is validated on."""
+    return np.linspace(0, len(text) - length, count).astype(np.int64)
+
+
+def rows(text: Bytes, starts: NDArray[np.int64], length: int) -> Tensor:
+    return torch.from_numpy(np.stack([text[start : start + length] for start in starts]).astype(np.int64))
+
+
+def corpus(data: str | None, folder: Path) -> Corpus:
+    """What --data names, or the default text."""
+    if data == "enwik8":
+        return split(download.enwik8(folder), "enwik8")
+    if data is not None:
+        return split(plain(Path(data), folder), Path(data).name)
+    return standard_library(folder)
+
+
+def split(path: Path, about: str) -> Corpus:
+    text = mapped(path)
+    first, second = int(len(text) * TRAIN), int(len(text) * (TRAIN + VALID))
+    return Corpus(f"{about} ({len(text):,} bytes)", text[:first], text[first:second])
+
+
+def mapped(path: Path) -> Bytes:
+    if path.stat().st_size == 0:
+        raise SettingsError(f"--data must be a file with text, got {path}, which is empty")
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def plain(path: Path, folder: Path) -> Path:
+    """The file itself, or what a packed one unpacks to, which is kept."""
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "nothing"
+        raise SettingsError(f"--data must be enwik8 or a file, got {got} at {path}")
+    if path.suffix not in OPENERS:
+        return path
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    unpacked = folder / "unpacked" / f"{path.stem}-{key}"
+    if not unpacked.exists():
+        with writing(unpacked) as temporary:
+            unpack(path, temporary)
+    return unpacked
+
+
+def unpack(path: Path, to: Path) -> None:
+    try:
+        opener: Any = OPENERS[path.suffix]
+        with opener(path, "rb") as source, to.open("wb") as target:
+            shutil.copyfileobj(source, target, PIECE)
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
+        raise SettingsError(f"--data must be a whole {path.suffix} file, got {path}: {error}") from None
+
+
+def standard_library(folder: Path) -> Corpus:
+    """The source text of Python's own library, which every machine has, split by file."""
+    name = f"python-{'.'.join(map(str, sys.version_info[:3]))}"
+    paths = {part: folder / "standard-library" / f"{name}-{part}.txt" for part in ("train", "valid")}
+    if not all(path.exists() for path in paths.values()):
+        sources = library_sources(Path(sysconfig.get_paths()["stdlib"]))
+        for part, path in paths.items():
+            with writing(path) as temporary:
+                temporary.write_bytes(b"".join(sources[part]))
+    train, valid = mapped(paths["train"]), mapped(paths["valid"])
+    return Corpus(f"Python's own source text ({len(train) + len(valid):,} bytes, split by file)", train, valid)
+
+
+def library_sources(root: Path) -> dict[str, list[bytes]]:
+    """Contents of all files, in an order and a split that depend only on their names."""
+    sources: dict[str, list[bytes]] = {"train": [], "valid": []}
+    found = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
+    order = sorted((hashlib.sha256(path.relative_to(root).as_posix().encode()).digest(), path) for path in found)
+    for digest, path in order:
+        sources["valid" if digest[-1] % EVERY == 0 else "train"].append(path.read_bytes())
+    if not all(sources.values()):
+        raise SettingsError(f"--data must name a file: Python's own source text is not at {root}")
+    return sources

@@ -1,0 +1,72 @@
+"""How much every byte of a text surprises a model, and the memories in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from titans_pytorch.neural_memory import NeuralMemory
+
+
+class TextSurprise(NamedTuple):
+    """Of the bytes of a text; nan where nothing was measured: the first byte, a chunk that is not complete."""
+
+    bits: Tensor  # (n) that the model needs for a byte, given those before
+    memory: Tensor | None  # (n) loss of the memories, mean over layers and heads, each layer over its own mean
+
+
+@torch.no_grad()
+def text_surprise(model: nn.Module, text: bytes) -> TextSurprise:
+    """Read a text once."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(text)], device=device)
+    was_training = model.training
+    model.eval()
+    with recorded(model) as records:
+        logits = model(ids)
+    model.train(was_training)
+    losses = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none") / torch.log(torch.tensor(2.0))
+    bits = F.pad(losses.cpu(), (1, 0), value=torch.nan)
+    layers = [of_bytes(model, losses, len(text)) for losses in records]
+    return TextSurprise(bits, torch.stack([each / each.nanmean() for each in layers]).mean(dim=0) if layers else None)
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what each memory returns as its loss, (b h writes), while the model runs as ever."""
+    records: list[Tensor] = []
+
+    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"return_surprises": True}
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        *answer, (loss, _) = output
+        records.append(loss.detach())
+        return tuple(answer)
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, NeuralMemory):
+            handles += [module.register_forward_pre_hook(ask, with_kwargs=True)]
+            handles += [module.register_forward_hook(keep, with_kwargs=True)]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def of_bytes(model: nn.Module, losses: Tensor, count: int) -> Tensor:
+    """(1 h writes) -> (count); without the tokens that the model has inserted"""
+    per_write = losses[0].float().mean(dim=0).cpu()
+    lengthened: Any = getattr(model, "lengthened", None)
+    positions = count if lengthened is None else lengthened.length(count)
+    writes = positions * max(round(len(per_write) / positions), 1)  # some memories write several times per token
+    per_token = F.pad(per_write, (0, max(writes - len(per_write), 0)), value=torch.nan)
+    per_token = per_token[:writes].view(positions, -1).mean(dim=1)
+    return per_token if lengthened is None else lengthened.drop(per_token[None, :, None], 0, count)[0, :, 0]
