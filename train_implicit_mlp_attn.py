@@ -19,7 +19,7 @@ PRESETS = dict(
     cpu=dict(
         **dict(dim=128, depth=4, heads=4, dim_head=32, mlp_hiddens=(32, 64, 32)),
         **dict(steps=500, batch=8, sequence=256, lr=3e-3, warmup=40, validate_every=50),
-        **dict(sample_every=200, sample_length=256, checkpoint_every=50),
+        **dict(sample_every=100, sample_length=256, checkpoint_every=50),
     ),
     gpu=dict(steps=100_000, batch=4, accumulate=4, sequence=512, lr=2e-4, clip=0.5),
 )

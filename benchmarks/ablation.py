@@ -3,8 +3,8 @@
     python -m benchmarks.ablation                                        # the cpu preset, Python's source text
     python -m benchmarks.ablation --data FILE --steps 300 --minutes 10 --seeds 0,1
 
-Trains both for equal steps, and both for equal time, by train_mac.py, one after the other. Writes ablation.json, a table
-(ablation.md) and a plot (ablation.png) to --out. Runs that are already there are not repeated.
+Trains both for equal steps, and both for equal time, by train_mac.py, one after the other. Writes ablation.json, a
+table (ablation.md) and a plot (ablation.png) to --out. Runs that are already there are not repeated.
 """
 
 from __future__ import annotations
@@ -52,26 +52,19 @@ def main() -> None:
 def one_run(given: argparse.Namespace, memory: str, by: str, amount: float, seed: int) -> dict[str, Any]:
     folder = given.out / f"memory-{memory}-{by}-{amount}-seed-{seed}"
     options = ["--preset", given.preset, "--memory", memory, f"--{by}", str(amount), "--seed", str(seed)]
+    options += ["--validate-sequences", "128"]
     options += ["--data", str(Path(given.data).resolve())] if given.data else []
     options += ["--folder", str(folder), *(["--resume"] if (folder / "config.json").exists() else []), *given.more]
     subprocess.run([sys.executable, str(CHECKOUT / "train_mac.py"), *options], check=True, cwd=CHECKOUT)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     valid = [each for each in records if "valid_bits_per_byte" in each]
-    training = json.loads((folder / "config.json").read_text())["training"]
+    config = json.loads((folder / "config.json").read_text())
     return {
-        **dict(memory=memory, by=by, amount=amount, seed=seed, parameters=parameters(folder)),
+        **dict(memory=memory, by=by, amount=amount, seed=seed, parameters=config["parameters"]),
         **dict(steps=valid[-1]["step"], seconds=valid[-1]["seconds"], bits=valid[-1]["valid_bits_per_byte"]),
-        **dict(by_position=valid[-1]["by_position"], sequence=training["sequence"]),
+        **dict(by_position=valid[-1]["by_position"], sequence=config["training"]["sequence"]),
         "curve": [[each["step"], each["seconds"], each["valid_bits_per_byte"]] for each in valid],
     }
-
-
-def parameters(folder: Path) -> int:
-    from safetensors import safe_open
-
-    last = max((folder / "checkpoints").glob("step-*"))
-    with safe_open(last / "model.safetensors", framework="pt") as file:
-        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
 
 
 def table(runs: Runs) -> str:

@@ -154,7 +154,9 @@ def legal(chosen: dict[str, Any]) -> dict[str, Any]:
         options |= {"qk_rmsnorm": False}
     if not options["mem_model_norm_add_residual"]:
         options |= {"learned_norm_gain": False}
-    options["default_step_transform_max_lr"] = 0.1 if options["summed_loss"] else 0.4
+    # Newton-Schulz blows what rounding leaves of a singular value up 485 times: large steps would feed it back
+    largest_step = 0.1 if options["summed_loss"] else 0.4
+    options["default_step_transform_max_lr"] = 0.05 if options["spectral_norm_surprises"] else largest_step
     options["default_model_kwargs"] = dict(depth=2, expansion_factor=1.5)
     return options
 

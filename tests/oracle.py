@@ -354,8 +354,7 @@ class Layer:
             y = self.read_head(row, queries, head)
             y = self.head_norm("multihead_rmsnorm", y, head) if o.post_rmsnorm or o.gated_output else y
             if o.gated_output:
-                gate = self.of_head("retrieve_gate.0", x, head)  # (t d)
-                y = y * (gate * gate.sigmoid())
+                y = y * self.of_head("retrieve_gate.0", x, head).sigmoid()  # (t d)
             elif o.heads > 1:
                 y = y * self.of_head("retrieve_gate.0", x, head).sigmoid()
             answers.append(y)

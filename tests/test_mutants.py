@@ -504,8 +504,8 @@ def heads_trade_their_gains(patcher: pytest.MonkeyPatch) -> None:
 
 
 @mutant(*PAPER_CASES)
-def outputs_are_gated_by_a_sigmoid(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, Projections, "merge", with_gate(lambda gate: gate[:-1].append(torch.nn.Sigmoid())))
+def outputs_are_gated_by_silu(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, Projections, "merge", with_gate(lambda gate: gate[:-1].append(torch.nn.SiLU())))
 
 
 @mutant(*PAPER_CASES)

@@ -333,8 +333,10 @@ def test_a_long_stream_of_noise_stays_finite(dim: int, heads: int, batch_size: i
 @pytest.mark.parametrize("batch_size", [64, None])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_a_long_stream_of_wide_noise_stays_finite(heads: int, batch_size: int | None) -> None:
-    survives(384, heads, batch_size, 65_536, torch.float32, backward=False)
-    survives(384, heads, batch_size, 4_096, torch.float32, backward=True)
+    differentiates_all = (heads, batch_size) == (4, 64)  # which takes minutes
+    survives(384, heads, batch_size, 65_536, torch.float32, backward=differentiates_all)
+    if not differentiates_all:
+        survives(384, heads, batch_size, 4_096, torch.float32, backward=True)
 
 
 # the audit agrees

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from assoc_scan import AssocScan
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -19,6 +20,8 @@ from tests.oracle import oracle
 from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory, load_state, save_state
 from titans_pytorch.audit import audit, stream_with_state
 from titans_pytorch.convolution import CausalConvolution
+from titans_pytorch.fast_weights import general
+from titans_pytorch.fast_weights.recurrence import Gates
 from titans_pytorch.projections import L2Norm
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
@@ -122,7 +125,7 @@ def test_any_pieces_equal_the_oracle(chunk_size: Any, engine: str) -> None:
     seq, stored = randn(2, 13, 8), randn(2, 13, 8, seed=1)
     mask = torch.rand(2, 13, generator=torch.Generator().manual_seed(2)) > 0.3
     options = dict(ALL, dim=8, dim_head=4, heads=2, chunk_size=chunk_size, batch_size=2 * store)
-    options |= dict(activation=nn.SiLU(), default_step_transform_max_lr=0.1, max_weight_growth=10.0)
+    options |= dict(activation=nn.SiLU(), default_step_transform_max_lr=0.3 / 4, max_weight_growth=10.0)
     with torch.no_grad():
         expected = oracle(
             built.state_dict(), built.memory_model, seq, store_seq=stored, store_mask=mask, **options
@@ -344,6 +347,27 @@ def test_equal_gates_of_channels_are_one_gate() -> None:
         assert_close(own(seq)[0], shared(seq)[0], **EXACT)
 
 
+@pytest.mark.parametrize("has_channels", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (5,), ()])
+def test_scanning_channels_is_multiplying_them_out(
+    shape: tuple[int, ...], has_channels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scan needs CUDA to be chosen; what it is given is right on any device."""
+    rows, chunks, orders = 2, 4, 2
+    monkeypatch.setattr(general, "AssocScan", lambda use_accelerated: AssocScan(use_accelerated=False))
+    channels = (*shape[-1:], *([1] if not shape else []))
+    keep = randn(rows, *(channels if has_channels else ()), chunks)
+    logs = nn.functional.logsigmoid(keep), nn.functional.logsigmoid(randn(orders, rows, chunks))
+    gates = Gates(*logs, None, None, torch.zeros(rows, chunks, dtype=torch.float64))
+    surprise, start = randn(rows, chunks, *shape), randn(rows, *shape)
+    past = (randn(rows, *shape, seed=1), randn(rows, *shape, seed=2))
+    by_scan, by_products = (
+        integrate(gates, surprise, start, past, None)
+        for integrate in (general.integrate_by_scan, general.integrate_by_products)
+    )
+    assert_close(by_scan, by_products, **EXACT)
+
+
 def test_a_learned_gain_is_no_memory() -> None:
     built, seq = paper(), randn(2, 9, 8).requires_grad_()
     retrieved, state = built(seq)
@@ -360,7 +384,11 @@ def test_a_gated_output_is_normed_gated_and_combined() -> None:
         built.combine_heads.weight.mul_(2)
         assert_close(built(seq)[0], 2 * expected, **EXACT)
         built.retrieve_gate[0].weight.zero_()
-        assert not built(seq)[0].any(), "SiLU of nothing is nothing"
+        half = built(seq)[0]
+        built.retrieve_gate[-1] = nn.Identity()
+        assert not built(seq)[0].any()
+        built.retrieve_gate[-1] = nn.Threshold(1.0, 1.0)  # fully open
+        assert_close(built(seq)[0], 2 * half, **EXACT)
 
 
 @pytest.mark.parametrize("model", [lambda: MemoryAttention(4), lambda: nn.Linear(4, 4)], ids=["attention", "linear"])
@@ -425,11 +453,11 @@ def test_extreme_inputs_stay_finite(value: float) -> None:
     assert all(p.grad.isfinite().all() for p in built.parameters())
 
 
-@pytest.mark.parametrize("lr", [0.1, 0.4, 1.0])
+@pytest.mark.parametrize("lr", [0.02, 1.0])
 def test_a_stream_of_noise_stays_finite(lr: float) -> None:
     torch.manual_seed(0)
     built = NeuralMemory.paper(16, heads=2, default_step_transform_max_lr=lr)
-    retrieved, state = built(torch.randn(1, 4096, 16))
+    retrieved, state = built(torch.randn(1, 2048, 16))
     retrieved.square().mean().backward()
     assert all(w.isfinite().all() for w in state.states[0].values())
     assert all(p.grad.isfinite().all() for p in built.parameters())

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from titans_pytorch import NeuralMemory, streaming
+from titans_pytorch.fast_weights.spectral import orthogonalised
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -29,8 +30,11 @@ def gradients(memory: NeuralMemory, previous: NeuralMemory, seq: Tensor) -> list
     return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
 
 
+@pytest.mark.parametrize("block_elements", [0, 2**26], ids=["blocks made again", "blocks kept"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_recomputing_spans_changes_no_gradient(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputing_spans_changes_no_gradient(
+    options: dict[str, Any], block_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     shape = dict(dim=8, chunk_size=4, default_step_transform_max_lr=0.1)
     memory, previous = NeuralMemory(**shape, **options).double(), NeuralMemory(**shape).double()
@@ -40,6 +44,14 @@ def test_recomputing_spans_changes_no_gradient(options: dict[str, Any], monkeypa
     original = streaming.recomputed
     monkeypatch.setattr(streaming, "recomputed", lambda *args, **kwargs: used.append(1) or original(*args, **kwargs))
     monkeypatch.setattr(streaming, "KEPT_ELEMENTS", 1)
+    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", block_elements)
     monkeypatch.setattr(streaming, "SPAN_TOKENS", 16)
     assert_close(gradients(memory, previous, seq), kept, rtol=1e-9, atol=1e-9)
     assert used
+
+
+def test_a_spectral_step_keeps_little_and_can_be_differentiated_twice() -> None:
+    torch.manual_seed(0)
+    steps = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(orthogonalised, steps)
+    assert torch.autograd.gradgradcheck(orthogonalised, steps)

@@ -90,19 +90,10 @@ def test_two_processes_see_different_text(two: dict[str, Path], tmp_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--use_fsdp", "--fsdp_version", "2"]])
+@pytest.mark.parametrize("options", [["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]])
 def test_accelerate_launch(options: list[str], one: Path, tmp_path: Path, data: Path) -> None:
-    common = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    """With the options for GPUs, whose launcher starts processes on CPU just as well."""
+    common = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *common, *options]
     launch(command, tmp_path / "run", data, *STEPS)
     assert_close(losses(tmp_path / "run"), losses(one), **CLOSE)

@@ -83,9 +83,9 @@ class MACLayer(nn.ModuleList):
     ) -> tuple[Tensor, Passed, LayerCache]:
         """streams: (b n s d) -> same, what the next layer is handed, what the next piece is"""
         attention_connection, ff_connection, attention, ff = self[1], self[2], self[5], self[6]
-        gates, state = None, None
-        if self.memory is not None:
-            streams, gates, state = self.remember(streams, passed, None if cache is None else cache.memory)
+        gates, state, memory = None, None, self.memory
+        if memory is not None:
+            streams, gates, state = self.remember(memory, streams, passed, None if cache is None else cache.memory)
             passed = passed._replace(memory=state)
 
         branch = open_branch(attention_connection, streams)
@@ -108,11 +108,10 @@ class MACLayer(nn.ModuleList):
         return streams, passed, LayerCache(key_values, state)
 
     def remember(
-        self, streams: Tensor, passed: Passed, state: NeuralMemState | None
+        self, memory: NeuralMemory, streams: Tensor, passed: Passed, state: NeuralMemState | None
     ) -> tuple[Tensor, Tensor | None, NeuralMemState]:
         """Store and read; what is read joins the streams or gates the attention.  -> streams, gates, state"""
-        connection, selector, memory = self[0], self[3], self.memory
-        assert memory is not None
+        connection, selector = self[0], self[3]
         branch = open_branch(connection, streams)
         seq = branch.input
         if isinstance(selector, ViewSelector):

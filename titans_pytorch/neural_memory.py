@@ -86,7 +86,7 @@ class NeuralMemory(Pretrained, Projections):
         channelwise_decay: every entry along the last axis of every parameter (an output of `x @ w`) is forgotten by
             itself
         learned_norm_gain: the gain of the norm around the model is learned outside, and storing does not change it
-        gated_output: what is read is normed, and every feature gated by SiLU of a linear map of the token, before
+        gated_output: what is read is normed, and every feature gated by a sigmoid of a linear map of the token, before
             heads are combined (which they then are, be there one or more)
     """
 
@@ -355,7 +355,8 @@ class NeuralMemory(Pretrained, Projections):
         moved = {} if is_fresh else {name: m.unbind(0) for name, m in state.states[1].items()}
         outcome = stream.run(Carry(state.weights, state.states[0], moved), state.group, state.tails, seq, stored)
         base, weights, orders = outcome.carry
-        momenta = {name: torch.stack(order) for name, order in orders.items()} or state.states[1]
+        has_moved = num_chunks > 0 and orders
+        momenta = {name: torch.stack(order) for name, order in orders.items()} if has_moved else state.states[1]
         rest = stored.select(num_chunks * chunk, stored.num_tokens)
         segment = rest.keys.clone() if self.num_views is None else torch.stack((rest.keys, rest.values))
         updates = Updates(first_chunk, num_chunks, weights, outcome.blocks, outcome.replay)

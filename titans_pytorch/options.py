@@ -16,7 +16,7 @@ from titans_pytorch.losses import mean_squared_error, summed_squared_error
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What each means says `NeuralMemory`, which also has the defaults."""
+    """`NeuralMemory` says what each of them means, and has the defaults."""
 
     dim: int
     chunk_size: int | tuple[int, int]

@@ -100,7 +100,7 @@ class Projections(GateLayers):
         dim, heads, inner = options.dim, options.heads, options.heads * options.head_width
         if options.gated_output:
             gate = nn.Linear(dim, inner, bias=False)
-            return nn.Sequential(gate, Rearrange("b t (h d) -> b h t d", h=heads), nn.SiLU())
+            return nn.Sequential(gate, Rearrange("b t (h d) -> b h t d", h=heads), nn.Sigmoid())
         if heads == 1:
             return None
         return nn.Sequential(nn.Linear(dim, heads, bias=False), Rearrange("b t h -> b h t 1"), nn.Sigmoid())

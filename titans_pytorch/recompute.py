@@ -47,6 +47,7 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[[Sequence[Tensor]], list[Tensor]], num: int, *tensors: Tensor) -> Any:
         ctx.run, ctx.num = run, num
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         device = tensors[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -54,7 +55,7 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         needed = ctx.needs_input_grad[2:]
         tensors = list(ctx.saved_tensors)
         for place in range(ctx.num):
@@ -62,7 +63,11 @@ class Recompute(torch.autograd.Function):
         device, dtype, is_enabled = ctx.autocast
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=is_enabled):
             results = ctx.run(tensors[: ctx.num])
-        reached = [(result, g) for result, g in zip(results, gradients, strict=True) if result.requires_grad]
+        reached = [
+            (result, g) for result, g in zip(results, gradients, strict=True) if result.requires_grad and g is not None
+        ]
+        if not reached:
+            return (None,) * (len(needed) + 2)
         outputs, of_outputs = zip(*reached, strict=True)
         wanted = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
         found = iter(torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True))

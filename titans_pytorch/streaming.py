@@ -28,9 +28,12 @@ SPAN_TOKENS = 4096
 """Tokens (of all rows together) that are projected at once"""
 
 SPAN_ELEMENTS = 2**26
-KEPT_ELEMENTS = 2**29
-"""Numbers that training keeps for its backward pass: of a span, and of a call (2 GB in float32); a call that would keep
+KEPT_ELEMENTS = 2**28
+"""Numbers that training keeps for its backward pass: of a span, and of a call (1 GB in float32); a call that would keep
 more keeps only what is carried between spans and computes the rest again"""
+
+BLOCK_ELEMENTS = 2**26
+"""Numbers in the blocks of a call that are kept for a next layer's weight residual rather than made again"""
 
 
 class Stored(NamedTuple):
@@ -137,12 +140,12 @@ class Stream:
         surprises: list[Surprise] = []
         blocks: list[Block] = []
         num_blocks = sum(plan.num_chunks > 0 for plans in spans for plan in plans)
-        keeps_blocks = num_blocks <= 1 or (torch.is_grad_enabled() and not recomputes)
+        has_small_blocks = num_chunks * rows * self.engine.block_elements(self.writes_per_chunk) <= BLOCK_ELEMENTS
+        keeps_blocks = num_blocks <= 1 or (torch.is_grad_enabled() and (has_small_blocks or not recomputes))
         replay = (
             None if keeps_blocks else partial(self.all_blocks, carry, tails, stored, spans, torch.is_grad_enabled())
         )
-        parameters = [p for p in self.projections.parameters() if p.requires_grad]
-        step = partial(recomputed, self.step, parameters=parameters) if recomputes else self.step
+        step = self.recomputed_step() if recomputes else self.step
         previous = None if self.residual is None else self.residual.blocks
         for plans in spans:
             read, carry, group, tails, surprise, done = step(
@@ -161,21 +164,31 @@ class Stream:
         """Store once more, for somebody who wants to look at the weights on the way."""
         blocks: list[Block] = []
         previous = None if self.residual is None else self.residual.blocks
+        run = self.recomputed_step() if is_differentiable and plain_autograd_works() else self.step
         with torch.set_grad_enabled(is_differentiable):
             for plans in spans:
-                step = self.step(carry, ReadingGroup(None, None), tails, None, stored, previous, plans, True)
+                step = run(carry, ReadingGroup(None, None), tails, None, stored, previous, plans, True)
                 carry, tails = step.carry, step.tails
                 blocks.extend(step.blocks)
         return blocks
 
+    def recomputed_step(self) -> Callable[..., Step]:
+        """`step`, of which only what goes in and what comes out is kept for the backward pass."""
+        parameters = [p for p in self.projections.parameters() if p.requires_grad]
+        return partial(recomputed, self.step, parameters=parameters)
+
+    @property
+    def writes_per_chunk(self) -> int:
+        return self.layout.store_chunk * self.projections.num_kv_per_token
+
     def kept_elements(self, rows: int) -> int:
         """What training keeps of one chunk."""
-        return rows * self.engine.kept_elements(self.layout.store_chunk * self.projections.num_kv_per_token)
+        return rows * self.engine.kept_elements(self.writes_per_chunk)
 
     def spans(self, num_tokens: int, rows: int) -> list[list[BlockPlan]]:
         """All blocks of a call, in runs of about as many tokens as are projected at once."""
         chunk = self.layout.store_chunk
-        most = self.engine.block_chunks(rows, chunk * self.projections.num_kv_per_token)
+        most = self.engine.block_chunks(rows, self.writes_per_chunk)
         longest = max(1, min(SPAN_TOKENS // (rows * chunk), SPAN_ELEMENTS // self.kept_elements(rows)))
         spans: list[list[BlockPlan]] = [[]]
         for plan in plan_blocks(self.layout, self.first_token, num_tokens, self.first_chunk, most):

@@ -106,6 +106,12 @@ class Engine:
             return writes_per_chunk * (widths + scaled)
         return 10 * self.num_elements
 
+    def block_elements(self, writes_per_chunk: int) -> int:
+        """About how many numbers a block has for a row's chunk."""
+        if self.name == "factored":
+            return writes_per_chunk * sum(i + j for i, j in self.matrices)
+        return self.num_elements
+
     def block_chunks(self, rows: int, writes_per_chunk: int) -> int:
         """How many chunks make the cheapest block: products over pairs of writes grow with its square, the cost of a
         block itself (starting it, carrying the weights) is shared by its writes. Long chunks are best alone: they need

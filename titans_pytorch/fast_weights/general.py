@@ -91,8 +91,12 @@ class DenseBlock(NamedTuple):
 
     def product(self, name: str, x: Tensor, rows: Rows, is_transposed: bool = False) -> Tensor:
         """x: (r g k i) -> (r g k j)"""
-        weight = self.weights[name][:, rows]
-        return x @ (weight.mT if is_transposed else weight)
+        weight = self.weights[name].mT if is_transposed else self.weights[name]
+        if isinstance(rows, slice) and self.num_chunks < 2 * x.shape[1]:
+            # a product with all entries reads them where they are; one with some of them would copy those first
+            around = (0, 0, 0, 0, rows.start, self.num_chunks + 1 - rows.stop)
+            return (torch.nn.functional.pad(x, around) @ weight)[:, rows]
+        return x @ weight[:, rows]
 
     def vector(self, name: str, rows: Rows) -> Tensor:
         """-> (r g 1 d)"""

@@ -6,9 +6,12 @@ commute with A, so the iterations can run on the small square side alone,  A <- 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.limits import safe_norm
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -22,17 +25,39 @@ def orthogonalised(t: Tensor) -> Tensor:
         return orthogonalised(t.mT).mT
     norm = safe_norm(t.square().sum(dim=(-2, -1), keepdim=True)).clamp(min=SMALLEST_NORM)
     t = t / norm
-    return polynomial(t @ t.mT) @ t
+    gram = t @ t.mT
+    factor: Tensor = Polynomial.apply(gram) if gram.requires_grad and plain_autograd_works() else polynomial(gram)
+    return factor @ t
 
 
 def polynomial(gram: Tensor) -> Tensor:
     """The product of all iterations' polynomials of the Gram matrix.  (... i i) -> (... i i)"""
     a, b, c = COEFFICIENTS
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    shape, gram = gram.shape, gram.flatten(0, -3)
     total = None
     for iteration in range(NUM_ITERATIONS):
-        step = a * identity + b * gram + c * (gram @ gram)
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step = step + a * torch.eye(shape[-1], dtype=step.dtype, device=step.device)
         total = step if total is None else step @ total
         if iteration + 1 < NUM_ITERATIONS:
             gram = gram @ step @ step
-    return total if total is not None else identity
+    return gram.unflatten(0, shape[:-2]) if total is None else total.unflatten(0, shape[:-2])
+
+
+class Polynomial(torch.autograd.Function):
+    """Keeps the Gram matrix alone for its backward pass: the iterations fill twenty times the memory of what they act
+    on, and repeating them costs less than writing and reading all that."""
+
+    @staticmethod
+    def forward(ctx: Any, gram: Tensor) -> Tensor:
+        ctx.save_for_backward(gram)
+        return polynomial(gram)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (gram,) = ctx.saved_tensors
+        is_differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            gram = gram if is_differentiable else gram.detach().requires_grad_()
+            (found,) = torch.autograd.grad(polynomial(gram), gram, gradient, create_graph=is_differentiable)
+        return found

@@ -52,6 +52,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.module = build()  # without what accelerate wraps around it
         self.model_class = type(self.module)  # sharding changes it
+        self.num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
         if resumed is not None:
             self.module.load_state_dict(resumed.model())
         self.is_sharded = wants_sharding(settings)
@@ -273,9 +274,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def prime(self, step: int) -> bytes:
-        length = min(self.settings.prime_length, len(self.corpus.valid))
-        chosen = np.random.default_rng([self.settings.seed, step]).integers(0, len(self.corpus.valid) - length + 1)
-        return bytes(self.corpus.valid[chosen : chosen + length])
+        """A piece of validation text that is not mostly space, if a few draws find one."""
+        text, length = self.corpus.valid, min(self.settings.prime_length, len(self.corpus.valid))
+        drawn = np.random.default_rng([self.settings.seed, step]).integers(0, len(text) - length + 1, size=20)
+        candidates = [bytes(text[start : start + length]) for start in drawn]
+        return next((each for each in candidates if len(each.split()) > length // 12), candidates[0])
 
     def save(self) -> None:
         model, kept = self.plain_model(), sharding.optimizer_state(self.module, self.optimizers)

@@ -209,13 +209,12 @@ def train_with(plan: Plan, accelerate: Any) -> int:
     trainer = Trainer(training, lambda: built(plan.model), corpus, run, accelerate, resumed)
     if accelerate.is_main_process:
         run.rewind(resumed.progress.lengths if resumed else {})
-        run.save_config(config(plan, trainer.model_class))
+        run.save_config(config(plan, trainer.model_class, trainer.num_parameters))
         run.save_text(bytes(corpus.valid[: training.sequence]))
     if training.trackers:
         accelerate.project_configuration.set_directories(str(run.folder))
         accelerate.init_trackers(run.folder.name, flat(plan.model, training))
-    size = sum(p.numel() for p in trainer.module.parameters())
-    say(f"model: {size:,} parameters, on {accelerate.device}, {accelerate.num_processes} process(es)")
+    say(f"model: {trainer.num_parameters:,} parameters, on {accelerate.device}, {accelerate.num_processes} process(es)")
     say(f"run: {run.folder}" + (f", from step {trainer.progress.step}" if plan.is_resumed else ""))
     is_over = trainer.train()
     if trainer.progress.best is not None:
@@ -241,11 +240,12 @@ def built(model_settings: Any) -> nn.Module:
     return model
 
 
-def config(plan: Plan, kind: type[nn.Module]) -> dict[str, Any]:
+def config(plan: Plan, kind: type[nn.Module], num_parameters: int) -> dict[str, Any]:
     return {
         "script": plan.script,
         "preset": plan.preset,
         "model_class": f"{kind.__module__}.{kind.__qualname__}",
+        "parameters": num_parameters,
         "model": asdict(plan.model),
         "training": asdict(plan.training),
     }
