@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.titans_configurations import OPTIONS, VARIANTS, build_backbone, random_inputs
+from tests.titans_configurations import CASES, build_backbone, random_inputs
 from tests.titans_reference import Reference
 
 TOKENS = 9  # no multiple of any window
@@ -29,7 +29,6 @@ def compare(variant: str, name: str, seed: int = 0, **changes: Any) -> None:
         assert left.abs().max() > 0, label
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant, name", CASES)
 def test_outputs_and_gradients(variant: str, name: str) -> None:
     compare(variant, name)

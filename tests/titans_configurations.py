@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -43,6 +44,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no memory": dict(memory=False),
     "no memory, nothing persistent": dict(memory=False, num_persistent=0, window=3),
 }
+
+
+OFTEN = {
+    "mac": ("plain", "chunk longer than window", "the paper's memory", "convolution longer than window"),
+    "mag": ("one memory, odd window", "chunk of one token", "the paper's memory", "gate: product", "no memory"),
+    "mal": ("plain", "gate: memory", "window of one token", "the paper's memory", "never refreshed"),
+    "lmm": ("plain", "deep memory, no decay", "linear memory, no momentum", "no convolution, no norm", "no memory"),
+}
+CASES = [
+    pytest.param(variant, name, marks=() if name in OFTEN[variant] else pytest.mark.slow, id=f"{variant}, {name}")
+    for variant in VARIANTS
+    for name in OPTIONS
+]
+"""All models with all options; those of OFTEN by default, the others in the long run"""
 
 
 def config_of(name: str, **changes: Any) -> TitansConfig:
