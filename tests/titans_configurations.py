@@ -23,12 +23,14 @@ PAPER = dict(summed_loss=True, per_parameter_gates=True, channelwise_decay=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one memory, odd window": dict(memory_heads=1, window=5, memory_chunk=3, memory_refresh=6),
-    "chunk longer than window": dict(window=3, memory_chunk=4, memory_refresh=4, num_persistent=1),
+    "chunk longer than window": dict(
+        window=3, memory_chunk=4, memory_refresh=4, num_persistent=1, layer_residual=False
+    ),
     "chunk of one token": dict(window=6, memory_chunk=1, memory_refresh=5, num_persistent=0),
     "never refreshed": dict(memory_refresh=None, num_persistent=3),
     "window of one token": dict(window=1, memory_chunk=2),
     "gate: attention": dict(gate="attention"),
-    "gate: memory": dict(gate="memory", layer_residual=True),
+    "gate: memory": dict(gate="memory", layer_residual=False),
     "gate: product": dict(gate="product"),
     "gate: mix": dict(gate="mix"),
     "no convolution, no norm": dict(

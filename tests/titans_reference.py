@@ -169,6 +169,7 @@ class Reference:
             start = i // size * size
             if memory is not None and i == start:  # h_t = M*_{t-1}(q_t), eq. 21, the memory before the segment
                 written = torch.stack(y) if y else x[:0]
+                written = x[:start] + written if config.layer_residual else written
                 asked = memory.still(written, x[: start + size])[start:]
                 h += [rms_norm(each, self.p[f"{mixer}context_norm.weight"]) for each in asked]
             seen = list(first)
@@ -179,6 +180,7 @@ class Reference:
         attended = torch.stack(y)
         if memory is None:
             return attended
+        attended = x + attended if config.layer_residual else attended
         return self.gate(mixer, attended, memory.read_and_written(attended))  # eqs. 24, 25
 
     def mag(self, mixer: str, x: Tensor) -> Tensor:
@@ -195,8 +197,9 @@ class Reference:
             return self.slide(mixer, x, prefix)
         joined = torch.cat((prefix, x))  # eq. 29
         y = self.memory(mixer).read_and_written(joined)  # eq. 30
-        y = rms_norm(y + joined if self.config.layer_residual else y, self.p[f"{mixer}norm.weight"])
-        return self.slide(mixer, y[len(prefix) :], y[: len(prefix)])  # eq. 31
+        seen = rms_norm(y + joined if self.config.layer_residual else y, self.p[f"{mixer}norm.weight"])
+        o = self.slide(mixer, seen[len(prefix) :], seen[: len(prefix)])  # eq. 31
+        return y[len(prefix) :] + o if self.config.layer_residual else o
 
     def lmm(self, mixer: str, x: Tensor) -> Tensor:
         prefix = self.persistent(mixer)

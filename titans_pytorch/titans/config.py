@@ -39,7 +39,8 @@ class TitansConfig:
     num_persistent: learned tokens in front of the sequence (eq. 19), in every block its own
     ff_hidden: width of the feed-forward networks; None: 8/3 dim, rounded up to a multiple of 32
     gate: how attention and memory are combined (eqs. 25 and 28), see `titans.gate`
-    layer_residual: of MAL, attention sees x + M(x) instead of M(x) alone
+    layer_residual: inside blocks of MAC and MAL every layer has a residual connection of its own, not the block alone:
+        what MAC writes is x + y, and MAL adds both M(x) and what attention makes of x + M(x)
     memory: False leaves the memory out, for comparison
     memory_heads: memories per block, `dim / memory_heads` wide each; None: as many as attention has
     memory_depth, memory_expansion: layers of the memory's MLP (1: linear), width of its hidden layers over its own
@@ -60,7 +61,7 @@ class TitansConfig:
     num_persistent: int = 4
     ff_hidden: int | None = None
     gate: GateForm = "mix"
-    layer_residual: bool = False
+    layer_residual: bool = True
     memory: bool = True
     memory_heads: int | None = None
     memory_depth: int = 2

@@ -79,6 +79,7 @@ class MemoryAsContext(Mixer):
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
         self.context_norm = RMSNorm(config.dim) if config.memory else None
+        self.keeps_input = config.layer_residual and config.memory
         self.gate = Gate(config.dim, config.gate) if config.memory else None
         self.lookback = 0 if self.memory is None else lookback_of(self.memory)
 
@@ -126,6 +127,7 @@ class MemoryAsContext(Mixer):
         output, memory = y, state.memory
         if self.memory is not None and self.gate is not None:
             y = y.to(x.dtype)  # half precision under autocast
+            y = x + y if self.keeps_input else y
             read, memory = self.memory(y, state=memory)  # eq. (24)
             output = self.gate(y, read)  # eq. (25)
         if offset + count < self.window:
@@ -183,7 +185,7 @@ class MemoryAsLayer(Mixer):
         if self.memory is not None:
             y, memory = self.memory(x, state=memory)  # eq. (30)
         o, recent = self.slide(self.normed(y, x), start, state.prefix, state.recent)  # eq. (31)
-        return o, LayerState(memory, state.prefix, recent)
+        return y + o if self.keeps_input else o, LayerState(memory, state.prefix, recent)
 
     def begin(self, x: Tensor) -> LayerState:
         persistent = self.persistent_tokens(x.shape[0])
