@@ -1,7 +1,4 @@
-"""A table and a plot of the runs of benchmarks.recall.
-
-python -m benchmarks.recall_report runs/*.json --plot docs/images/recall.png > table.md
-"""
+"""The table and the plot of docs/results.md from results/recall/*.json: `python -m benchmarks.recall_report`."""
 
 from __future__ import annotations
 
@@ -11,6 +8,11 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import CHECKOUT
+from benchmarks.pages import put
+
+RESULTS = Path(__file__).with_name("results") / "recall"
 
 Key = tuple[str, str, int]  # variant, memory, pairs
 
@@ -67,13 +69,12 @@ def plot(runs: dict[Key, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=CHECKOUT / "docs")
     args = parser.parse_args()
-    runs = grouped(args.runs)
-    print(table(runs))
-    if args.plot is not None:
-        plot(runs, args.plot)
+    runs = grouped(sorted(args.results.glob("*.json")))
+    put(args.docs / "results.md", "recall", table(runs))
+    plot(runs, args.docs / "images" / "recall.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes docs/results.md and its picture from results/side_by_side.json: `python -m benchmarks.side_by_side_report`."""
+"""Writes its part of docs/results.md and its picture from results/side_by_side.json: `python -m benchmarks.side_by_side_report`."""
 
 # ruff: noqa: E501
 from __future__ import annotations
@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.machine import CHECKOUT
+from benchmarks.pages import put
 from benchmarks.report import markdown
 from benchmarks.side_by_side import MODELS, RESULTS
 
@@ -25,15 +26,15 @@ def main() -> None:
     record = json.loads(given.results.read_text())
     (given.docs / "images").mkdir(parents=True, exist_ok=True)
     draw(record["runs"], record["settings"]["sequence"], given.docs / PICTURE)
-    (given.docs / "results.md").write_text(page(record))
+    put(given.docs / "results.md", "equal time", section(record))
     print(given.docs / "results.md")
 
 
-def page(record: dict[str, Any]) -> str:
+def section(record: dict[str, Any]) -> str:
     machine, settings = record["machine"], record["settings"]
     name, kwargs = settings["data"], record["architecture"]["kwargs"]
     seeds = sorted({run["seed"] for run in record["runs"]})
-    return f"""# What was learned in equal time
+    return f"""## What is learned in equal time
 
 `python -m benchmarks.side_by_side` trained each model for {settings["budget"]:.0f} seconds on `{name}`, with
 {settings["threads"]} thread(s) of {machine["cpu"]} ({machine["cores"]} cores), {machine["date"]}, commit
@@ -52,7 +53,7 @@ parameters. *Skipped* steps had a gradient that was not finite.
 
 The architecture is the `cpu` preset of [train_mac.py](../train_mac.py): dim {kwargs["dim"]}, {kwargs["depth"]} layers,
 window {kwargs["segment_len"]}, memories in layers {", ".join(map(str, kwargs["neural_memory_layers"]))} with chunks of
-{kwargs["neural_memory_segment_len"]} and batches of {kwargs["neural_memory_batch_size"]} tokens. This page is written by
+{kwargs["neural_memory_segment_len"]} and batches of {kwargs["neural_memory_batch_size"]} tokens. This section is written by
 `python -m benchmarks.side_by_side_report`.
 """
 

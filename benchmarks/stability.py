@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.pages import put
 from titans_pytorch import NeuralMemory
 
 DIM, CHUNK, TOKENS, PIECE, GRADIENT_TOKENS, SEEDS = 64, 16, 65_536, 4096, 4096, (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "stability.json"
 PAGE = Path(__file__).parent.parent / "docs" / "stability.md"
-BEGIN, END = "<!-- table begin -->", "<!-- table end -->"
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default, base never renewed": {},
@@ -99,8 +99,7 @@ def row(name: str, runs: list[dict[str, Any]]) -> str:
 def write(results: dict[str, list[dict[str, Any]]]) -> None:
     head = "| setting | finite | largest growth | loss, first tokens | loss, last tokens | gradient norm |"
     table = "\n".join([head, "|---|---|---|---|---|---|", *(row(name, runs) for name, runs in results.items())])
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
+    put(PAGE, "table", table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,15 @@
+"""Parts of hand-written pages that are written by scripts, each between two comments with its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Set what stands between `<!-- name -->` and `<!-- end of name -->`; a page without them gets them at its end."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before = page.read_text() if page.exists() else ""
+    if begin not in before:
+        before = f"{before.rstrip()}\n\n{begin}\n{end}\n".lstrip()
+    head, rest = before.split(begin, 1)
+    page.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")
