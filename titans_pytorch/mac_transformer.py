@@ -20,7 +20,7 @@ from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.positions import AxialPositions, Lengthened
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.residual_streams import SINKHORN_ITERATIONS, expand
-from titans_pytorch.sampling import generate, min_p_filter
+from titans_pytorch.sampling import evaluating, filter_arguments, generate, min_p_filter
 
 __all__ = [
     "AttnIntermediates",
@@ -256,24 +256,18 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         """
         self.check_ids("prompt", prompt)
         checks.check_at_least("seq_len", seq_len, prompt.shape[1], "the length of the prompt")
-        if filter_kwargs is None:
-            filter_kwargs = dict(min_p=0.1) if filter_fn is min_p_filter else {}
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return generate(
                 Decoder(self, cache, use_cache or cache is not None, seq_len),
                 prompt,
                 seq_len - prompt.shape[1],
                 temperature=temperature,
                 filter_fn=filter_fn,
-                filter_kwargs=dict(filter_kwargs),
+                filter_kwargs=filter_arguments(filter_fn, filter_kwargs),
                 stop_token=stop_token,
                 generator=generator,
                 show_progress=show_progress,
             )
-        finally:
-            self.train(was_training)
 
     # ---- what comes in
 

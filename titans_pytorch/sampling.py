@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 NextLogits = Callable[[Tensor], Tensor]  # new tokens (b n) -> logits of the token after them (b v)
 
@@ -36,6 +37,24 @@ def top_p_filter(logits: Tensor, p: float = 0.9) -> Tensor:
     removed = before >= p
     removed[..., 0] = False
     return logits.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), -math.inf)
+
+
+def filter_arguments(filter_fn: Callable[..., Tensor], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a filter is called with: what the caller gave, or the default of `sample`."""
+    if given is None:
+        return dict(min_p=0.1) if filter_fn is min_p_filter else {}
+    return dict(given)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _check_share(name: str, share: float) -> None:

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.factored import add_outer_products, full_precision
+from titans_pytorch.fast_weights.factored import finished, full_precision, step_tensors
 from titans_pytorch.fast_weights.interface import Carry, Rows, Weights
 from titans_pytorch.fast_weights.recurrence import Coefficients
-from titans_pytorch.fast_weights.scaled_sum import scaled_sum
 from titans_pytorch.fast_weights.taps import Surprises
 
 
@@ -60,7 +59,7 @@ class ChannelBlock(NamedTuple):
         """The weights before each chunk and after the last.  -> (r n+1 ...)"""
         initial, past, surprise = self.coefficients[name][:3]
         weights = (self.start.weights[name], *self.start.momenta.get(name, ()))
-        shape, steps = weights[0].shape[1:], self.tensors(name)
+        shape, steps = weights[0].shape[1:], step_tensors(self, name)
         with full_precision(initial):
             flat = [weight.reshape(len(weight), -1, initial.shape[1]) for weight in weights]  # (r i j)
             out = torch.einsum("rjm,rij->rmij", initial, flat[0])
@@ -71,43 +70,8 @@ class ChannelBlock(NamedTuple):
                 out = out + torch.einsum("rjmn,rnij->rmij", surprise, steps)
             return out.reshape(*out.shape[:2], *shape)
 
-    def tensors(self, name: str) -> Tensor | None:
-        """-> (r n ...)"""
-        if name in self.surprises.factors:
-            return self.surprises.factors[name].matrices()
-        return self.surprises.tensors.get(name)
-
     def entry(self, row: int) -> Weights:
         return {name: self.materialise(name)[:, row] for name in self.start.weights}
 
     def finish(self) -> Carry:
-        ends = {name: self.end(name) for name in self.start.weights}
-        momenta = {name: tuple(end[1:]) for name, end in ends.items() if len(end) > 1}
-        return Carry(self.start.base, {name: end[0] for name, end in ends.items()}, momenta)
-
-    def end(self, name: str) -> list[Tensor]:
-        """The last weights, then the last momentum of each order.  (r ...) each"""
-        initial, past, surprise, last_past, last_surprise = self.coefficients[name]
-        momenta = self.start.momenta.get(name, ())
-        scales = (initial[..., -1], *past[: len(momenta), ..., -1])
-        starts: list[Tensor | None] = [scaled_sum(scales, (self.start.weights[name], *momenta))]
-        starts += [scaled_sum(row, momenta) if momenta else None for row in last_past]
-        ends = (surprise[..., -1, :], *last_surprise)
-        if name in self.surprises.factors:
-            return add_outer_products(starts, self.surprises.factors[name], ends)
-        steps = self.surprises.tensors.get(name)
-        if steps is None:
-            return [torch.zeros_like(self.start.weights[name]) if start is None else start for start in starts]
-        return [summed(start, end, steps) for start, end in zip(starts, ends, strict=True)]
-
-
-def summed(start: Tensor | None, coefficient: Tensor, steps: Tensor) -> Tensor:
-    """start + sum_n coefficient_n step_n.  coefficient: (r n) or (r j n), steps: (r n ... j)"""
-    with full_precision(steps):
-        steps = steps.to(coefficient.dtype)
-        if coefficient.ndim == 2:
-            total = torch.einsum("rn,rn...->r...", coefficient, steps)
-        else:
-            flat = steps.reshape(*steps.shape[:2], -1, coefficient.shape[1])
-            total = torch.einsum("rjn,rnij->rij", coefficient, flat).reshape(len(steps), *steps.shape[2:])
-        return total if start is None else start + total
+        return finished(self)

@@ -10,7 +10,7 @@ Only what is carried to the next block, W and M, is ever a matrix.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,43 +57,71 @@ class FactoredBlock(NamedTuple):
     def materialise(self, name: str) -> Tensor:
         """The weights before each chunk and after the last.  -> (r n+1 ...)"""
         initial, past, surprise = self.coefficients[name][:3]
-        steps = self.tensors(name)
+        steps = step_tensors(self, name)
         with full_precision(initial):
             out = torch.einsum("rn,r...->rn...", initial, self.start.weights[name])
             for order, momentum in enumerate(self.start.momenta.get(name, ())):
                 out = out + torch.einsum("rn,r...->rn...", past[order], momentum)
             return out if steps is None else out + torch.einsum("rni,ri...->rn...", surprise, steps.to(out.dtype))
 
-    def tensors(self, name: str) -> Tensor | None:
-        """-> (r n ...)"""
-        if name in self.surprises.factors:
-            return self.surprises.factors[name].matrices()
-        return self.surprises.tensors.get(name)
-
     def entry(self, row: int) -> Weights:
         return {name: self.materialise(name)[:, row] for name in self.start.weights}
 
     def finish(self) -> Carry:
-        ends = {name: self.end(name) for name in self.start.weights}
-        momenta = {name: tuple(end[1:]) for name, end in ends.items() if len(end) > 1}
-        return Carry(self.start.base, {name: end[0] for name, end in ends.items()}, momenta)
+        return finished(self)
 
-    def end(self, name: str) -> list[Tensor]:
-        """The last weights, then the last momentum of each order.  (r ...) each"""
-        initial, past, surprise, last_past, last_surprise = self.coefficients[name]
-        momenta = self.start.momenta.get(name, ())
-        scales = (initial[:, -1], *past[: len(momenta), :, -1])
-        starts: list[Tensor | None] = [scaled_sum(scales, (self.start.weights[name], *momenta))]
-        starts += [scaled_sum(row, momenta) if momenta else None for row in last_past]
-        ends = (surprise[:, -1], *last_surprise)
-        if name in self.surprises.factors:
-            return add_outer_products(starts, self.surprises.factors[name], ends)
-        steps = self.surprises.tensors.get(name)
-        if steps is None:
-            return [torch.zeros_like(self.start.weights[name]) if start is None else start for start in starts]
-        with full_precision(steps):
-            sums = [torch.einsum("rn,rn...->r...", end, steps.to(end.dtype)) for end in ends]
-        return [new if start is None else start + new for start, new in zip(starts, sums, strict=True)]
+
+class Summed(Protocol):
+    """A block whose weights are sums of what it began with and of its steps, each with a share (or one per channel)."""
+
+    @property
+    def start(self) -> Carry: ...
+
+    @property
+    def surprises(self) -> Surprises: ...
+
+    @property
+    def coefficients(self) -> dict[str, Coefficients]: ...
+
+
+def step_tensors(block: Summed, name: str) -> Tensor | None:
+    """What the chunks add to a parameter, None if nothing ever does.  -> (r n ...)"""
+    if name in block.surprises.factors:
+        return block.surprises.factors[name].matrices()
+    return block.surprises.tensors.get(name)
+
+
+def finished(block: Summed) -> Carry:
+    ends = {name: end_of(block, name) for name in block.start.weights}
+    momenta = {name: tuple(end[1:]) for name, end in ends.items() if len(end) > 1}
+    return Carry(block.start.base, {name: end[0] for name, end in ends.items()}, momenta)
+
+
+def end_of(block: Summed, name: str) -> list[Tensor]:
+    """The last weights, then the last momentum of each order.  (r ...) each"""
+    initial, past, surprise, last_past, last_surprise = block.coefficients[name]
+    weight, momenta = block.start.weights[name], block.start.momenta.get(name, ())
+    starts: list[Tensor | None] = [scaled_sum((initial[..., -1], *past[: len(momenta), ..., -1]), (weight, *momenta))]
+    starts += [scaled_sum(row, momenta) if momenta else None for row in last_past]
+    ends = (surprise[..., -1, :], *last_surprise)
+    if name in block.surprises.factors:
+        return add_outer_products(starts, block.surprises.factors[name], ends)
+    steps = block.surprises.tensors.get(name)
+    if steps is None:
+        return [torch.zeros_like(weight) if start is None else start for start in starts]
+    return [add_steps(start, end, steps) for start, end in zip(starts, ends, strict=True)]
+
+
+def add_steps(start: Tensor | None, coefficient: Tensor, steps: Tensor) -> Tensor:
+    """start + sum_n coefficient_n step_n.  coefficient: (r n), or of every channel (r j n), steps: (r n ... j)"""
+    with full_precision(steps):
+        steps = steps.to(coefficient.dtype)
+        if coefficient.ndim == 2:
+            total = torch.einsum("rn,rn...->r...", coefficient, steps)
+        else:
+            flat = steps.reshape(*steps.shape[:2], -1, coefficient.shape[1])
+            total = torch.einsum("rjn,rnij->rij", coefficient, flat).reshape(len(steps), *steps.shape[2:])
+        return total if start is None else start + total
 
 
 def add_outer_products(starts: list[Tensor | None], factors: Factors, coefficients: tuple[Tensor, ...]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from titans_pytorch import checks
 from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.sampling import generate, min_p_filter
+from titans_pytorch.sampling import evaluating, filter_arguments, generate, min_p_filter
 from titans_pytorch.titans.backbone import Read, TitansBackbone
 from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.state import TitansState
@@ -86,24 +86,18 @@ class TitansLanguageModel(Pretrained, nn.Module):
         """
         checks.check_ids("prompt", prompt, self.num_tokens, 1)
         checks.check_at_least("seq_len", seq_len, prompt.shape[1], "the length of the prompt")
-        if filter_kwargs is None:
-            filter_kwargs = dict(min_p=0.1) if filter_fn is min_p_filter else {}
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return generate(
                 Continuation(self, state) if use_cache else Rereading(self, state),
                 prompt,
                 seq_len - prompt.shape[1],
                 temperature=temperature,
                 filter_fn=filter_fn,
-                filter_kwargs=dict(filter_kwargs),
+                filter_kwargs=filter_arguments(filter_fn, filter_kwargs),
                 stop_token=stop_token,
                 generator=generator,
                 show_progress=show_progress,
             )
-        finally:
-            self.train(was_training)
 
 
 class Continuation:
