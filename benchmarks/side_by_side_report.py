@@ -34,9 +34,7 @@ def section(record: dict[str, Any]) -> str:
     machine, settings = record["machine"], record["settings"]
     name, kwargs = settings["data"], record["architecture"]["kwargs"]
     seeds = sorted({run["seed"] for run in record["runs"]})
-    return f"""## What is learned in equal time
-
-`python -m benchmarks.side_by_side` trained each model for {settings["budget"]:.0f} seconds on `{name}`, with
+    return f"""`python -m benchmarks.side_by_side` trained each model for {settings["budget"]:.0f} seconds on `{name}`, with
 {settings["threads"]} thread(s) of {machine["cpu"]} ({machine["cores"]} cores), {machine["date"]}, commit
 {machine["commit"]}, seeds {", ".join(map(str, seeds))}. *published* is titans-pytorch 0.5.5 in an environment of its own;
 the loop is the same file for all ([side_by_side_worker.py](../benchmarks/side_by_side_worker.py)): AdamW, learning rate
