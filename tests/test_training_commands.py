@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import train_implicit_mlp_attn
@@ -170,9 +171,14 @@ def test_options_of_the_loop(
 
 
 @pytest.mark.slow
-def test_compiled(tmp_path: Path, data: Path) -> None:
-    assert train(tmp_path / "compiled", data, "--compile", "--steps", "3") == 0
-    assert train(tmp_path / "plain", data, "--steps", "3") == 0
+def test_compiled(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the code generator, which takes minutes, and without memory, whose compilation test_ecosystem tests."""
+    used, original = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: used.append(1) or original(self, backend="aot_eager"))
+    options = ("--steps", "3", "--memory", "off")
+    assert train(tmp_path / "compiled", data, "--compile", *options) == 0
+    assert used
+    assert train(tmp_path / "plain", data, *options) == 0
     losses = [[each["loss"] for each in logged(tmp_path / name) if "loss" in each] for name in ("compiled", "plain")]
     assert_close(*losses, rtol=1e-4, atol=1e-4)
 
