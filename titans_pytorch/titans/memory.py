@@ -14,6 +14,9 @@ from titans_pytorch.titans.config import TitansConfig
 NEVER = -80.0
 """A logit whose sigmoid is nothing beside 1, in float64 too"""
 
+OTHER_TOKENS = 0.2
+"""What convolutions start with, over what torch would give them, beside the one token that they start from"""
+
 
 def make_memory(config: TitansConfig) -> NeuralMemory:
     options: dict[str, Any] = dict(activation=nn.SiLU(), gated_output=True, learned_norm_gain=True)
@@ -39,18 +42,18 @@ def make_memory(config: TitansConfig) -> NeuralMemory:
 
 @torch.no_grad()
 def start_associating(memory: NeuralMemory) -> None:
-    """Let a token find from the beginning what was stored under it, and what was stored next to it.
+    """Begin as a memory of what followed what: a token is stored under the one before it, and asked for by itself.
 
-    Queries start as keys, and convolutions as means over neighbours: with weights of either sign a token's query and
-    the key of the token after it would have nothing in common, and nothing would tell projections how to change.
+    Queries start as keys, convolutions near the one token that this takes. From weights of either sign, or equal ones,
+    hundreds of steps pass before a token's query finds what was stored (docs/stability.md).
     """
-    for layer in (memory.to_queries, memory.to_keys, memory.to_values):
+    if memory.num_kv_per_token == 1:
+        memory.to_queries.load_state_dict(memory.to_keys.state_dict())
+    for layer, lag in ((memory.to_queries, 0), (memory.to_keys, 1), (memory.to_values, 0)):
         for module in layer.modules():
             if isinstance(module, CausalConvolution):
-                module.weight.abs_()
-    if memory.num_kv_per_token == 1:
-        for asked, stored in zip(memory.to_queries.parameters(), memory.to_keys.parameters(), strict=True):
-            asked.copy_(stored)
+                module.weight.abs_().mul_(OTHER_TOKENS)
+                module.weight[min(lag, len(module.weight) - 1)] += 1.0
 
 
 def lookback_of(memory: NeuralMemory) -> int:
