@@ -15,7 +15,7 @@ PRESETS = dict(
         **dict(dim=32, depth=2, heads=2, dim_head=16, window=16, residual_streams=1, ff_mult=2.0),
         **dict(memory_layers=(2,), memory_heads=2, memory_dim_head=16, memory_batch=32, spectral_norm=False),
         **dict(steps=10, batch=2, sequence=64, lr=2e-3, warmup=2, validate_every=5, validate_sequences=4),
-        **dict(sample_every=0, sample_length=32, prime_length=16, checkpoint_every=5),
+        **dict(sample_every=0, sample_length=32, prime_length=16, checkpoint_every=5, data="python"),
     ),
     cpu=dict(
         **dict(dim=128, depth=4, heads=4, dim_head=32, window=32, residual_streams=2),

@@ -14,7 +14,7 @@ PRESETS = dict(
     debug=dict(
         **dict(dim=32, depth=2, heads=2, window=16, memory_heads=2, memory_chunk=8, memory_refresh=16),
         **dict(steps=10, batch=2, sequence=64, lr=2e-3, warmup=2, validate_every=5, validate_sequences=4),
-        **dict(sample_every=0, sample_length=32, prime_length=16, checkpoint_every=5),
+        **dict(sample_every=0, sample_length=32, prime_length=16, checkpoint_every=5, data="python"),
     ),
     cpu=dict(
         **dict(dim=128, depth=4, heads=4, window=32, memory_heads=4),

@@ -27,7 +27,7 @@ COLORS = {"on": "#c44e52", "off": "#4c72b0"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cpu")
-    parser.add_argument("--data", help="default: Python's own source text")
+    parser.add_argument("--data", default="python", help="as of train_mac.py")
     parser.add_argument("--steps", type=int, default=300, help="of the comparison by steps; 0: leave it out")
     parser.add_argument("--minutes", type=float, default=4.0, help="of the comparison by time; 0: leave it out")
     parser.add_argument("--seeds", default="0", help="0,1,...")
@@ -53,7 +53,7 @@ def one_run(given: argparse.Namespace, memory: str, by: str, amount: float, seed
     folder = given.out / f"memory-{memory}-{by}-{amount}-seed-{seed}"
     options = ["--preset", given.preset, "--memory", memory, f"--{by}", str(amount), "--seed", str(seed)]
     options += ["--validate-sequences", "128"]
-    options += ["--data", str(Path(given.data).resolve())] if given.data else []
+    options += ["--data", given.data if given.data in ("python", "enwik8") else str(Path(given.data).resolve())]
     options += ["--folder", str(folder), *(["--resume"] if (folder / "config.json").exists() else []), *given.more]
     subprocess.run([sys.executable, str(CHECKOUT / "train_mac.py"), *options], check=True, cwd=CHECKOUT)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ import lzma
 import threading
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,8 +131,22 @@ def test_a_file_that_does_not_unpack(content: bytes, tmp_path: Path) -> None:
     assert not any((tmp_path / "data").rglob("*text*"))
 
 
+def test_without_a_name_it_is_enwik8_where_that_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.download, "enwik8", lambda folder: folder / "enwik8")
+    assert data.chosen(None, tmp_path) == ("enwik8", "; --data FILE trains on something else")
+    assert data.chosen("python", tmp_path) == ("python", "")
+
+
+def test_without_a_network_it_is_python_s_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = partial(download.enwik8, address="http://127.0.0.1:9/enwik8.zip")
+    monkeypatch.setattr(data.download, "enwik8", elsewhere)
+    name, why = data.chosen(None, tmp_path)
+    assert name == "python"
+    assert "enwik8 cannot be fetched (" in why
+
+
 def test_the_default_text_is_split_by_file(tmp_path: Path) -> None:
-    found = data.corpus(None, tmp_path)
+    found = data.corpus("python", tmp_path)
     assert len(found.train) > 20 * len(found.valid) > 1_000_000
 
 

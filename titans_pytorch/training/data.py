@@ -26,6 +26,7 @@ Bytes = NDArray[np.uint8]
 
 TRAIN, VALID = 0.90, 0.05  # shares of a file, in this order; the rest is for tests
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+PYTHON = "python"
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 EVERY = 20  # of so many files of the default text one is validated on
 
@@ -65,13 +66,24 @@ def rows(text: Bytes, starts: NDArray[np.int64], length: int) -> Tensor:
     return torch.from_numpy(np.stack([text[start : start + length] for start in starts]).astype(np.int64))
 
 
-def corpus(data: str | None, folder: Path) -> Corpus:
-    """What --data names, or the default text."""
+def chosen(data: str | None, folder: Path) -> tuple[str, str]:
+    """What to train on, and what is to be said of that if nobody named it: enwik8 unless it cannot be had."""
+    if data is not None:
+        return data, ""
+    try:
+        download.enwik8(folder)
+    except download.Unreachable as error:
+        return PYTHON, f", as enwik8 cannot be fetched ({error.why}); --data FILE trains on something else"
+    return "enwik8", "; --data FILE trains on something else"
+
+
+def corpus(data: str, folder: Path) -> Corpus:
+    """What --data names."""
+    if data == PYTHON:
+        return standard_library(folder)
     if data == "enwik8":
         return split(download.enwik8(folder), "enwik8")
-    if data is not None:
-        return split(plain(Path(data), folder), Path(data).name)
-    return standard_library(folder)
+    return split(plain(Path(data), folder), Path(data).name)
 
 
 def split(path: Path, about: str) -> Corpus:
@@ -90,7 +102,7 @@ def plain(path: Path, folder: Path) -> Path:
     """The file itself, or what a packed one unpacks to, which is kept."""
     if not path.is_file():
         got = "a folder" if path.is_dir() else "nothing"
-        raise SettingsError(f"--data must be enwik8 or a file, got {got} at {path}")
+        raise SettingsError(f"--data must be enwik8, {PYTHON} or a file, got {got} at {path}")
     if path.suffix not in OPENERS:
         return path
     stat = path.stat()

@@ -21,6 +21,14 @@ SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 PATIENCE = 10.0  # seconds without an answer
 
 
+class Unreachable(SettingsError):
+    """A file that is not there and cannot be fetched."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
 def enwik8(folder: Path, address: str = ADDRESS, length: int = LENGTH, digest: str = SHA256) -> Path:
     """The unpacked file, downloaded if it is not there."""
     path, archive = folder / "enwik8", folder / "enwik8.zip"
@@ -31,10 +39,11 @@ def enwik8(folder: Path, address: str = ADDRESS, length: int = LENGTH, digest: s
         try:
             fetch(address, archive)
         except (OSError, http.client.HTTPException) as error:
-            why = getattr(error, "reason", error) or type(error).__name__
-            raise SettingsError(
+            why = str(getattr(error, "reason", error) or type(error).__name__)
+            raise Unreachable(
                 f"enwik8 cannot be fetched from {address} ({why}): fetch it on another machine, put enwik8.zip or the "
-                f"unpacked enwik8 into {folder}, and start again (what has arrived is kept and resumed)"
+                f"unpacked enwik8 into {folder}, and start again (what has arrived is kept and resumed)",
+                why,
             ) from None
     unpack(archive, path, length, digest)
     archive.unlink()

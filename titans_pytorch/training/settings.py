@@ -46,7 +46,10 @@ class Training:
     shard: bool = setting(False, "FSDP2: parameters, gradients and optimizer state shared out among processes")
     trackers: tuple[str, ...] = setting((), "tensorboard, wandb, trackio: where metrics go besides metrics.jsonl")
 
-    data: str | None = setting(None, "enwik8, or a file (.gz and .xz too); default: Python's own source text")
+    data: str | None = setting(
+        None,
+        "enwik8, python (its own source text) or a file (.gz and .xz too); default: enwik8, or python without network",
+    )
     data_dir: str = setting("data", "where downloaded and unpacked text goes")
 
     def check(self) -> None:

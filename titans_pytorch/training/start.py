@@ -196,15 +196,19 @@ def prepared(run: Run) -> Iterator[None]:
 
 def train_with(plan: Plan, accelerate: Any) -> int:
     from titans_pytorch.training.loop import Trainer, flat
+    from titans_pytorch.training.processes import agreed
 
     training, run = plan.training, plan.run
     say = print if accelerate.is_main_process else nothing
     say(f"preset {plan.preset}: {plan.why}")
+    folder = Path(training.data_dir)
+    name, why = agreed(list(data.chosen(training.data, folder)) if accelerate.is_main_process else ["", ""])
+    training = replace(training, data=name)  # a resumed run goes on with the same
+    plan = replace(plan, training=training)
     with accelerate.local_main_process_first():
-        corpus = data.corpus(training.data, Path(training.data_dir))
+        corpus = data.corpus(name, folder)
     corpus.check(training.sequence)
-    where = "" if training.data else "; --data enwik8 or --data FILE trains on something else"
-    say(f"data: {corpus.about}{where}")
+    say(f"data: {corpus.about}{why}")
     resumed = checkpoints.last(run.checkpoints) if plan.is_resumed else None
     trainer = Trainer(training, lambda: built(plan.model), corpus, run, accelerate, resumed)
     if accelerate.is_main_process:
