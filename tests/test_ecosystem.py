@@ -61,6 +61,16 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape or (2, 19, 6), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_built_without_storage_and_loaded(name: str) -> None:
+    """On the meta device, as large models are."""
+    expected, x = memory(name), tokens(2, 20, 6)
+    with torch.device("meta"):
+        built = NeuralMemory(**CONFIGURATIONS[name])
+    built.load_state_dict(expected.state_dict(), assign=True)
+    assert_close(built(x)[0], expected(x)[0], rtol=0, atol=0)
+
+
 def loss_of(built: nn.Module, seq: Tensor) -> Tensor:
     return built(seq)[0].square().mean()
 

@@ -28,9 +28,13 @@ class ModelTraits(NamedTuple):
 
 
 def inspect_model(model: nn.Module, dim: int, loss_fn: LossFn) -> ModelTraits:
-    """Raises ValueError with the reason where a model cannot be a memory."""
+    """Raises ValueError with the reason where a model cannot be a memory.  It may be on any device, meta included."""
     check_contents(model)
-    model = deepcopy(model).double()
+    with torch.device("cpu"):
+        return traits_of(deepcopy(model).double(), dim, loss_fn)
+
+
+def traits_of(model: nn.Module, dim: int, loss_fn: LossFn) -> ModelTraits:
     generator = torch.Generator().manual_seed(0)
     parameters = {
         name: torch.randn(p.shape, generator=generator, dtype=torch.float64) / max(1, p.numel()) ** 0.25
