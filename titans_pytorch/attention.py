@@ -11,7 +11,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks
+from titans_pytorch import checks, tensor_checks
 from titans_pytorch.flex import create_mac_block_mask, flex_backend
 from titans_pytorch.masks import may_attend
 from titans_pytorch.rotary import RotaryEmbedding
@@ -222,7 +222,7 @@ class SegmentedAttention(nn.Module):
     def check_input(
         self, seq: Tensor, value_residual: Tensor | None, output_gating: Tensor | None, cache: KeyValueCache | None
     ) -> None:
-        checks.check_tokens("seq", seq, dim=self.dim, dtype=self.to_qkv.weight.dtype)
+        tensor_checks.check_tokens("seq", seq, dim=self.dim, dtype=self.to_qkv.weight.dtype)
         batch, count, _ = seq.shape
         d = self.persistent_memory.shape[-1]
         accepts = self.to_learned_v_mix is not None
@@ -230,13 +230,13 @@ class SegmentedAttention(nn.Module):
             got = "None" if value_residual is None else "one"
             raise ValueError(f"value_residual goes with accept_value_residual=True, got {got} with {accepts}")
         if value_residual is not None:
-            checks.check_shape("value_residual", value_residual, (batch, self.heads, count, d))
+            tensor_checks.check_shape("value_residual", value_residual, (batch, self.heads, count, d))
         if output_gating is not None:
-            checks.check_shape("output_gating", output_gating, (batch, count, self.dim))
+            tensor_checks.check_shape("output_gating", output_gating, (batch, count, self.dim))
         if cache is None:
             return
         if not isinstance(cache, KeyValueCache):
             raise TypeError(f"cache must be the cached_key_values of an earlier call, got {type(cache).__name__}")
         kept = min(cache.num_seen, self.window) if self.sliding else cache.num_seen % self.window
         for name, x in (("cache.keys", cache.keys), ("cache.values", cache.values)):
-            checks.check_shape(name, x, (batch, self.heads, kept, d))
+            tensor_checks.check_shape(name, x, (batch, self.heads, kept, d))

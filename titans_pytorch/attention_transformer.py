@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks
+from titans_pytorch import checks, tensor_checks
 from titans_pytorch.attention import attend_causally
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.mac_layer import feed_forward
@@ -109,7 +109,7 @@ class AttentionTransformer(Pretrained, nn.Module):
         self, ids: Tensor, return_loss: bool = False, cache: tuple[Any, ...] | None = None, return_cache: bool = False
     ) -> Any:
         """ids: (b n) -> logits (b n num_tokens), or the loss; with return_cache (that, what the next piece needs)"""
-        checks.check_ids("ids", ids, self.num_tokens, 2 if return_loss else 1)
+        tensor_checks.check_ids("ids", ids, self.num_tokens, 2 if return_loss else 1)
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache must be of this model's {len(self.layers)} layers, got {len(cache)}")
         x, kept = self.token_emb(ids[:, :-1] if return_loss else ids), []

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from titans_pytorch import checks
+from titans_pytorch import checks, tensor_checks
 from titans_pytorch.attention import attend_causally
 from titans_pytorch.rotary import RotaryEmbedding
 
@@ -68,7 +68,7 @@ class ImplicitMLPAttention(nn.Module):
 
     def forward(self, tokens: Tensor, cache: ImplicitMLPCache | None = None, return_kv_cache: bool = False) -> Any:
         """tokens: (b n dim), a whole sequence or the next piece of one -> (b n dim), and if asked for the cache"""
-        checks.check_tokens("tokens", tokens, dim=self.dim, dtype=self.to_out.weight.dtype)
+        tensor_checks.check_tokens("tokens", tokens, dim=self.dim, dtype=self.to_out.weight.dtype)
         if cache is not None:
             self.check_cache(cache, tokens.shape[0])
         start = 0 if cache is None else cache.keys[0].shape[2]
@@ -105,4 +105,4 @@ class ImplicitMLPAttention(nn.Module):
             if len(given) != len(widths):
                 raise ValueError(f"{name} must have {len(widths)} tensors, got {len(given)}")
             for i, (x, width) in enumerate(zip(given, widths, strict=True)):
-                checks.check_shape(f"{name}[{i}]", x, (batch, self.heads, count, width))
+                tensor_checks.check_shape(f"{name}[{i}]", x, (batch, self.heads, count, width))

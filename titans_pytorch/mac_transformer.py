@@ -11,7 +11,7 @@ from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks
+from titans_pytorch import checks, tensor_checks
 from titans_pytorch.attention import AttnIntermediates, KeyValueCache, SegmentedAttention
 from titans_pytorch.flex import create_mac_block_mask, flex_attention
 from titans_pytorch.mac_cache import LayerCache, MACCache, at_rest
@@ -273,14 +273,14 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
 
     def check_ids(self, name: str, ids: Tensor, at_least: int = 1) -> None:
         in_range = None if self.has_own_embedding else self.num_tokens
-        checks.check_ids(name, ids, in_range, at_least)
+        tensor_checks.check_ids(name, ids, in_range, at_least)
 
     def check_cache(self, cache: MACCache, batch: int) -> None:
         if not isinstance(cache, MACCache):
             raise TypeError(f"cache must be a MACCache, got {type(cache).__name__}")
         if len(cache.layers) != len(self.layers):
             raise ValueError(f"cache must be of this model's {len(self.layers)} layers, got {len(cache.layers)}")
-        checks.check_batch("cache", cache.batch, batch)
+        tensor_checks.check_batch("cache", cache.batch, batch)
         position = self.lengthened.length(cache.num_tokens)
         for i, (layer, kept) in enumerate(zip(self.layers, cache.layers, strict=True)):
             if (layer.memory is None) != (kept.memory is None):

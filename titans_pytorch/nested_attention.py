@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from titans_pytorch import checks
+from titans_pytorch import checks, tensor_checks
 from titans_pytorch.attention import attend_causally
 from titans_pytorch.rotary import RotaryEmbedding
 
@@ -54,7 +54,7 @@ class NestedAttention(nn.Module):
 
     def forward(self, tokens: Tensor, cache: NestedCache | None = None, return_kv_cache: bool = False) -> Any:
         """tokens: (b n dim), a whole sequence or the next piece of one -> (b n dim), and if asked for the cache"""
-        checks.check_tokens("tokens", tokens, dim=self.dim, dtype=self.to_out.weight.dtype)
+        tensor_checks.check_tokens("tokens", tokens, dim=self.dim, dtype=self.to_out.weight.dtype)
         if cache is not None:
             self.check_cache(cache, tokens.shape[0])
         start = 0 if cache is None else cache.nested_keys.shape[2]
@@ -83,4 +83,4 @@ class NestedAttention(nn.Module):
             raise TypeError(f"cache must be what an earlier call returned, got {type(cache).__name__}")
         shape = (batch, self.heads, cache.nested_keys.shape[2], self.dim_head)
         for name, x in cache._asdict().items():
-            checks.check_shape(f"cache.{name}", x, shape if name.startswith("nested") else (3, *shape))
+            tensor_checks.check_shape(f"cache.{name}", x, shape if name.startswith("nested") else (3, *shape))

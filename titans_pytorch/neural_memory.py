@@ -11,7 +11,7 @@ from assoc_scan import AssocScan
 from einops import rearrange
 from torch import Tensor, nn
 
-from titans_pytorch import checks
+from titans_pytorch import checks, tensor_checks
 from titans_pytorch.convolution import Tails
 from titans_pytorch.fast_weights.engine import Engine, EngineName, Rules
 from titans_pytorch.fast_weights.general import DenseBlock, StillBlock
@@ -227,7 +227,7 @@ class NeuralMemory(Pretrained, Projections):
         """
         batch = state.batch
         rows = torch.ones(batch, dtype=torch.bool, device=state.cache_store_segment.device) if rows is None else rows
-        checks.check_mask("rows", rows, (batch,))
+        tensor_checks.check_mask("rows", rows, (batch,))
         return restarted(state, self.init_state(batch), rows, self.layout.store_chunk)
 
     # ---- storing and reading
@@ -268,7 +268,7 @@ class NeuralMemory(Pretrained, Projections):
         if store_seq is not None:
             keys, values = (store_seq, store_seq) if self.num_views is None else store_seq.unbind(0)
         if store_mask is not None:
-            checks.check_mask("store_mask", store_mask, views[0].shape[:2])
+            tensor_checks.check_mask("store_mask", store_mask, views[0].shape[:2])
         is_fresh, batch = state is None, views[0].shape[0]
         state = self.init_state(batch) if state is None else self.checked_state(state, batch)
         new = StoredTokens(keys, values, store_mask)
@@ -291,17 +291,17 @@ class NeuralMemory(Pretrained, Projections):
         weights: the base; past_state: current weights and momenta; seq_index: tokens stored before, whole chunks
         """
         views = None if self.num_views is None else 2
-        checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=self.memory_model_parameters[0].dtype)
+        tensor_checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=self.memory_model_parameters[0].dtype)
         keys, values = (seq, seq) if views is None else seq.unbind(0)
         batch = keys.shape[0]
-        checks.check_stored_before("seq_index", seq_index, self.layout.store_chunk)
+        tensor_checks.check_stored_before("seq_index", seq_index, self.layout.store_chunk)
         if mask is not None:
-            checks.check_mask("mask", mask, keys.shape[:2])
+            tensor_checks.check_mask("mask", mask, keys.shape[:2])
         state = self.init_state(batch)._replace(seq_index=seq_index)
         if weights is not None:
             state = state._replace(weights=weights, states=(weights, state.states[1]))
         if past_state is not None:
-            checks.check_past_state(past_state)
+            tensor_checks.check_past_state(past_state)
             state = state._replace(states=past_state)
         state = self.checked_state(state, batch)
         _, state, surprise = self.proceed(None, StoredTokens(keys, values, mask), state, prev_weights, None)
@@ -312,17 +312,17 @@ class NeuralMemory(Pretrained, Projections):
 
         weights: one memory (b·h ...) for all tokens, or as `updates` (b·h N+1 ...) that of each chunk
         """
-        checks.check_sequence("seq", seq, views=None, dim=self.dim, dtype=self.memory_model_parameters[0].dtype)
+        tensor_checks.check_sequence("seq", seq, views=None, dim=self.dim, dtype=self.memory_model_parameters[0].dtype)
         seq = seq if seq.ndim == 3 else seq.unsqueeze(1)
         last_group = seq.shape[1] // self.layout.retrieve_chunk + 1
         form = next(iter(self.fast_forms().items()))
-        weights = dict(checks.checked_trajectory("weights", weights, self.parameter_names))
+        weights = dict(tensor_checks.checked_trajectory("weights", weights, self.parameter_names))
         num_chunks = weights[form[0]].shape[1] - 1 if weights[form[0]].ndim == form[1].ndim + 2 else None
         chunks = () if num_chunks is None else (num_chunks + 1,)
-        checks.check_weights("weights", weights, self.weight_shapes(seq.shape[0], *chunks), self.weight_dtype)
+        tensor_checks.check_weights("weights", weights, self.weight_shapes(seq.shape[0], *chunks), self.weight_dtype)
         block: Block = StillBlock(Carry(weights, weights, {}))
         if num_chunks is not None:
-            checks.check_enough_chunks(num_chunks, self.layout.weight_index(last_group - 1))
+            tensor_checks.check_enough_chunks(num_chunks, self.layout.weight_index(last_group - 1))
             block = DenseBlock({}, weights, {})
         reader = Reader(self, self._engine, self.layout, self.mixes_tokens, 1, ReadingGroup(None, None), None)
         reader.begin(seq, 0, last_group, self.weight_dtype)
@@ -387,11 +387,13 @@ class NeuralMemory(Pretrained, Projections):
 
     def check_input(self, seq: Tensor, store_seq: Tensor | None) -> None:
         dtype, views = self.memory_model_parameters[0].dtype, self.num_views
-        checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=dtype)
+        tensor_checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=dtype)
         if store_seq is not None:
-            checks.check_sequence("store_seq", store_seq, views=None if views is None else 2, dim=self.dim, dtype=dtype)
+            tensor_checks.check_sequence(
+                "store_seq", store_seq, views=None if views is None else 2, dim=self.dim, dtype=dtype
+            )
             first = 0 if views is None else 1
-            checks.check_same_tokens("store_seq", store_seq.shape[first:-1], seq.shape[first:-1])
+            tensor_checks.check_same_tokens("store_seq", store_seq.shape[first:-1], seq.shape[first:-1])
 
     def weight_shapes(self, batch: int, *chunks: int) -> dict[str, tuple[int, ...]]:
         return {name: (batch * self.heads, *chunks, *form.shape) for name, form in self.fast_forms().items()}
@@ -400,17 +402,17 @@ class NeuralMemory(Pretrained, Projections):
         """A state that this module, for this batch, could have returned."""
         if not isinstance(state, NeuralMemState):
             raise TypeError(f"state must be a NeuralMemState, got {type(state).__name__}")
-        checks.check_batch("state", state.batch, batch)
-        checks.check_stored_before("state.seq_index", state.seq_index, self.layout.store_chunk)
+        tensor_checks.check_batch("state", state.batch, batch)
+        tensor_checks.check_stored_before("state.seq_index", state.seq_index, self.layout.store_chunk)
         shapes = self.weight_shapes(batch)
-        checks.check_weights("state.weights", state.weights, shapes, self.weight_dtype)
-        checks.check_weights("state.states[0]", state.states[0], shapes, self.weight_dtype)
+        tensor_checks.check_weights("state.weights", state.weights, shapes, self.weight_dtype)
+        tensor_checks.check_weights("state.states[0]", state.states[0], shapes, self.weight_dtype)
         orders = {name: (self.momentum_order, *shape) for name, shape in shapes.items()} if self.momentum_order else {}
-        checks.check_weights("state.states[1]", state.states[1], orders, self.weight_dtype)
+        tensor_checks.check_weights("state.states[1]", state.states[1], orders, self.weight_dtype)
         views = None if self.num_views is None else 2
-        checks.check_waiting(state.cache_store_segment, views=views, dim=self.dim, chunk=self.layout.store_chunk)
+        tensor_checks.check_waiting(state.cache_store_segment, views=views, dim=self.dim, chunk=self.layout.store_chunk)
         for name, tail, fresh in zip(Tails._fields, state.tails, self.fresh_tails(batch), strict=True):
-            checks.check_tail(f"state.tails.{name}", tail, None if fresh is None else fresh.shape)
+            tensor_checks.check_tail(f"state.tails.{name}", tail, None if fresh is None else fresh.shape)
         return state
 
     def checked_residual(
@@ -426,8 +428,8 @@ class NeuralMemory(Pretrained, Projections):
             raise ValueError("prev_weights needs a memory with accept_weight_residual=True, got one with False")
         updates = prev_weights.updates if isinstance(prev_weights, NeuralMemState) else prev_weights
         if not isinstance(updates, Updates):
-            updates = Updates.of(checks.checked_trajectory("prev_weights", updates, self.parameter_names))
-        checks.check_weights("prev_weights", updates.last, self.weight_shapes(batch), self.weight_dtype)
+            updates = Updates.of(tensor_checks.checked_trajectory("prev_weights", updates, self.parameter_names))
+        tensor_checks.check_weights("prev_weights", updates.last, self.weight_shapes(batch), self.weight_dtype)
         if not updates.covers(first_chunk, num_chunks):
             have = (updates.first_chunk, updates.first_chunk + updates.num_chunks)
             raise ValueError(

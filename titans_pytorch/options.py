@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from titans_pytorch import checks
+from titans_pytorch import checks, memory_checks
 from titans_pytorch.fast_weights.engine import EngineName
 from titans_pytorch.fast_weights.interface import LossFn
 from titans_pytorch.losses import mean_squared_error, summed_squared_error
@@ -92,17 +92,17 @@ class MemoryOptions:
     def __post_init__(self) -> None:
         self.check_types()
         self.check_paper()
-        checks.check_batching(self.batch_size, self.chunks[1], self.gated_transition, self.max_weight_growth)
-        checks.check_chunking(self.chunks[1], self.attn_pool_chunks, self.store_with_lookahead_value)
-        checks.check_momentum(
+        memory_checks.check_batching(self.batch_size, self.chunks[1], self.gated_transition, self.max_weight_growth)
+        memory_checks.check_chunking(self.chunks[1], self.attn_pool_chunks, self.store_with_lookahead_value)
+        memory_checks.check_momentum(
             self.momentum,
             self.momentum_order,
             self.learned_momentum_combine,
             self.learned_combine_include_zeroth,
             self.init_momentum_bias,
         )
-        checks.check_scan(self.use_accelerated_scan)
-        checks.check_dim_head(self.dim, self.head_width, self.heads)
+        memory_checks.check_scan(self.use_accelerated_scan)
+        memory_checks.check_dim_head(self.dim, self.head_width, self.heads)
         if self.model is not None and not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
 
@@ -131,8 +131,8 @@ class MemoryOptions:
         checks.check_callable(
             store_memory_loss_fn=self.store_memory_loss_fn, adaptive_step_transform=self.adaptive_step_transform
         )
-        checks.check_elementwise("adaptive_step_transform", self.adaptive_step_transform)
-        checks.check_activation(self.activation)
+        memory_checks.check_elementwise("adaptive_step_transform", self.adaptive_step_transform)
+        memory_checks.check_activation(self.activation)
 
     def check_paper(self) -> None:
         checks.check_switches(

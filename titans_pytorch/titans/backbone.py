@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks
+from titans_pytorch import checks, tensor_checks
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.mixers import MIXERS
@@ -70,7 +70,7 @@ class TitansBackbone(Pretrained, nn.Module):
 
     def forward(self, x: Tensor, state: TitansState | None = None) -> Read:
         """The next tokens of a sequence.  x: (b n dim) -> (b n dim), normed, and what the next piece needs"""
-        checks.check_tokens("x", x, dim=self.config.dim, dtype=self.norm.weight.dtype)
+        tensor_checks.check_tokens("x", x, dim=self.config.dim, dtype=self.norm.weight.dtype)
         start = 0
         if state is not None:
             self.check_state(state, x.shape[0])
@@ -84,7 +84,7 @@ class TitansBackbone(Pretrained, nn.Module):
     def check_state(self, state: TitansState, batch: int) -> None:
         if not isinstance(state, TitansState):
             raise TypeError(f"state must be a TitansState, got {type(state).__name__}")
-        checks.check_batch("state", state.batch, batch)
+        tensor_checks.check_batch("state", state.batch, batch)
         if len(state.layers) != len(self.blocks):
             raise ValueError(f"state must be of this model's {len(self.blocks)} blocks, got {len(state.layers)}")
         if (got := state.layers[0].parts) != self.parts:

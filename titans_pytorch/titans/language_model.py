@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks
+from titans_pytorch import checks, tensor_checks
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.sampling import evaluating, filter_arguments, generate, min_p_filter
 from titans_pytorch.titans.backbone import Read, TitansBackbone
@@ -48,7 +48,7 @@ class TitansLanguageModel(Pretrained, nn.Module):
 
     def forward(self, ids: Tensor, state: TitansState | None = None) -> Read:
         """ids: (b n) -> logits (b n num_tokens), and what the next piece needs"""
-        checks.check_ids("ids", ids, self.num_tokens, 1)
+        tensor_checks.check_ids("ids", ids, self.num_tokens, 1)
         hidden, state = self.backbone(self.token_emb(ids), state)
         return Read(self.to_logits(hidden), state)
 
@@ -58,7 +58,7 @@ class TitansLanguageModel(Pretrained, nn.Module):
 
     def loss_and_state(self, ids: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
         """The same, and the state for the piece that begins with the last token."""
-        checks.check_ids("ids", ids, self.num_tokens, 2)
+        tensor_checks.check_ids("ids", ids, self.num_tokens, 2)
         logits, state = self(ids[:, :-1], state)
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten().long()), state
 
@@ -84,7 +84,7 @@ class TitansLanguageModel(Pretrained, nn.Module):
         state: of tokens that were read before the prompt (and do not count); stop_token: after which a row only
         repeats it, and where all rows have it sampling ends; generator: makes samples reproducible
         """
-        checks.check_ids("prompt", prompt, self.num_tokens, 1)
+        tensor_checks.check_ids("prompt", prompt, self.num_tokens, 1)
         checks.check_at_least("seq_len", seq_len, prompt.shape[1], "the length of the prompt")
         with evaluating(self):
             return generate(
