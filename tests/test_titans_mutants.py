@@ -97,8 +97,8 @@ def the_memory_before_the_segment_is_forgotten(patcher: pytest.MonkeyPatch) -> N
 
 @mutant("mac", streams)
 def queries_forget_the_tokens_before(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, self: Any, x: Any, segment: SegmentState) -> Any:
-        return original(self, x, segment._replace(tail=None))
+    def change(original: Any, self: Any, memory: Any, x: Any, segment: SegmentState) -> Any:
+        return original(self, memory, x, segment._replace(tail=None))
 
     wrapped(patcher, mixers.MemoryAsContext, "read_before", change)
 
@@ -126,7 +126,7 @@ def the_window_is_one_token_longer(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("lmm", equals_its_equations)
 def the_memory_does_not_see_persistent_tokens(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(mixers.Mixer, "remember_persistent", lambda self, batch: (self.persistent_tokens(batch), None))
+    patcher.setattr(mixers.Mixer, "remember", lambda self, first: (first, None))
 
 
 @mutant("mag", equals_its_equations)

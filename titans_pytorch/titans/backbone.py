@@ -32,7 +32,7 @@ class Block(nn.Module):
     def __init__(self, variant: Variant, config: TitansConfig) -> None:
         super().__init__()
         self.mixer = MIXERS[variant](config)
-        self.mixer_norm = RMSNorm(config.dim) if self.mixer.parts or self.mixer.has_attention else nn.Identity()
+        self.mixer_norm = nn.Identity() if self.mixer.is_idle else RMSNorm(config.dim)
         self.ff_norm, self.ff = RMSNorm(config.dim), SwiGLU(config.dim, config.hidden)
 
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:

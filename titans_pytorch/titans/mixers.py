@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pytorch.attention import attend
+from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.rotary import turned
 from titans_pytorch.state import NeuralMemState
 from titans_pytorch.titans.attention import Attention, KeyValues, attend_sliding, joined
@@ -24,16 +25,12 @@ from titans_pytorch.titans.state import LayerState, SegmentState
 class Mixer(nn.Module):
     """Persistent tokens, and a memory unless that is switched off."""
 
-    has_attention, has_segments = True, False
-
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
-        self.window = config.window
         self.persistent = (
             nn.Parameter(torch.randn(config.num_persistent, config.dim)) if config.num_persistent else None
         )
         self.memory = make_memory(config) if config.memory else None
-        self.attention = Attention(config.dim, config.heads) if self.has_attention else None
 
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """x: (b n dim), the first token being number `start` of the sequence; state: None if a sequence begins"""
@@ -42,46 +39,61 @@ class Mixer(nn.Module):
     @property
     def parts(self) -> frozenset[str]:
         """Of its states."""
-        found = {
-            "memory": self.memory,
-            "prefix": self.persistent if self.has_attention else None,
-            "segment": self.memory if self.has_segments else None,
-        }
-        return frozenset(name for name, part in found.items() if part is not None)
+        return frozenset(() if self.memory is None else ("memory",))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it does nothing at all."""
+        return self.memory is None
 
     def persistent_tokens(self, batch: int) -> Tensor | None:
         """(b P dim)"""
         return None if self.persistent is None else self.persistent.expand(batch, -1, -1)
 
-    def remember_persistent(self, batch: int) -> tuple[Tensor | None, NeuralMemState | None]:
-        """A sequence begins with the persistent tokens (eqs. 26, 29): what is read for them, the memory after them."""
-        persistent = self.persistent_tokens(batch)
-        if self.memory is None or persistent is None:
-            return persistent, None
-        return self.memory(persistent)
+    def remember(self, first: Tensor) -> tuple[Tensor, NeuralMemState | None]:
+        """What is read for the first tokens of a sequence, and the memory after them; without one, the tokens."""
+        return (first, None) if self.memory is None else self.memory(first)
+
+
+class AttentionMixer(Mixer):
+    """With attention over a window, and over the persistent tokens."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.window = config.window
+        self.attention = Attention(config.dim, config.heads)
+
+    @property
+    def parts(self) -> frozenset[str]:
+        return super().parts | frozenset(() if self.persistent is None else ("prefix",))
+
+    @property
+    def is_idle(self) -> bool:
+        return False
 
     def slide(
         self, x: Tensor, start: int, prefix: KeyValues | None, recent: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
         """Attention over the last `window` tokens and the prefix.  -> (b n dim), what the next token sees"""
-        assert self.attention is not None
         turns = self.attention.turns(start, x.shape[1])
         tokens = joined(recent, self.attention.keys_values(x, turns))
         y = attend_sliding(self.attention.queries(x), turns, tokens, prefix, self.window)
         return self.attention.out(y), tokens.last(self.window - 1)
 
 
-class MemoryAsContext(Mixer):
+class MemoryAsContext(AttentionMixer):
     """Attention inside segments, over what the memory knew before the segment and the segment itself."""
-
-    has_segments = True
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
-        self.context_norm = RMSNorm(config.dim) if config.memory else None
+        self.context_norm = RMSNorm(config.dim) if config.memory else nn.Identity()
         self.keeps_input = config.layer_residual and config.memory
         self.gate = Gate(config.dim, config.gate) if config.memory else None
         self.lookback = 0 if self.memory is None else lookback_of(self.memory)
+
+    @property
+    def parts(self) -> frozenset[str]:
+        return super().parts | frozenset(() if self.memory is None else ("segment",))
 
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
         state = self.begin(x) if state is None else state
@@ -96,7 +108,6 @@ class MemoryAsContext(Mixer):
 
     def begin(self, x: Tensor) -> LayerState:
         batch, persistent = x.shape[0], self.persistent_tokens(x.shape[0])
-        assert self.attention is not None
         prefix = None
         if persistent is not None:
             prefix = self.attention.keys_values(persistent, self.attention.turns(0, persistent.shape[1]))
@@ -107,7 +118,6 @@ class MemoryAsContext(Mixer):
 
     def in_segment(self, x: Tensor, start: int, state: LayerState) -> tuple[Tensor, LayerState]:
         """The next tokens of one segment."""
-        assert self.attention is not None
         attention, count = self.attention, x.shape[1]
         num_persistent = 0 if state.prefix is None else state.prefix.length
         offset = start % self.window
@@ -115,8 +125,8 @@ class MemoryAsContext(Mixer):
         turns = attention.turns(place + self.window, count)
         recent = joined(state.recent, attention.keys_values(x, turns))
         context, segment = None, state.segment
-        if segment is not None:
-            h, segment = self.read_before(x, segment)  # eq. (21)
+        if self.memory is not None and segment is not None:
+            h, segment = self.read_before(self.memory, x, segment)  # eq. (21)
             context = joined(segment.context, attention.keys_values(h, attention.turns(place, count)))
             segment = segment._replace(context=context)
         sees = context_mask if context is not None else sliding_mask
@@ -136,18 +146,16 @@ class MemoryAsContext(Mixer):
             segment = SegmentState(None, memory.states[0], segment.tail)
         return output, LayerState(memory, state.prefix, None, segment)
 
-    def read_before(self, x: Tensor, segment: SegmentState) -> tuple[Tensor, SegmentState]:
+    def read_before(self, memory: NeuralMemory, x: Tensor, segment: SegmentState) -> tuple[Tensor, SegmentState]:
         """What the memory knew of these tokens before their segment.  -> h (b n dim), where the segment is then"""
-        assert self.memory is not None
-        assert self.context_norm is not None
         tail = segment.tail
         seen = x if tail is None else torch.cat((tail, x), dim=1)
-        h = self.memory.retrieve_memories(seen, segment.before)[:, seen.shape[1] - x.shape[1] :]
+        h = memory.retrieve_memories(seen, segment.before)[:, seen.shape[1] - x.shape[1] :]
         tail = seen[:, -self.lookback :].clone() if self.lookback else None
         return self.context_norm(h), segment._replace(tail=tail)
 
 
-class MemoryAsGate(Mixer):
+class MemoryAsGate(AttentionMixer):
     """Attention and memory side by side, over the same tokens."""
 
     def __init__(self, config: TitansConfig) -> None:
@@ -166,12 +174,11 @@ class MemoryAsGate(Mixer):
         persistent = self.persistent_tokens(x.shape[0])
         if persistent is None:
             return LayerState()
-        assert self.attention is not None
-        _, memory = self.remember_persistent(x.shape[0])  # eq. (26)
+        _, memory = self.remember(persistent)  # eq. (26)
         return LayerState(memory, self.attention.keys_values(persistent, None))
 
 
-class MemoryAsLayer(Mixer):
+class MemoryAsLayer(AttentionMixer):
     """Attention over what the memory says."""
 
     def __init__(self, config: TitansConfig) -> None:
@@ -191,9 +198,7 @@ class MemoryAsLayer(Mixer):
         persistent = self.persistent_tokens(x.shape[0])
         if persistent is None:
             return LayerState()
-        assert self.attention is not None
-        read, memory = self.remember_persistent(x.shape[0])  # eq. (29)
-        assert read is not None
+        read, memory = self.remember(persistent)  # eq. (29)
         return LayerState(memory, self.attention.keys_values(self.normed(read, persistent), None))
 
     def normed(self, read: Tensor, x: Tensor) -> Tensor:
@@ -206,8 +211,6 @@ class MemoryAsLayer(Mixer):
 class MemoryAlone(Mixer):
     """No attention; without the memory, nothing."""
 
-    has_attention = False
-
     def __init__(self, config: TitansConfig) -> None:
         if not config.memory:
             config = config.with_options(num_persistent=0)
@@ -216,9 +219,13 @@ class MemoryAlone(Mixer):
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
         if self.memory is None:
             return torch.zeros_like(x), LayerState()
-        memory = self.remember_persistent(x.shape[0])[1] if state is None else state.memory  # eq. (19)
+        memory = self.begin(x) if state is None else state.memory
         read, memory = self.memory(x, state=memory)  # eqs. (13-15)
         return read, LayerState(memory)
+
+    def begin(self, x: Tensor) -> NeuralMemState | None:
+        persistent = self.persistent_tokens(x.shape[0])
+        return None if persistent is None else self.remember(persistent)[1]  # eq. (19)
 
 
 MIXERS: dict[Variant, type[Mixer]] = {
