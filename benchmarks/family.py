@@ -1,6 +1,7 @@
 """Training speed of the family beside MemoryAsContextTransformer and a plain attention transformer of equal size.
 
     python -m benchmarks.family --out benchmarks/results/family.json
+    python -m benchmarks.family_report
 
 One step is forward and backward of 4 x 1024 tokens at dim 384, depth 4; models take turns, medians are reported. The
 plain transformer is made as large as TitansMAG by its feed-forward networks.
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import describe_machine
 from titans_pytorch import MemoryAsContextTransformer, TitansConfig, TitansLMM, TitansMAC, TitansMAG, TitansMAL
 from titans_pytorch.attention_transformer import AttentionTransformer
 
@@ -99,11 +101,13 @@ def main() -> None:
     for name, (model, _) in found.items():
         median = statistics.median(seconds[name])
         speed = args.rows * args.tokens / median
-        rows.append(dict(model=name, parameters=size(model), seconds=median, tokens_per_second=speed))
+        row = dict(model=name, parameters=size(model), seconds=median, tokens_per_second=speed)
+        rows.append(row | dict(fastest=min(seconds[name]), slowest=max(seconds[name])))
         print(f"{name:28s} {size(model) / 1e6:6.2f}M parameters  {median:7.3f} s  {speed:9,.0f} tokens/s")
     if args.out is not None:
         settings = {name: getattr(args, name) for name in sizes} | dict(threads=torch.get_num_threads())
-        args.out.write_text(json.dumps(dict(settings=settings, rows=rows), indent=1) + "\n")
+        record = dict(machine=describe_machine(), settings=settings, rows=rows)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Does the family train stably when inner steps are four times as large as by default?  On the bytes of a file.
 
     python -m benchmarks.family_stability --data FILE --out benchmarks/results/family_stability.json
+    python -m benchmarks.family_report
 
 Trains each variant for 1,000 steps in float32 and in bfloat16 (autocast), and says whether every loss and gradient was
 finite and how the loss fell.
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import describe_machine
 from titans_pytorch import TitansConfig, TitansLMM, TitansMAC, TitansMAG, TitansMAL
 
 MODELS = {model.variant: model for model in (TitansMAC, TitansMAG, TitansMAL, TitansLMM)}
@@ -78,7 +80,10 @@ def main() -> None:
             reports.append(train(variant, getattr(torch, name), data, args))
             print({key: value for key, value in reports[-1].items() if key != "losses"}, flush=True)
             if args.out is not None:
-                args.out.write_text(json.dumps(reports, indent=1) + "\n")
+                settings = dict(steps=args.steps, rows=args.rows, tokens=args.tokens, data=args.data.name)
+                settings |= dict(seed=args.seed, lr=args.lr, max_step=TIMES * TitansConfig.max_step)
+                record = dict(machine=describe_machine(), settings=settings, runs=reports)
+                args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Writes the tables of docs/benchmarks.md from benchmarks/results/*.json: `python -m benchmarks.report`.
 
-Only what stands between the markers `<!-- DEVICE begin -->` and `<!-- DEVICE end -->` is replaced.
+Only what stands between the markers `<!-- DEVICE -->` and `<!-- end of DEVICE -->` is replaced.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.machine import CHECKOUT
 from benchmarks.memory import RESULTS
+from benchmarks.pages import put
 
 PAGE = CHECKOUT / "docs" / "benchmarks.md"
 DEVICES = ("cpu", "cuda")
@@ -24,21 +25,11 @@ Table = list[list[str]]
 
 
 def main() -> None:
-    page = PAGE.read_text()
     for device in DEVICES:
         file = RESULTS / f"{device}.json"
         if file.exists():
-            page = put_between(page, device, report(json.loads(file.read_text())))
+            put(PAGE, device, report(json.loads(file.read_text())))
             print(f"{PAGE.name}: {device} tables from {file.name}")
-    PAGE.write_text(page)
-
-
-def put_between(page: str, device: str, body: str) -> str:
-    begin, end = f"<!-- {device} begin -->", f"<!-- {device} end -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"{PAGE.name} must hold the markers '{begin}' and '{end}' exactly once")
-    before, rest = page.split(begin)
-    return f"{before}{begin}\n\n{body}\n\n{end}{rest.split(end)[1]}"
 
 
 def report(results: Record) -> str:

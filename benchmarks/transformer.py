@@ -3,7 +3,7 @@
     python -m benchmarks.transformer --peer PYTHON       # of an environment with titans-pytorch 0.5.5
     python -m benchmarks.transformer --only readme       # one workload, this library only
 
-Every measurement runs in a process of its own. Results go to results/transformer.json, a table to the screen.
+Every measurement runs in a process of its own. Results go to results/transformer.json and docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+from benchmarks.machine import CHECKOUT, describe_machine
+from benchmarks.pages import put
+
 WORKER = Path(__file__).with_name("transformer_worker.py")
 RESULTS = Path(__file__).with_name("results") / "transformer.json"
 
@@ -108,11 +110,13 @@ def main() -> None:
     parser.add_argument("--only", choices=list(WORKLOADS))
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else list(WORKLOADS)
+    machine = describe_machine()
     results = {name: compare(name, arguments.peer) for name in names}
-    if not arguments.only:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
+    if not arguments.only:
+        RESULTS.write_text(json.dumps({"machine": machine, "workloads": results}, indent=2) + "\n")
+        about = f"{machine['cpu']}, 2 threads, {machine['date']}, commit {machine['commit']}."
+        put(CHECKOUT / "docs" / "benchmarks.md", "transformer", f"{about}\n\n{table(results)}")
 
 
 if __name__ == "__main__":
