@@ -1,0 +1,84 @@
+"""A few configurations that together use every rule of a memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.configurations import DIM_HEAD, OPTIONS, Case
+
+PLAIN = {name: values[0] for name, values in OPTIONS.items() if name not in ("mask", "store_seq", "batches")} | {
+    "dim": 4,
+    "dim_head": DIM_HEAD,
+    "chunk_size": 2,
+    "batch_size": None,
+    "default_step_transform_max_lr": 0.4,
+    "default_model_kwargs": dict(depth=2, expansion_factor=1.5),
+}
+RICH = PLAIN | {
+    "dim": 6,
+    "heads": 2,
+    "chunk_size": 3,
+    "batch_size": 6,
+    "momentum_order": 2,
+    "learned_momentum_combine": True,
+    "learned_combine_include_zeroth": True,
+    "per_parameter_lr_modulation": True,
+    "attn_pool_chunks": True,
+    "num_kv_per_token": 2,
+    "post_rmsnorm": True,
+    "qk_rmsnorm": True,
+    "max_grad_norm": 0.5,
+    "accept_weight_residual": True,
+    "gated_transition": True,
+    "max_weight_growth": 1.02,
+}
+
+PAPER = PLAIN | {
+    "dim": 6,
+    "heads": 2,
+    "chunk_size": 3,
+    "batch_size": 6,
+    "activation": "SiLU",
+    "qk_l2norm": True,
+    "conv_size": 4,
+    "summed_loss": True,
+    "per_parameter_gates": True,
+    "channelwise_decay": True,
+    "learned_norm_gain": True,
+    "gated_output": True,
+    "default_step_transform_max_lr": 0.1,
+}
+
+
+def case(
+    chosen: dict[str, Any],
+    split: tuple[int, ...] = (5, 1, 7),
+    engine: str = "factored",
+    mask: bool = False,
+    store: bool = False,
+    seed: int = 3,
+) -> Case:
+    return Case(chosen, 2, sum(split), split, seed, mask, store, engine)
+
+
+CASES = {
+    "plain": case(PLAIN | {"batch_size": 4}),
+    "rich": case(RICH, mask=True, seed=4),
+    "lookahead and views": case(
+        PLAIN | {"store_with_lookahead_value": True, "qkv_receives_diff_views": True, "chunk_size": 4}, store=True
+    ),
+    "grown": case(PLAIN | {"batch_size": 4, "max_weight_growth": 1.02, "default_step_transform_max_lr": 4.0}),
+    "read apart": case(PLAIN | {"chunk_size": (3, 2), "momentum": False}),
+    "attention": case(PLAIN | {"model": "attention", "chunk_size": 4}, mask=True, seed=4),
+    "spectral": case(PLAIN | {"spectral_norm_surprises": True, "batch_size": 4}, engine="dense"),
+    "general": case(PLAIN | {"model": "opaque", "accept_weight_residual": True}, engine="general", mask=True, seed=4),
+    "paper": case(PAPER, mask=True),
+    "paper, one chunk a batch": case(PAPER | {"batch_size": 3}),
+    "paper, dense": case(PAPER, engine="dense"),
+    "paper, square": case(
+        PAPER | {"batch_size": 3, "default_model_kwargs": dict(depth=1), "per_parameter_gates": False}
+    ),
+    "paper, general": case(PAPER, engine="general"),
+    "paper, mixing tokens": case(PAPER | {"model": "attention", "learned_norm_gain": False}),
+    "gates of parameters": case(PAPER | {"channelwise_decay": False, "momentum_order": 2}),
+}

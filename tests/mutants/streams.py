@@ -1,0 +1,169 @@
+"""Mutants of what happens when: masks, batches, reading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.mutants.breaking import mutant, with_gate, wrapped
+from titans_pytorch import neural_memory
+from titans_pytorch.fast_weights import general, limits, schedule, spectral
+from titans_pytorch.fast_weights.engine import Engine
+from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.projections import MultiheadRMSNorm, Projections
+from titans_pytorch.reading import Reader
+
+# masks
+
+
+@mutant("rich", "attention", "general")
+def the_mask_is_ignored(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(
+        patcher,
+        Projections,
+        "project_writes",
+        lambda original, self, tokens, *args: original(self, tokens._replace(is_stored=None), *args),
+    )
+
+
+@mutant("rich", "general")
+def the_mask_is_inverted(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Projections, tokens: Any, *args: Any) -> Any:
+        mask = None if tokens.is_stored is None else ~tokens.is_stored
+        return original(self, tokens._replace(is_stored=mask), *args)
+
+    wrapped(patcher, Projections, "project_writes", change)
+
+
+@mutant("rich", "general", "attention")
+def masked_chunks_still_decay(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(
+        patcher,
+        Projections,
+        "gates",
+        lambda original, self, pooled, poison, is_stored, dtype: original(self, pooled, poison, None, dtype),
+    )
+
+
+@mutant("attention")
+def masked_tokens_are_attended(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Projections, *args: Any) -> Any:
+        self.compacts_masked = False
+        return original(self, *args)
+
+    wrapped(patcher, Projections, "without_masked", change)
+
+
+# batches
+
+
+@mutant("plain", "rich")
+def the_base_is_never_renewed(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, NeuralMemory, "renew", lambda original, self, carry: carry)
+
+
+@mutant("rich")
+def the_transition_is_not_gated(patcher: pytest.MonkeyPatch) -> None:
+    for module in (neural_memory, limits):
+        wrapped(patcher, module, "renewed", lambda original, carry, gate, *args: original(carry, None, *args))
+
+
+@mutant("grown")
+def growth_is_not_limited(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(limits, "limit_growth", lambda weights, initial, max_growth: weights)
+
+
+@mutant("plain", "rich")
+def batches_begin_a_chunk_late(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, schedule, "batches", lambda original, layout, start, end: original(layout, start + 1, end + 1))
+
+
+# reading
+
+
+@mutant("plain", "attention")
+def reads_come_a_chunk_early(patcher: pytest.MonkeyPatch) -> None:
+    """Seeing the weights before the chunk that a token completes."""
+    shifted_reads(patcher, -1)
+
+
+@mutant("plain", "attention")
+def reads_come_a_chunk_late(patcher: pytest.MonkeyPatch) -> None:
+    """A look into the future of the block."""
+    shifted_reads(patcher, 1)
+
+
+def shifted_reads(patcher: pytest.MonkeyPatch, shift: int) -> None:
+    def change(original: Any, self: Engine, block: Any, queries: Tensor, rows: Any, slow: Any) -> Tensor:
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop)
+        if block.num_chunks:
+            rows = (rows + shift).clamp(0, block.num_chunks)
+        return original(self, block, queries, rows, slow)
+
+    wrapped(patcher, Engine, "read", change)
+
+
+@mutant("read apart")
+def reading_chunks_are_storing_chunks(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(
+        Reader, "rows", lambda self, plan: (torch.arange(plan.first_group, plan.last_group) - plan.first_chunk).clamp(0)
+    )
+
+
+@mutant("attention")
+def the_first_group_begins_with_its_first_query(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(Reader, "begun", lambda self, like: like[:, :1])
+
+
+@mutant("rich")
+def reads_are_not_normed(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(MultiheadRMSNorm, "forward", lambda self, x: x * (self.gamma + 1))
+
+
+@mutant("rich")
+def heads_are_not_gated(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, Projections, "merge", with_gate(lambda gate: None))
+
+
+@mutant("plain")
+def the_carry_is_dropped_between_calls(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(
+        patcher,
+        NeuralMemory,
+        "checked_state",
+        lambda original, self, state, batch: self.init_state(batch)._replace(
+            seq_index=state.seq_index, cache_store_segment=state.cache_store_segment
+        ),
+    )
+
+
+@mutant("plain")
+def waiting_tokens_are_dropped_between_calls(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: NeuralMemory, state: Any, batch: int) -> Any:
+        return state._replace(cache_store_segment=state.cache_store_segment * 0)
+
+    wrapped(patcher, NeuralMemory, "checked_state", change)
+
+
+@mutant("spectral")
+def steps_are_not_orthogonal(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(general, "orthogonalised", lambda t: t)
+
+
+@mutant("spectral")
+def one_newton_schulz_iteration_less(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(spectral, "NUM_ITERATIONS", 4)
+
+
+@mutant("lookahead and views")
+def all_see_the_view_of_the_queries(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(
+        patcher,
+        Projections,
+        "project_writes",
+        lambda original, self, tokens, *args: original(self, tokens._replace(values=tokens.keys), *args),
+    )

@@ -1,0 +1,114 @@
+"""Mutants of what is stored: gradients, rates, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.mutants.breaking import mutant, wrapped, writes_become
+from titans_pytorch.fast_weights import engine as engine_module
+from titans_pytorch.fast_weights import taps
+from titans_pytorch.fast_weights.engine import Engine
+from titans_pytorch.projections import Projections
+
+
+@mutant("plain", "general")
+def climbs_instead_of_descending(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, engine_module, "steps_of", lambda original, found, *args: negated(original(found, *args)))
+
+
+def negated(surprises: taps.Surprises) -> taps.Surprises:
+    factors = {name: taps.Factors(-f.left, f.right) for name, f in surprises.factors.items()}
+    return taps.Surprises(factors, {name: -t for name, t in surprises.tensors.items()})
+
+
+@mutant("plain")
+def left_and_right_factors_swap(patcher: pytest.MonkeyPatch) -> None:
+    """Of square matrices, which shapes cannot tell apart."""
+
+    def swapped(f: taps.Factors) -> taps.Factors:
+        return taps.Factors(f.right, f.left) if f.left.shape == f.right.shape else taps.Factors(f.left * 1.01, f.right)
+
+    wrapped(
+        patcher,
+        engine_module,
+        "steps_of",
+        lambda original, found, *args: original(
+            found._replace(factors={n: swapped(f) for n, f in found.factors.items()}), *args
+        ),
+    )
+
+
+@mutant("plain", "general")
+def vectors_are_not_surprised(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(
+        patcher,
+        engine_module,
+        "steps_of",
+        lambda original, found, *args: original(
+            found._replace(tensors={n: t * 0 for n, t in found.tensors.items()}), *args
+        ),
+    )
+
+
+@mutant("plain")
+def rates_are_ignored(patcher: pytest.MonkeyPatch) -> None:
+    writes_become(patcher, rates=lambda rates: tuple(torch.full_like(rate, 0.2) for rate in rates))
+
+
+@mutant("plain")
+def keys_are_values(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(
+        patcher,
+        Projections,
+        "project_writes",
+        lambda original, *args: (lambda p: p._replace(writes=p.writes._replace(values=p.writes.keys)))(original(*args)),
+    )
+
+
+@mutant("rich")
+def writes_of_a_token_trade_values(patcher: pytest.MonkeyPatch) -> None:
+    writes_become(patcher, values=lambda v: v.unflatten(2, (-1, 2)).flip(3).flatten(2, 3))
+
+
+@mutant("rich")
+def the_norm_of_gradients_is_not_limited(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(engine_module, "smooth_limit", lambda norm, limit: torch.ones_like(norm))
+
+
+@mutant("rich")
+def gradients_are_clipped_hard(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(engine_module, "smooth_limit", lambda norm, limit: (limit / norm.clamp(min=1e-9)).clamp(max=1.0))
+
+
+@mutant("rich")
+def modulation_is_ignored(patcher: pytest.MonkeyPatch) -> None:
+    writes_become(patcher, modulation=lambda shares: {})
+
+
+@mutant("rich")
+def modulation_is_assigned_in_reverse(patcher: pytest.MonkeyPatch) -> None:
+    writes_become(patcher, modulation=lambda shares: dict(zip(shares, reversed(shares.values()), strict=True)))
+
+
+@mutant("rich", "general")
+def the_residual_is_ignored(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(
+        patcher, Engine, "store", lambda original, self, carry, writes, residual=None: original(self, carry, writes)
+    )
+
+
+@mutant("rich", "general")
+def the_residual_is_not_mixed(patcher: pytest.MonkeyPatch) -> None:
+    writes_become(patcher, mix=lambda mix: None if mix is None else torch.ones_like(mix))
+
+
+@mutant("lookahead and views")
+def the_last_key_is_not_dropped(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Projections, *args: Any) -> Any:
+        self.looks_ahead = False
+        return original(self, *args)
+
+    wrapped(patcher, Projections, "project_writes", change)
