@@ -59,7 +59,7 @@ class MACModel:
 
     def matched_ff_mult(self) -> float:
         """The width of feed-forward networks at which a model without memory has as many parameters as one with it."""
-        with torch.random.fork_rng():  # only counted
+        with torch.device("meta"):  # only counted
             wanted = size(self.with_layers(self.memory_layers, self.ff_mult))
             bare = size(self.with_layers((), self.ff_mult))
         # One more hidden feature of a layer: two rows and biases into it, one column out of it.
