@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks.recall import MODELS, Task, accuracy, train
+from titans_pytorch import NeuralMemory
 from titans_pytorch.convolution import projected
 from titans_pytorch.titans import TitansConfig
 from titans_pytorch.titans.memory import make_memory
@@ -17,10 +19,12 @@ VARIANTS = tuple(MODELS)
 
 
 @torch.no_grad()
-def test_a_token_finds_what_was_stored_next_to_it_before_any_training() -> None:
-    memory = make_memory(TitansConfig(dim=64, depth=1, heads=2))
-    x = torch.randn(1, 200, 64)
-    queries, keys = (F.normalize(projected(layer, x, None)[0], dim=-1) for layer in (memory.to_queries, memory.to_keys))
+@pytest.mark.parametrize(
+    "memory", [lambda: make_memory(TitansConfig(dim=64, depth=1, heads=2)), lambda: NeuralMemory.paper(64, heads=2)]
+)
+def test_a_token_finds_what_was_stored_next_to_it_before_any_training(memory: Callable[[], NeuralMemory]) -> None:
+    built, x = memory(), torch.randn(1, 200, 64)
+    queries, keys = (F.normalize(projected(layer, x, None)[0], dim=-1) for layer in (built.to_queries, built.to_keys))
     similarity = (queries[0] @ keys[0].mT)[:-1]  # a token and the key under which the one after it is stored
     assert (similarity.argmax(dim=1) == torch.arange(1, 200)).float().mean() > 0.95
 

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+OTHER_TOKENS = 0.2
+"""Of what torch would give weights to begin with, beside the one token that a convolution starts at"""
+
 
 class Tails(NamedTuple):
     """The last inputs of each convolution of a memory, which its next outputs still see; None without convolutions.
@@ -28,6 +31,12 @@ class CausalConvolution(nn.Module):
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-(size**-0.5), size**-0.5))
+
+    @torch.no_grad()
+    def start_at(self, lag: int) -> None:
+        """Begin near the token so many before, with a little of the others."""
+        self.weight.abs_().mul_(OTHER_TOKENS)
+        self.weight[min(lag, len(self.weight) - 1)] += 1.0
 
     def fresh_tail(self, batch: int) -> Tensor:
         """-> (b size-1 channels)"""

@@ -166,9 +166,12 @@ class NeuralMemory(Pretrained, Projections):
 
         M(x) = x + LayerNorm(W_1 gelu(W_2 x)), four times as wide inside; convolution, SiLU and l2 norm of queries, keys
         and values; summed loss; gates for every parameter; surprises at the weights of every chunk's start; a normed
-        and gated output. The paper does not say how gates start: here memory is kept long and steps are small.
+        and gated output. The paper does not say how anything starts: here memory is kept long, steps are small, and
+        tokens are stored under the ones before them (`start_associating`).
         """
-        return cls(**paper_options(dim, heads, chunk_size, overrides))
+        memory = cls(**paper_options(dim, heads, chunk_size, overrides))
+        memory.start_associating()
+        return memory
 
     # ---- the memory model and its weights
 

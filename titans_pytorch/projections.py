@@ -95,6 +95,18 @@ class Projections(GateLayers):
         self.add_gates(options, fast)
         self.memory_norm_gamma = nn.Parameter(torch.zeros(heads, dim_head)) if options.learned_norm_gain else None
 
+    def start_associating(self) -> None:
+        """Begin as a memory of what followed what: a token is stored under the one before it, and asked for by itself.
+
+        Queries start as keys, convolutions near the one token that this takes. From weights of either sign, or equal
+        ones, hundreds of steps pass before a token's query finds what was stored (docs/stability.md).
+        """
+        if self.num_kv_per_token == 1:
+            self.to_queries.load_state_dict(self.to_keys.state_dict())
+        for layer, lag in ((self.to_queries, 0), (self.to_keys, 1), (self.to_values, 0)):
+            if isinstance(layer, Projection):
+                layer.convolution.start_at(lag)
+
     def output_gate(self, options: MemoryOptions) -> nn.Module | None:
         """A gate of every feature, one of every head, or none.  (b t dim) -> (b h t d), (b h t 1)"""
         dim, heads, inner = options.dim, options.heads, options.heads * options.head_width
