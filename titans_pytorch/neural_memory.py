@@ -16,7 +16,7 @@ from titans_pytorch.convolution import Tails
 from titans_pytorch.fast_weights.engine import Engine, EngineName, Rules
 from titans_pytorch.fast_weights.general import DenseBlock, StillBlock
 from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Weights
-from titans_pytorch.fast_weights.limits import renewed
+from titans_pytorch.fast_weights.limits import renewed, total_norm
 from titans_pytorch.fast_weights.probe import inspect_model
 from titans_pytorch.fast_weights.schedule import BlockPlan, Layout
 from titans_pytorch.losses import mean_squared_error
@@ -378,13 +378,11 @@ class NeuralMemory(Pretrained, Projections):
         return rearrange(loss, merge, h=self.heads), rearrange(rates, merge, h=self.heads)
 
     def renew(self, carry: Carry) -> Carry:
-        initial = None
+        limit = None
         if self.max_weight_growth is not None:
             rows = next(iter(carry.weights.values())).shape[0]
-            initial = {
-                name: w.repeat(rows // self.heads, *[1] * (w.ndim - 1)) for name, w in self.initial_weights().items()
-            }
-        return renewed(carry, self.transition_gate, initial, self.max_weight_growth)
+            limit = (self.max_weight_growth * total_norm(self.initial_weights())).repeat(rows // self.heads)
+        return renewed(carry, self.transition_gate, limit)
 
     # ---- what comes in
 

@@ -73,7 +73,7 @@ def the_transition_is_not_gated(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("grown")
 def growth_is_not_limited(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(limits, "limit_growth", lambda weights, initial, max_growth: weights)
+    patcher.setattr(limits, "limit_growth", lambda weights, limit: weights)
 
 
 @mutant("plain", "rich")

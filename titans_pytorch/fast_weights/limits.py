@@ -26,15 +26,15 @@ def smooth_limit(norm: Tensor, limit: float) -> Tensor:
     return torch.where(is_positive, limit * torch.tanh(safe / limit) / safe, 1.0)
 
 
-def total_square(weights: Weights) -> Tensor:
-    """Squared norm of all parameters of a row together.  (r ...) -> (r)"""
-    return torch.stack([weight.reshape(len(weight), -1).square().sum(dim=1) for weight in weights.values()]).sum(dim=0)
+def total_norm(weights: Weights) -> Tensor:
+    """Of all parameters of a row together; its gradient at zero is zero.  (r ...) -> (r)"""
+    norms = [torch.linalg.vector_norm(weight.reshape(len(weight), -1), dim=1) for weight in weights.values()]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
-def limit_growth(weights: Weights, initial: Weights, max_growth: float) -> Weights:
-    """Rescale a memory that has outgrown its initial scale `max_growth` times; the identity below.  (r ...) each"""
-    limit = max_growth * safe_norm(total_square(initial))
-    norm = safe_norm(total_square(weights))
+def limit_growth(weights: Weights, limit: Tensor) -> Weights:
+    """Rescale a memory whose norm has outgrown a limit; the identity below.  (r ...) each, limit: (r)"""
+    norm = total_norm(weights)
     scale = torch.where(norm > limit, limit / torch.where(norm > limit, norm, 1.0), 1.0)
     return {name: weight * scale.reshape(-1, *[1] * (weight.ndim - 1)) for name, weight in weights.items()}
 
@@ -65,19 +65,19 @@ class LimitGradient(torch.autograd.Function):
         return gradient * scale.reshape(-1, *[1] * (gradient.ndim - 1))
 
 
-def renewed(carry: Carry, gate: Tensor | None, initial: Weights | None, max_growth: float | None) -> Carry:
+def renewed(carry: Carry, gate: Tensor | None, limit: Tensor | None) -> Carry:
     """The memory where a new batch begins: the current weights become the base.
 
     gate: how far to go from the old base to the current weights (a logit), None: all the way;
-    initial: the learned memory (r ...) whose scale limits growth
+    limit: (r) the largest norm that a memory may have, None: any
     """
     weights = carry.weights
     if gate is not None:
         weights = {
             name: torch.lerp(carry.base[name], weight, gate.to(weight).sigmoid()) for name, weight in weights.items()
         }
-    if max_growth is not None and initial is not None:
-        weights = limit_growth(weights, initial, max_growth)
+    if limit is not None:
+        weights = limit_growth(weights, limit)
     weights = {name: LimitGradient.apply(weight) for name, weight in weights.items()}
     momenta = {name: tuple(map(LimitGradient.apply, orders)) for name, orders in carry.momenta.items()}
     return Carry(weights, weights, momenta)
