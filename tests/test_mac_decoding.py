@@ -39,6 +39,19 @@ def random_ids(batch: int, count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, NUM_TOKENS, (batch, count), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("options", GRID, ids=str)
+def test_what_inference_mode_has_read_goes_on_outside_of_it(options: dict[str, Any]) -> None:
+    model, ids = build(**options), random_ids(2, 23)
+    expected = model(ids)[:, 14:]
+    with torch.inference_mode():
+        _, cache = model(ids[:, :14], return_cache=True)
+    with torch.no_grad():
+        assert_close(model(ids[:, 14:], cache=cache), expected, **TOLERANCE)
+    logits = model(ids[:, 14:], cache=cache)
+    assert_close(logits, expected, **TOLERANCE)
+    logits.sum().backward()
+
+
 @torch.no_grad()
 def in_pieces(model: MemoryAsContextTransformer, ids: Tensor, split: tuple[int, ...]) -> Tensor:
     cache, logits = None, []

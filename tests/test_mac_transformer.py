@@ -115,6 +115,12 @@ def test_an_embedding_of_ones_own_may_take_anything() -> None:
     assert_close(model(features[:, 4:], cache=cache), whole[:, 4:])
 
 
+def test_an_embedding_of_another_width_is_refused() -> None:
+    model = build(token_emb=nn.Embedding(NUM_TOKENS, 9).double())
+    with pytest.raises(ValueError, match=r"what token_emb gives must have the shape \(2, 5, 8\), got \(2, 5, 9\)"):
+        model(torch.zeros(2, 5, dtype=torch.long))
+
+
 def test_memories_have_models_of_their_own() -> None:
     memory_model = MemoryMLP(8, depth=1)
     model = build(neural_memory_model=memory_model)
@@ -249,6 +255,13 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
         (lambda model: model.sample(IDS[0], 9), ValueError, "prompt must have the shape"),
         (lambda model: model.sample(IDS[:, :0], 9), ValueError, "prompt must have at least 1 token"),
         (lambda model: model.sample(IDS, 4), ValueError, "seq_len must be at least the length of the prompt"),
+        (lambda model: model.sample(IDS, 6, filter_fn=None), TypeError, "filter_fn must be callable, got None"),
+        (lambda model: model(IDS, factorized_pos_emb=(torch.zeros(1, 8),)), ValueError, "factorized_pos_emb must be"),
+        (
+            lambda model: model(IDS, factorized_pos_emb=model.axial_pos_emb.factors(2)),
+            ValueError,
+            r"rows \(2 or more, dim\) and columns \(4, dim\)",
+        ),
         (lambda model: model.sample(IDS, 6.5), TypeError, "seq_len must be a whole number"),
         (lambda model: model.sample(IDS, 6, temperature=-1.0, show_progress=False), ValueError, "temperature must be"),
     ],

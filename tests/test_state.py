@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.oracle import oracle
-from titans_pytorch import MemoryAttention, NeuralMemory, NeuralMemState
+from titans_pytorch import MemoryAttention, NeuralMemory, NeuralMemState, mem_state_detach
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
 
@@ -294,3 +294,22 @@ def test_a_state_reads_as_what_it_is() -> None:
     assert "model.weights.0" in repr(state.updates)
     assert len(state.updates) == 3
     assert dict(state.updates).keys() == state.weights.keys()
+
+
+@pytest.mark.parametrize("num_seen", [3, 9])
+def test_a_state_from_inference_mode_goes_on_outside_of_it(num_seen: int) -> None:
+    memory, seq = NeuralMemory(8, 4, batch_size=8), torch.randn(2, 20, 8)
+    expected, _ = memory(seq)
+    with torch.inference_mode():
+        _, state = memory(seq[:, :num_seen])
+    with torch.no_grad():
+        assert_close(memory(seq[:, num_seen:], state=state)[0], expected[:, num_seen:])
+        memory.retrieve_memories(seq, state.states[0])
+    retrieved, _ = memory(seq[:, num_seen:], state=state)
+    assert_close(retrieved, expected[:, num_seen:])
+    (retrieved + memory.retrieve_memories(seq, state.states[0])[:, num_seen:]).sum().backward()
+
+
+def test_only_states_can_be_detached() -> None:
+    with pytest.raises(TypeError, match="state must be a NeuralMemState, got NoneType"):
+        mem_state_detach(None)

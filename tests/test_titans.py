@@ -123,6 +123,19 @@ def test_gradients_flow_through_the_state(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_what_inference_mode_has_read_goes_on_outside_of_it(variant: str) -> None:
+    model, x = build_backbone(variant), random_inputs(2, 13)
+    expected = model(x)[0][:, 6:]
+    with torch.inference_mode():
+        _, state = model(x[:, :6])
+    with torch.no_grad():
+        assert_close(model(x[:, 6:], state)[0], expected, rtol=1e-9, atol=1e-9)
+    outputs, _ = model(x[:, 6:], state)
+    assert_close(outputs, expected, rtol=1e-9, atol=1e-9)
+    outputs.sum().backward()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_loss_of_pieces_is_that_of_the_whole(variant: str) -> None:
     model, ids = build(variant), random_ids(2, 13)
     first, state = model.loss_and_state(ids[:, :6])

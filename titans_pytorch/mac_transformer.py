@@ -220,7 +220,9 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         if cache is not None:
             self.check_cache(cache, ids.shape[0])
         num_before, count = 0 if cache is None else cache.num_tokens, ids.shape[1]
-        x = self.lengthened.insert(self.token_emb(ids), self.longterm_mems, num_before)
+        embedded = self.token_emb(ids)
+        tensor_checks.check_shape("what token_emb gives", embedded, (*ids.shape[:2], self.dim))
+        x = self.lengthened.insert(embedded, self.longterm_mems, num_before)
         x = x + self.axial_pos_emb(self.lengthened.length(num_before), x.shape[1], factorized_pos_emb)
         streams = expand(self.expand_streams, x)
         passed = Passed(seen=() if self.needs_views else None)

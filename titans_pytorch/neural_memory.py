@@ -17,7 +17,7 @@ from titans_pytorch.fast_weights.engine import Engine, EngineName, Rules
 from titans_pytorch.fast_weights.general import DenseBlock, StillBlock
 from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Weights
 from titans_pytorch.fast_weights.limits import renewed, total_norm
-from titans_pytorch.fast_weights.probe import inspect_model
+from titans_pytorch.fast_weights.probe import check_contents, inspect_model
 from titans_pytorch.fast_weights.schedule import BlockPlan, Layout
 from titans_pytorch.losses import mean_squared_error
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
@@ -26,7 +26,14 @@ from titans_pytorch.paper import paper_options
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.projections import NORM_GAIN, Projections, StoredTokens
 from titans_pytorch.reading import Reader
-from titans_pytorch.state import NeuralMemState, ReadingGroup, Updates, mem_state_detach, restarted
+from titans_pytorch.state import (
+    NeuralMemState,
+    ReadingGroup,
+    Updates,
+    mem_state_detach,
+    outside_inference,
+    restarted,
+)
 from titans_pytorch.streaming import Stored, Stream, Surprise
 
 __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
@@ -141,6 +148,7 @@ class NeuralMemory(Pretrained, Projections):
         options = MemoryOptions(**given)
         chunks, width = options.chunks, options.head_width
         form = MemoryMLP(width, **(default_model_kwargs or DEFAULT_MODEL)) if model is None else deepcopy(model)
+        check_contents(form)
         form = ResidualNorm(width, form) if mem_model_norm_add_residual else form
         traits = inspect_model(form.requires_grad_(False), width, options.loss_fn)
         super().__init__(options, fast_parameters(form, learned_norm_gain), traits.mixes_tokens)
@@ -323,6 +331,7 @@ class NeuralMemory(Pretrained, Projections):
         num_chunks = weights[form[0]].shape[1] - 1 if weights[form[0]].ndim == form[1].ndim + 2 else None
         chunks = () if num_chunks is None else (num_chunks + 1,)
         tensor_checks.check_weights("weights", weights, self.weight_shapes(seq.shape[0], *chunks), self.weight_dtype)
+        weights = {name: outside_inference(weight) for name, weight in weights.items()}
         block: Block = StillBlock(Carry(weights, weights, {}))
         if num_chunks is not None:
             tensor_checks.check_enough_chunks(num_chunks, self.layout.weight_index(last_group - 1))
@@ -414,7 +423,7 @@ class NeuralMemory(Pretrained, Projections):
         tensor_checks.check_waiting(state.cache_store_segment, views=views, dim=self.dim, chunk=self.layout.store_chunk)
         for name, tail, fresh in zip(Tails._fields, state.tails, self.fresh_tails(batch), strict=True):
             tensor_checks.check_tail(f"state.tails.{name}", tail, None if fresh is None else fresh.shape)
-        return state
+        return state.outside_inference()
 
     def checked_residual(
         self, prev_weights: NeuralMemState | Mapping[str, Tensor] | None, first_chunk: int, num_chunks: int, batch: int

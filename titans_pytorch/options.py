@@ -108,6 +108,7 @@ class MemoryOptions:
 
     def check_types(self) -> None:
         """Every argument by itself."""
+        checks.check_switches(**{each.name: getattr(self, each.name) for each in fields(self) if each.type == "bool"})
         checks.check_whole(
             dim=self.dim,
             dim_head=self.dim_head,
@@ -135,14 +136,6 @@ class MemoryOptions:
         memory_checks.check_activation(self.activation)
 
     def check_paper(self) -> None:
-        checks.check_switches(
-            qk_l2norm=self.qk_l2norm,
-            summed_loss=self.summed_loss,
-            per_parameter_gates=self.per_parameter_gates,
-            channelwise_decay=self.channelwise_decay,
-            learned_norm_gain=self.learned_norm_gain,
-            gated_output=self.gated_output,
-        )
         has_loss = self.store_memory_loss_fn is not mean_squared_error
         checks.check_exclusive(qk_l2norm=self.qk_l2norm, qk_rmsnorm=self.qk_rmsnorm)
         checks.check_exclusive(summed_loss=self.summed_loss, store_memory_loss_fn=has_loss)

@@ -60,6 +60,7 @@ class AxialPositions(nn.Module):
         positions = torch.arange(first, first + count, device=device)
         rows, columns = positions // self.width, positions % self.width
         if factors is not None:
+            self.check_factors(factors, first + count)
             return factors[0][rows] + factors[1][columns]
         first_row, last_row = first // self.width, (first + count - 1) // self.width
         row_of = self.embed(0, torch.arange(first_row, last_row + 1, device=device))[rows - first_row]
@@ -74,6 +75,15 @@ class AxialPositions(nn.Module):
         return self.embed(0, torch.arange(num_rows, device=device)), self.embed(
             1, torch.arange(self.width, device=device)
         )
+
+    def check_factors(self, factors: tuple[Tensor, Tensor], length: int) -> None:
+        rows, columns = -(-length // self.width), self.width
+        got = [tuple(each.shape) for each in factors]
+        if len(got) != 2 or got[0][0] < rows or got[1][0] != columns or any(shape[1:] != got[0][1:] for shape in got):
+            raise ValueError(
+                f"factorized_pos_emb must be rows ({rows} or more, dim) and columns ({columns}, dim), as "
+                f"axial_pos_emb.factors({length}) gives them, got {got}"
+            )
 
     @property
     def like(self) -> Tensor:

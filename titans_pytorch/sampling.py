@@ -41,6 +41,8 @@ def top_p_filter(logits: Tensor, p: float = 0.9) -> Tensor:
 
 def filter_arguments(filter_fn: Callable[..., Tensor], given: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a filter is called with: what the caller gave, or the default of `sample`."""
+    if not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
     if given is None:
         return dict(min_p=0.1) if filter_fn is min_p_filter else {}
     return dict(given)

@@ -26,6 +26,13 @@ def detached(tree: Tree) -> Tree:
     return cast(Tree, type(tree)(map(detached, tree))) if isinstance(tree, (list, tuple)) else tree
 
 
+def outside_inference(x: Tensor) -> Tensor:
+    """The same, as a tensor that may take part in a graph; one that was made in inference mode may not."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
+
+
 class Updates(Mapping[str, Tensor]):
     """The weights of every parameter before each chunk of one call and after its last, name -> (r N+1 ...).
 
@@ -140,6 +147,11 @@ class NeuralMemState(NamedTuple):
         """The same memory, cut from the graph of what came before."""
         return self._map(lambda t, _: t.detach())._replace(updates=self.updates.detach())
 
+    def outside_inference(self) -> NeuralMemState:
+        """The same memory, whether it was made in inference mode or not."""
+        weight = next(iter(self.weights.values()))
+        return self if outside_inference(weight) is weight else self._map(lambda t, _: outside_inference(t))
+
     def to(self, *args: Any, **kwargs: Any) -> NeuralMemState:
         """Move to another device or dtype; the arguments of `torch.Tensor.to`.  `updates` begin anew."""
         device = self.cache_store_segment[..., :0, :].to(*args, **kwargs).device
@@ -185,6 +197,8 @@ class NeuralMemState(NamedTuple):
 
 def mem_state_detach(state: NeuralMemState) -> NeuralMemState:
     """Cut a state from the graph of what came before, for truncated backpropagation through time."""
+    if not isinstance(state, NeuralMemState):
+        raise TypeError(f"state must be a NeuralMemState, got {type(state).__name__}")
     return state.detach()
 
 
