@@ -69,7 +69,7 @@ def verdict(variant: str, reports: list[dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--piece", type=int, default=4096, help="tokens that are read at once")
+    parser.add_argument("--piece", type=int, default=1024, help="tokens that are read at once")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--variants", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--out", type=Path, help="what was seen, as JSON")
