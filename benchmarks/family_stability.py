@@ -1,89 +1,85 @@
-"""Does the family train stably when inner steps are four times as large as by default?  On the bytes of a file.
+"""Does the family train stably when inner steps are four times as large as by default?  By its own script and preset.
 
-    python -m benchmarks.family_stability --data FILE --out benchmarks/results/family_stability.json
+    python -m benchmarks.family_stability --data FILE                          # all, one after the other
+    python -m benchmarks.family_stability --data FILE --variants mac --precisions bf16
     python -m benchmarks.family_report
 
-Trains each variant for 1,000 steps in float32 and in bfloat16 (autocast), and says whether every loss and gradient was
-finite and how the loss fell.
+Each run is `train_titans.py --preset cpu --steps 1000 --memory-max-lr 1.2` in a process of its own; what it measured
+goes to results/family_stability/, a file per run.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
-import time
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import train_titans
+from benchmarks.machine import CHECKOUT, describe_machine
+from titans_pytorch import TitansConfig
 
-from benchmarks.machine import describe_machine
-from titans_pytorch import TitansConfig, TitansLMM, TitansMAC, TitansMAG, TitansMAL
-
-MODELS = {model.variant: model for model in (TitansMAC, TitansMAG, TitansMAL, TitansLMM)}
+RESULTS = Path(__file__).with_name("results") / "family_stability"
 TIMES = 4.0
 
 
-def text(path: Path) -> Tensor:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+def train(variant: str, precision: str, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """What the run logged, step by step and validation by validation."""
+    options = dict(variant=variant, precision=precision, preset=args.preset, steps=args.steps, seed=args.seed)
+    options |= dict(memory_max_lr=TIMES * TitansConfig.max_step, validate_every=max(args.steps // 10, 1))
+    options |= dict(data=args.data.resolve(), data_dir=folder / "data", folder=folder / "run", device="cpu")
+    options |= dict(sample_every=0, checkpoint_every=args.steps)
+    arguments = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, str(CHECKOUT / "train_titans.py"), *arguments, "--no-pictures"]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}).returncode
+    if ended:
+        print(f"{variant} {precision} ended with {ended}")
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-def train(variant: str, dtype: torch.dtype, data: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    torch.manual_seed(args.seed)
-    config = TitansConfig(dim=128, depth=4, heads=4, window=32, memory_chunk=16, memory_refresh=32)
-    config = config.with_options(max_step=TIMES * config.max_step)
-    model = MODELS[variant](256, config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    generator, losses, norms = torch.Generator().manual_seed(args.seed), [], []
-    began = time.perf_counter()
-    for number in range(1, args.steps + 1):
-        starts = torch.randint(0, len(data) - args.tokens - 1, (args.rows,), generator=generator)
-        ids = torch.stack([data[start : start + args.tokens + 1] for start in starts.tolist()]).long()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model.loss(ids)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        losses.append(loss.item())
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, number / 40)
-        if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
-            break
-        optimizer.step()
-        if number % 50 == 0:
-            print(f"{variant} {dtype} step {number} loss {losses[-1]:.3f} norm {norms[-1]:.2f}", flush=True)
-    tenth = max(len(losses) // 10, 1)
-    first, last = (sum(part) / len(part) for part in (losses[:tenth], losses[-tenth:]))
-    is_finite = len(losses) == args.steps and math.isfinite(losses[-1]) and math.isfinite(norms[-1])
-    report = dict(variant=variant, dtype=str(dtype), steps=len(losses), is_finite=is_finite)
-    report |= dict(first_tenth=first, last_tenth=last, is_falling=last < first, largest_norm=max(norms))
-    return report | dict(seconds=round(time.perf_counter() - began, 1), losses=losses)
+def summary(records: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+    training = [record for record in records if "loss" in record]
+    losses = [record["bits_per_byte"] for record in training]
+    norms = [record["grad_norm"] for record in training]
+    is_finite = len(losses) == steps and all(map(math.isfinite, losses + norms))
+    valid = {record["step"]: record["valid_bits_per_byte"] for record in records if "valid_bits_per_byte" in record}
+    found = dict(steps=len(losses), is_finite=is_finite, valid_bits=valid, largest_norm=max(norms))
+    return found | dict(setback=setback(losses), seconds=training[-1]["seconds"], losses=losses)
+
+
+def setback(losses: list[float], over: int = 50) -> float:
+    """How far a mean over some steps lies above the best one before it, at most."""
+    means = [sum(losses[i : i + over]) / over for i in range(0, len(losses) - over + 1, over)]
+    rises = [later - min(means[:i]) for i, later in enumerate(means) if i]
+    return max([0.0, *rises])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    for name, value in dict(steps=1000, rows=8, tokens=256, seed=0).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--variants", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="a text file; .gz and .xz too")
+    parser.add_argument("--preset", choices=train_titans.PRESETS, default="cpu")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", nargs="+", default=["mac", "mag", "mal", "lmm"])
+    parser.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder")
     args = parser.parse_args()
-    data, reports = text(args.data), []
+    settings = dict(data=args.data.name, preset=args.preset, steps=args.steps, seed=args.seed)
+    settings |= dict(max_step=TIMES * TitansConfig.max_step)
+    args.out.mkdir(parents=True, exist_ok=True)
     for variant in args.variants:
-        for name in args.dtypes:
-            reports.append(train(variant, getattr(torch, name), data, args))
-            print({key: value for key, value in reports[-1].items() if key != "losses"}, flush=True)
-            if args.out is not None:
-                settings = dict(steps=args.steps, rows=args.rows, tokens=args.tokens, data=args.data.name)
-                settings |= dict(seed=args.seed, lr=args.lr, max_step=TIMES * TitansConfig.max_step)
-                record = dict(machine=describe_machine(), settings=settings, runs=reports)
-                args.out.write_text(json.dumps(record, indent=1) + "\n")
+        for precision in args.precisions:
+            with tempfile.TemporaryDirectory() as folder:
+                found = summary(train(variant, precision, args, Path(folder)), args.steps)
+            run = dict(variant=variant, precision=precision, **found)
+            print({name: value for name, value in run.items() if name != "losses"}, flush=True)
+            record = dict(machine=describe_machine(), settings=settings, run=run)
+            (args.out / f"{variant}_{precision}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
