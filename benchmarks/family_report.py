@@ -33,17 +33,21 @@ def speed(record: Record) -> str:
     return f"{about}\n\n{markdown(table)}"
 
 
-def stability(record: Record) -> str:
-    table = [["model", "dtype", "steps", "all finite", "loss, first tenth", "last tenth", "largest gradient norm"]]
-    for run in record["runs"]:
-        losses = [f"{run[name]:.3f}" for name in ("first_tenth", "last_tenth")]
+def stability(records: list[Record]) -> str:
+    steps = records[0]["settings"]["steps"]
+    shown = [str(step) for step in (steps // 10, steps // 2, steps)]
+    table = [["model", "precision", "steps", "all finite", *(f"bits at {step}" for step in shown), "setback", "norm"]]
+    for run in (record["run"] for record in records):
+        bits = [f"{run['valid_bits'][step]:.2f}" if step in run["valid_bits"] else "–" for step in shown]
         finite = "yes" if run["is_finite"] else "**no**"
-        dtype, norm = run["dtype"].removeprefix("torch."), f"{run['largest_norm']:.3g}"
-        table.append([run["variant"].upper(), dtype, f"{run['steps']:,}", finite, *losses, norm])
-    settings = record["settings"]
+        cells = [run["variant"].upper(), run["precision"], f"{run['steps']:,}", finite, *bits]
+        table.append([*cells, f"{run['setback']:.2f}", f"{run['largest_norm']:.3g}"])
+    settings = records[0]["settings"]
     about = (
-        f"`--steps {settings['steps']} --rows {settings['rows']} --tokens {settings['tokens']}` on "
-        f"`{settings['data']}`, largest inner step {settings['max_step']}; {where(record)}."
+        f"`--preset {settings['preset']} --steps {steps} --seed {settings['seed']}` on `{settings['data']}`, largest "
+        f"inner step {settings['max_step']}; {where(records[0])}. *Bits* are per byte of validation text; *setback* is "
+        "how far a mean of the training bits over 50 steps lay above the best one before it; *norm* is the largest of "
+        "a gradient before it was clipped."
     )
     return f"{about}\n\n{markdown(table)}"
 
@@ -65,17 +69,24 @@ def where(record: Record) -> str:
     return f"{machine['cpu']}, {machine['date']}, commit {machine['commit']}"
 
 
+# ---- where they come from and go
+
 SECTIONS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
     ("family.json", "benchmarks.md", "family", speed),
-    ("family_stability.json", "stability.md", "family", stability),
     ("long_context.json", "results.md", "long context", long_context),
 )
+VARIANTS = ("mac", "mag", "mal", "lmm")
 
 
 def main() -> None:
     for file, page, section, write in SECTIONS:
         if (path := RESULTS / file).exists():
             put(DOCS / page, section, write(json.loads(path.read_text())))
+    paths = sorted((RESULTS / "family_stability").glob("*.json"), reverse=True)  # float32 before bf16
+    records = [json.loads(path.read_text()) for path in paths]
+    if records:
+        records.sort(key=lambda record: VARIANTS.index(record["run"]["variant"]))
+        put(DOCS / "stability.md", "family", stability(records))
 
 
 if __name__ == "__main__":

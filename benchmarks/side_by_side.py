@@ -65,7 +65,7 @@ def common(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def architecture(name: str) -> dict[str, Any]:
     import train_mac
     from titans_pytorch.training.models import MACModel
-    from titans_pytorch.training.start import merged
+    from titans_pytorch.training.plan import merged
 
     settings = merged(MACModel(), train_mac.PRESETS["cpu"])
     layers, ff_mult = settings.memory_layers, settings.ff_mult

@@ -22,8 +22,8 @@ from titans_pytorch.attention_transformer import AttentionTransformer
 from titans_pytorch.training import checkpoints, command
 from titans_pytorch.training.continuation import continued
 from titans_pytorch.training.models import MACModel, size
+from titans_pytorch.training.plan import merged
 from titans_pytorch.training.runs import Run
-from titans_pytorch.training.start import merged
 from titans_pytorch.training.surprise import text_surprise
 
 CHECKOUT = Path(__file__).parent.parent

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from titans_pytorch.training.command_line import Parser, named
 from titans_pytorch.training.continuation import continued
-from titans_pytorch.training.errors import SettingsError
+from titans_pytorch.training.errors import SettingsError, told
 from titans_pytorch.training.runs import Run
-from titans_pytorch.training.start import told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
