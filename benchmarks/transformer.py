@@ -46,11 +46,17 @@ MEMORY: dict[str, Any] = dict(
     default_step_transform_max_lr=0.1,
     per_parameter_lr_modulation=True,
 )
+README: dict[str, Any] = dict(
+    num_tokens=256,
+    dim=256,
+    depth=2,
+    segment_len=128,
+    num_persist_mem_tokens=4,
+    num_longterm_mem_tokens=16,
+)
 CONTEXTS = [1_000, 4_000, 16_000, 50_000, 100_000]
 WORKLOADS: dict[str, dict[str, Any]] = {
-    "readme": dict(
-        kwargs=dict(num_tokens=256, dim=256, depth=2, segment_len=128), batch=1, tokens=1023, contexts=CONTEXTS
-    ),
+    "readme": dict(kwargs=README, batch=1, tokens=1023, contexts=CONTEXTS),
     "train_mac": dict(
         kwargs=TRAIN_MAC | dict(neural_memory_kwargs=MEMORY | dict(spectral_norm_surprises=True)),
         batch=4,
@@ -89,19 +95,23 @@ def compare(name: str, peer: str | None) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     lines = ["| workload | measurement | published | here | ratio |", "|---|---|---|---|---|"]
     for name, found in results.items():
-        for measurement, key, unit in (
-            ("training", "seconds", "s"),
-            ("training", "peak_bytes", "B"),
-            ("sampling", "ms_per_token", "ms"),
+        for measurement, key, what, scale, unit in (
+            ("training", "seconds", "a training step", 1.0, "s"),
+            ("training", "peak_bytes", "its peak memory", 1e-6, "MB"),
+            ("sampling", "ms_per_token", "sampling, per token", 1.0, "ms"),
         ):
             ours, theirs = found[measurement].get(key), found.get(f"peer {measurement}", {}).get(key)
             ratio = f"{theirs / ours:.1f}×" if ours and theirs else "—"
-            cells = [f"{x:.3g} {unit}" if x else "—" for x in (theirs, ours)]
-            lines.append(f"| {name} | {measurement}, {key} | {cells[0]} | {cells[1]} | {ratio} |")
+            cells = [f"{readable(scale * x)} {unit}" if x else "—" for x in (theirs, ours)]
+            lines.append(f"| {name} | {what} | {cells[0]} | {cells[1]} | {ratio} |")
         for row in found["decoding"].get("rows", []):
-            ours = f"{row['ms_per_token']:.2f} ms, {row['peak_bytes'] / 2**20:.0f} MB"
+            ours = f"{row['ms_per_token']:.2f} ms, {row['peak_bytes'] / 1e6:,.0f} MB"
             lines.append(f"| {name} | one token after {row['context']:,} | — | {ours} | — |")
     return "\n".join(lines)
+
+
+def readable(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:

@@ -134,8 +134,8 @@ def test_a_cache_can_be_detached_selected_repeated_and_moved() -> None:
     _, cache = model(ids[:, :9], return_cache=True)
     assert isinstance(cache, MACCache)
     assert cache.num_tokens == 9
-    assert cache.layers[0].attention.keys.requires_grad
-    assert not cache.detach().layers[0].attention.keys.requires_grad
+    assert cache.windows[0].keys.requires_grad
+    assert not cache.detach().windows[0].keys.requires_grad
     rows = torch.tensor([2, 0])
     assert_close(model(ids[rows, 9:], cache=cache.detach().select(rows)), whole[rows, 9:], **TOLERANCE)
     doubled = cache.to("cpu").repeat(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,22 +13,38 @@ from titans_pytorch.state import NeuralMemState, Updates
 
 
 class LayerCache(NamedTuple):
+    """One layer's part."""
+
     attention: KeyValueCache
     memory: NeuralMemState | None
 
 
 class MACCache(NamedTuple):
-    """Windows of attention and memories of all layers, after `num_tokens` tokens.
+    """Windows of attention and states of memories after `num_tokens` tokens.
 
     Everything else follows from that number: positions, and which long-term tokens are still to be inserted.
     """
 
     num_tokens: int
-    layers: tuple[LayerCache, ...]
+    windows: tuple[KeyValueCache, ...]  # of every layer
+    memories: tuple[NeuralMemState, ...]  # of the layers that have one
+
+    @staticmethod
+    def of(num_tokens: int, layers: Iterable[LayerCache]) -> MACCache:
+        windows, memories = zip(*layers, strict=True)
+        return MACCache(num_tokens, windows, tuple(memory for memory in memories if memory is not None))
+
+    def layers(self, have_memory: Iterable[bool]) -> list[LayerCache]:
+        """Layer by layer, of a model whose layers have a memory, or not."""
+        memories = iter(self.memories)
+        return [
+            LayerCache(window, next(memories) if has_memory else None)
+            for window, has_memory in zip(self.windows, have_memory, strict=True)
+        ]
 
     @property
     def batch(self) -> int:
-        return self.layers[0].attention.keys.shape[0]
+        return self.windows[0].keys.shape[0]
 
     def detach(self) -> MACCache:
         """Cut from the graph of what came before, for truncated backpropagation through time."""
@@ -44,17 +60,14 @@ class MACCache(NamedTuple):
 
     def repeat(self, times: int) -> MACCache:
         """Every sequence `times` times in a row: (b) -> (b times)"""
-        device = self.layers[0].attention.keys.device
+        device = self.windows[0].keys.device
         return self.select(torch.arange(self.batch, device=device).repeat_interleave(times))
 
     def _map(
         self, tensors: Callable[[Tensor], Tensor], memories: Callable[[NeuralMemState], NeuralMemState]
     ) -> MACCache:
-        layers = (
-            LayerCache(attention.map(tensors), None if memory is None else memories(memory))
-            for attention, memory in self.layers
-        )
-        return self._replace(layers=tuple(layers))
+        windows = tuple(window.map(tensors) for window in self.windows)
+        return self._replace(windows=windows, memories=tuple(map(memories, self.memories)))
 
 
 def at_rest(state: NeuralMemState) -> NeuralMemState:

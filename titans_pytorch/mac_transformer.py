@@ -227,12 +227,13 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         streams = expand(self.expand_streams, x)
         passed = Passed(seen=() if self.needs_views else None)
         kept: list[LayerCache] = []
-        for i, layer in enumerate(self.layers):
-            before = None if cache is None else cache.layers[i]
+        befores: Sequence[LayerCache | None]
+        befores = [None] * len(self.layers) if cache is None else cache.layers(self.have_memory)
+        for layer, before in zip(self.layers, befores, strict=True):
             streams, passed, after = layer(streams, passed, before, disable_flex_attn)
             kept.append(after if after.memory is None else after._replace(memory=at_rest(after.memory)))
         hidden = self.lengthened.drop(streams.sum(dim=2), num_before, count)
-        return hidden, MACCache(num_before + count, tuple(kept))
+        return hidden, MACCache.of(num_before + count, kept)
 
     @torch.no_grad()
     def sample(
@@ -271,6 +272,11 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
                 show_progress=show_progress,
             )
 
+    @property
+    def have_memory(self) -> list[bool]:
+        """Which layers do."""
+        return [layer.memory is not None for layer in self.layers]
+
     # ---- what comes in
 
     def check_ids(self, name: str, ids: Tensor, at_least: int = 1) -> None:
@@ -280,16 +286,19 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
     def check_cache(self, cache: MACCache, batch: int) -> None:
         if not isinstance(cache, MACCache):
             raise TypeError(f"cache must be a MACCache, got {type(cache).__name__}")
-        if len(cache.layers) != len(self.layers):
-            raise ValueError(f"cache must be of this model's {len(self.layers)} layers, got {len(cache.layers)}")
+        wanted = (len(self.layers), sum(self.have_memory))
+        if (got := (len(cache.windows), len(cache.memories))) != wanted:
+            raise ValueError(
+                f"cache must be of this model's {wanted[0]} layers, {wanted[1]} of them with a memory, got one of "
+                f"{got[0]} layers, {got[1]} with a memory"
+            )
         tensor_checks.check_batch("cache", cache.batch, batch)
         position = self.lengthened.length(cache.num_tokens)
-        for i, (layer, kept) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            if (layer.memory is None) != (kept.memory is None):
-                raise ValueError(f"cache must have a memory exactly where the model has, layer {i + 1} differs")
-            if kept.attention.num_seen != position:
-                got = kept.attention.num_seen
-                raise ValueError(f"cache must be of this model at position {position}, layer {i + 1} is at {got}")
+        for number, window in enumerate(cache.windows, start=1):
+            if window.num_seen != position:
+                raise ValueError(
+                    f"cache must be of this model at position {position}, layer {number} is at {window.num_seen}"
+                )
 
 
 class Decoder:

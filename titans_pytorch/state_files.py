@@ -12,7 +12,7 @@ from torch import Tensor, device
 
 from titans_pytorch.attention import KeyValueCache
 from titans_pytorch.convolution import Tails
-from titans_pytorch.mac_cache import LayerCache, MACCache
+from titans_pytorch.mac_cache import MACCache
 from titans_pytorch.state import NeuralMemState, ReadingGroup, Updates
 from titans_pytorch.titans.attention import KeyValues
 from titans_pytorch.titans.state import LayerState, SegmentState, TitansState
@@ -22,7 +22,7 @@ KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
         *(NeuralMemState, ReadingGroup, Tails),
-        *(MACCache, LayerCache, KeyValueCache),
+        *(MACCache, KeyValueCache),
         *(TitansState, LayerState, SegmentState, KeyValues),
     )
 }
