@@ -98,17 +98,17 @@ def measure_decoding(decoding: Decoding, sides: Sides, *, device: str) -> Iterat
 
 def run(arguments: argparse.Namespace, sides: Sides) -> Iterator[tuple[str, Record]]:
     """Every record of the groups and cases that were asked for."""
-    device, only = arguments.device, arguments.only
+    device, only = arguments.device, arguments.only or NAMES
     effort = QUICK if arguments.quick else FULL[device]
     for group, cases in GROUPS.items():
         dtypes = ["float32", "bfloat16"] if device == "cuda" and group == "workloads" else ["float32"]
         for dtype in dtypes:
             for case in cases:
-                if only in (None, group, case.name):
+                if group in only or case.name in only:
                     sized = case.quick() if arguments.quick else case
                     for record in measure_case(sized, sides, device=device, dtype=dtype, effort=effort):
                         yield group, record
-    if only in (None, "decoding"):
+    if "decoding" in only:
         decoding = DECODING.quick() if arguments.quick else DECODING
         for record in measure_decoding(decoding, sides, device=device):
             yield "decoding", record
@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with titans-pytorch 0.5.5")
     parser.add_argument("--device", choices=tuple(FULL), default="cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")
-    parser.add_argument("--only", metavar="NAME", choices=NAMES, help=f"one of {', '.join(NAMES)}")
+    parser.add_argument("--only", metavar="NAME", nargs="+", choices=NAMES, help=f"some of {', '.join(NAMES)}")
     parser.add_argument("--out", metavar="FILE.json", type=Path,
                         help="default: benchmarks/results/DEVICE.json, but nothing with --quick or --only")  # fmt: skip
     return parser.parse_args()
