@@ -59,7 +59,7 @@ def train(model: torch.nn.Module, train_text: Any, valid_text: Any, job: dict[st
             optimizer.step()
         else:
             skipped += 1
-        losses.append(round(float(loss) * BITS, 4))
+        losses.append(round(float(loss.detach()) * BITS, 4))
         spent, step = spent + time.perf_counter() - began, step + 1
         if spent < job["budget"]:
             optimizer.zero_grad()
