@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.family_stability import PRECISIONS, VARIANTS
+from benchmarks.family_stability import RESULTS as STABILITY
 from benchmarks.machine import CHECKOUT
 from benchmarks.pages import put
 from benchmarks.report import markdown
@@ -75,17 +77,14 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
     ("family.json", "benchmarks.md", "family", speed),
     ("long_context.json", "results.md", "long context", long_context),
 )
-VARIANTS = ("mac", "mag", "mal", "lmm")
 
 
 def main() -> None:
     for file, page, section, write in SECTIONS:
         if (path := RESULTS / file).exists():
             put(DOCS / page, section, write(json.loads(path.read_text())))
-    paths = sorted((RESULTS / "family_stability").glob("*.json"), reverse=True)  # float32 before bf16
-    records = [json.loads(path.read_text()) for path in paths]
-    if records:
-        records.sort(key=lambda record: VARIANTS.index(record["run"]["variant"]))
+    runs = [STABILITY / f"{v}_{p}.json" for v in VARIANTS for p in PRECISIONS]
+    if records := [json.loads(path.read_text()) for path in runs if path.exists()]:
         put(DOCS / "stability.md", "family", stability(records))
 
 

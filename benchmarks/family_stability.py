@@ -25,6 +25,7 @@ from benchmarks.machine import CHECKOUT, describe_machine
 from titans_pytorch import TitansConfig
 
 RESULTS = Path(__file__).with_name("results") / "family_stability"
+VARIANTS, PRECISIONS = ("mac", "mag", "mal", "lmm"), ("float32", "bf16")
 TIMES = 4.0
 
 
@@ -65,8 +66,8 @@ def main() -> None:
     parser.add_argument("--preset", choices=train_titans.PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variants", nargs="+", default=["mac", "mag", "mal", "lmm"])
-    parser.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder")
     args = parser.parse_args()
     settings = dict(data=args.data.name, preset=args.preset, steps=args.steps, seed=args.seed)
