@@ -252,6 +252,13 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
         (lambda model: model(IDS, cache=3), TypeError, "cache must be a MACCache"),
         (lambda model: model(IDS[:1], cache=model(IDS, return_cache=True)[1]), ValueError, "cache must be of the in"),
         (lambda model: model(IDS, cache=build()(IDS, return_cache=True)[1]), ValueError, "this model's 2 layers"),
+        (
+            lambda model: model(
+                IDS, cache=MemoryAsContextTransformer(**SIZES, neural_memory_layers=(1,))(IDS, return_cache=True)[1]
+            ),
+            ValueError,
+            "2 of them with a memory, got one of 2 layers, 1 with a memory",
+        ),
         (lambda model: model.sample(IDS[0], 9), ValueError, "prompt must have the shape"),
         (lambda model: model.sample(IDS[:, :0], 9), ValueError, "prompt must have at least 1 token"),
         (lambda model: model.sample(IDS, 4), ValueError, "seq_len must be at least the length of the prompt"),
