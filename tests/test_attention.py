@@ -9,9 +9,9 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.testing import assert_close
 
 from titans_pytorch import audit
-from titans_pytorch.attention import SegmentedAttention, attend
-from titans_pytorch.flex import create_mac_block_mask
-from titans_pytorch.masks import may_attend
+from titans_pytorch.attention.flex import create_mac_block_mask
+from titans_pytorch.attention.masks import may_attend
+from titans_pytorch.attention.segmented import SegmentedAttention, attend
 
 DIM, HEADS = 8, 2
 KINDS = [
@@ -99,7 +99,7 @@ def test_sliding_costs_no_more_than_two_windows_per_query(monkeypatch: pytest.Mo
         products.append(q.shape[:-1].numel() * k.shape[2])
         return attend(q, k, v, mask, **kwargs)
 
-    monkeypatch.setattr("titans_pytorch.attention.attend", counted)
+    monkeypatch.setattr("titans_pytorch.attention.segmented.attend", counted)
     build(segment_len=8, sliding=True)(torch.randn(1, 800, DIM, dtype=torch.float64))
     assert sum(products) <= HEADS * 800 * 2 * 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import golden
-from titans_pytorch.attention import SegmentedAttention
+from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.nested_attention import NestedAttention
 

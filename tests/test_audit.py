@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titans_pytorch.audit import AuditReport, audit, stream_with_state
+from titans_pytorch.auditing.audit import AuditReport, audit, stream_with_state
 
 TOKENS = 12
 

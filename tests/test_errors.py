@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -13,6 +14,11 @@ from torch.nn import functional as F
 from titans_pytorch import MemoryMLP, NeuralMemory, memory_models
 
 DIM = 8
+
+
+def shown(value: object) -> str:
+    """The name of a case, the same in every process: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value)).replace("\n", "")[:60]
 
 
 def memory(**options: Any) -> NeuralMemory:
@@ -125,7 +131,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
 
 
 @pytest.mark.filterwarnings("ignore:momentum_order")
-@pytest.mark.parametrize("options, error, words", ARGUMENTS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("options, error, words", ARGUMENTS, ids=shown)
 def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Exception], words: tuple[str, ...]) -> None:
     with refused(error, *words):
         memory(**options)
@@ -142,7 +148,7 @@ PAPER_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] =
 ]
 
 
-@pytest.mark.parametrize("options, error, words", PAPER_ARGUMENTS, ids=str)
+@pytest.mark.parametrize("options, error, words", PAPER_ARGUMENTS, ids=shown)
 def test_wrong_arguments_of_the_papers_memory_are_refused(
     options: dict[str, Any], error: type[Exception], words: tuple[str, ...]
 ) -> None:
@@ -236,7 +242,7 @@ CALLS: list[tuple[dict[str, Any], dict[str, Any], type[Exception], tuple[str, ..
 ]
 
 
-@pytest.mark.parametrize("options, call, error, words", CALLS, ids=lambda value: str(value)[:40].replace("\n", ""))
+@pytest.mark.parametrize("options, call, error, words", CALLS, ids=shown)
 def test_wrong_inputs_are_refused(
     options: dict[str, Any], call: dict[str, Any], error: type[Exception], words: tuple[str, ...]
 ) -> None:
@@ -258,7 +264,7 @@ OTHERS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize("options, words", OTHERS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("options, words", OTHERS, ids=shown)
 def test_a_state_of_another_memory_is_refused(options: dict[str, Any], words: tuple[str, ...]) -> None:
     other = memory(**options)
     _, state = other(seq(3, 2, 6, 8) if other.num_views else seq())
@@ -314,7 +320,7 @@ def test_previous_weights_must_fit() -> None:
         ({"past_state": ({}, {})}, ValueError, ("state", "norm.gamma")),
         ({"past_state": 3}, TypeError, ("past_state", "int")),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_storing_by_itself_refuses_too(call: dict[str, Any], error: type[Exception], words: tuple[str, ...]) -> None:
     with refused(error, *words):
@@ -352,7 +358,7 @@ def test_reset_needs_one_boolean_per_row() -> None:
         built.reset(state, torch.tensor([True, False, True]))
 
 
-@pytest.mark.parametrize("model", [m for m in memory_models.__dict__.values() if isinstance(m, type)], ids=str)
+@pytest.mark.parametrize("model", [m for m in memory_models.__dict__.values() if isinstance(m, type)], ids=shown)
 @pytest.mark.parametrize("dim", [0, -2])
 def test_memory_models_need_positive_sizes(model: type[nn.Module], dim: int) -> None:
     if model.__module__ != memory_models.__name__ or model is memory_models.LayerNorm:

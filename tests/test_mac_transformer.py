@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from tests.mac_configurations import NUM_TOKENS, SEGMENT, build
 from titans_pytorch import MemoryMLP, audit
+from titans_pytorch.mac.positions import AxialPositions, Lengthened
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
-from titans_pytorch.positions import AxialPositions, Lengthened
 
 
 def random_ids(batch: int, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tests.configurations import MODELS
 from titans_pytorch import MemoryMLP, NeuralMemory
-from titans_pytorch.audit import audit, stream_with_state
+from titans_pytorch.auditing.audit import audit, stream_with_state
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
 CALM = dict(default_step_transform_max_lr=0.1)

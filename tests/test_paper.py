@@ -18,11 +18,11 @@ from torch.testing import assert_close
 
 from tests.oracle import oracle
 from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory, load_state, save_state
-from titans_pytorch.audit import audit, stream_with_state
-from titans_pytorch.convolution import CausalConvolution
+from titans_pytorch.auditing.audit import audit, stream_with_state
 from titans_pytorch.fast_weights import general
-from titans_pytorch.fast_weights.recurrence import Gates
-from titans_pytorch.projections import L2Norm
+from titans_pytorch.fast_weights.rules.recurrence import Gates
+from titans_pytorch.memory.convolution import CausalConvolution
+from titans_pytorch.memory.projections import L2Norm
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
 ALL = dict(

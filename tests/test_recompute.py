@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from titans_pytorch import NeuralMemory, streaming
-from titans_pytorch.fast_weights.spectral import orthogonalised
+from titans_pytorch import NeuralMemory
+from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
+from titans_pytorch.memory import streaming
 
 OPTIONS: list[dict[str, Any]] = [
     {},

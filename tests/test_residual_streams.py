@@ -8,7 +8,7 @@ from einops import rearrange
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch.testing import assert_close
 
-from titans_pytorch.residual_streams import doubly_stochastic, expand, open_branch
+from titans_pytorch.mac.residual_streams import doubly_stochastic, expand, open_branch
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

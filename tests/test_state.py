@@ -260,7 +260,7 @@ def test_updates_are_differentiable() -> None:
 
 
 def test_nobody_builds_weights_unless_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from titans_pytorch.fast_weights.factored import FactoredBlock
+    from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
 
     built, seen = memory(mem_model_norm_add_residual=False), []
     materialise = FactoredBlock.materialise

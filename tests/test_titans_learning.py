@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.recall import MODELS, Task, accuracy, train
 from titans_pytorch import NeuralMemory
-from titans_pytorch.convolution import projected
+from titans_pytorch.memory.convolution import projected
 from titans_pytorch.titans import TitansConfig
 from titans_pytorch.titans.memory import make_memory
 

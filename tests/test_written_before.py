@@ -1,4 +1,4 @@
-"""What the library wrote before its folders moved (tests/written_before) is read as ever: configs, checkpoints, states."""
+"""What the library wrote before its folders moved, in tests/written_before, is read as ever: models, states, runs."""
 
 from __future__ import annotations
 

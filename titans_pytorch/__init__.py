@@ -1,7 +1,7 @@
 """Memory that is learned at test time: the public names."""
 
-from titans_pytorch.attention import SegmentedAttention
-from titans_pytorch.audit import audit
+from titans_pytorch.attention.segmented import SegmentedAttention
+from titans_pytorch.auditing.audit import audit
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
 from titans_pytorch.memory_models import (

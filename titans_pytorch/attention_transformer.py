@@ -10,13 +10,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks, tensor_checks
-from titans_pytorch.attention import attend_causally
+from titans_pytorch.attention.rotary import RotaryEmbedding
+from titans_pytorch.attention.segmented import attend_causally
+from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
-from titans_pytorch.mac_layer import feed_forward
+from titans_pytorch.mac.layer import feed_forward
 from titans_pytorch.nested_attention import NestedAttention
 from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.rotary import RotaryEmbedding
 
 KINDS = ("implicit-mlp", "nested", "full")
 
@@ -31,8 +31,8 @@ class FullAttention(nn.Module):
 
     def __init__(self, dim: int, *, dim_head: int = 64, heads: int = 8) -> None:
         super().__init__()
-        checks.check_whole(dim=dim, dim_head=dim_head, heads=heads)
-        checks.check_even(dim_head=dim_head)
+        value_checks.check_whole(dim=dim, dim_head=dim_head, heads=heads)
+        value_checks.check_even(dim_head=dim_head)
         self.heads = heads
         self.norm = nn.RMSNorm(dim)
         self.rotary_embed = RotaryEmbedding(dim_head)
@@ -88,8 +88,8 @@ class AttentionTransformer(Pretrained, nn.Module):
         ff_mult: float = 4,
     ) -> None:
         super().__init__()
-        checks.check_whole(num_tokens=num_tokens, dim=dim, depth=depth)
-        checks.check_positive(ff_mult=ff_mult)
+        value_checks.check_whole(num_tokens=num_tokens, dim=dim, depth=depth)
+        value_checks.check_positive(ff_mult=ff_mult)
         if attention not in KINDS:
             raise ValueError(f"attention must be one of {', '.join(KINDS)}, got {attention!r}")
 

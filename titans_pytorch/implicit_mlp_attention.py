@@ -10,9 +10,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from titans_pytorch import checks, tensor_checks
-from titans_pytorch.attention import attend_causally
-from titans_pytorch.rotary import RotaryEmbedding
+from titans_pytorch.attention.rotary import RotaryEmbedding
+from titans_pytorch.attention.segmented import attend_causally
+from titans_pytorch.checks import tensor_checks, value_checks
 
 
 class ImplicitMLPCache(NamedTuple):
@@ -50,8 +50,8 @@ class ImplicitMLPAttention(nn.Module):
         keys_rmsnorm: bool = True,
     ) -> None:
         super().__init__()
-        checks.check_whole(dim=dim, heads=heads)
-        hiddens = checks.check_widths("mlp_hiddens", mlp_hiddens)
+        value_checks.check_whole(dim=dim, heads=heads)
+        hiddens = value_checks.check_widths("mlp_hiddens", mlp_hiddens)
         self.dim, self.heads, self.hiddens = dim, heads, hiddens
         pairs = list(pairwise(hiddens))
         self.norm = nn.RMSNorm(dim) if prenorm else nn.Identity()

@@ -11,15 +11,15 @@ from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks, tensor_checks
-from titans_pytorch.attention import AttnIntermediates, KeyValueCache, SegmentedAttention
-from titans_pytorch.flex import create_mac_block_mask, flex_attention
-from titans_pytorch.mac_cache import LayerCache, MACCache, at_rest
-from titans_pytorch.mac_layer import Parts, Passed, ViewSelector, feed_forward
+from titans_pytorch.attention.flex import create_mac_block_mask, flex_attention
+from titans_pytorch.attention.segmented import AttnIntermediates, KeyValueCache, SegmentedAttention
+from titans_pytorch.checks import tensor_checks, value_checks
+from titans_pytorch.mac.cache import LayerCache, MACCache, at_rest
+from titans_pytorch.mac.layer import Parts, Passed, ViewSelector, feed_forward
+from titans_pytorch.mac.positions import AxialPositions, Lengthened
+from titans_pytorch.mac.residual_streams import SINKHORN_ITERATIONS, expand
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.positions import AxialPositions, Lengthened
 from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.residual_streams import SINKHORN_ITERATIONS, expand
 from titans_pytorch.sampling import evaluating, filter_arguments, generate, min_p_filter
 
 __all__ = [
@@ -111,14 +111,16 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         token_emb: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        checks.check_whole(num_tokens=num_tokens, dim=dim, depth=depth, segment_len=segment_len)
-        checks.check_whole(neural_memory_segment_len=neural_memory_segment_len)
-        checks.check_whole(num_residual_streams=num_residual_streams)
-        checks.check_counts(num_longterm_mem_tokens=num_longterm_mem_tokens)
-        checks.check_positive(ff_mult=ff_mult)
-        checks.check_not_supported(neural_memory_add_value_residual=neural_memory_add_value_residual)
-        memory_layers = checks.check_layers("neural_memory_layers", neural_memory_layers, depth)
-        memory_kwargs = checks.check_reserved("neural_memory_kwargs", neural_memory_kwargs, SET_BY_THE_TRANSFORMER)
+        value_checks.check_whole(num_tokens=num_tokens, dim=dim, depth=depth, segment_len=segment_len)
+        value_checks.check_whole(neural_memory_segment_len=neural_memory_segment_len)
+        value_checks.check_whole(num_residual_streams=num_residual_streams)
+        value_checks.check_counts(num_longterm_mem_tokens=num_longterm_mem_tokens)
+        value_checks.check_positive(ff_mult=ff_mult)
+        value_checks.check_not_supported(neural_memory_add_value_residual=neural_memory_add_value_residual)
+        memory_layers = value_checks.check_layers("neural_memory_layers", neural_memory_layers, depth)
+        memory_kwargs = value_checks.check_reserved(
+            "neural_memory_kwargs", neural_memory_kwargs, SET_BY_THE_TRANSFORMER
+        )
         if token_emb is not None and not isinstance(token_emb, nn.Module):
             raise TypeError(f"token_emb must be an nn.Module, got {type(token_emb).__name__}")
 
@@ -258,7 +260,7 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         cache: of tokens that were fed before the prompt (and do not count)
         """
         self.check_ids("prompt", prompt)
-        checks.check_at_least("seq_len", seq_len, prompt.shape[1], "the length of the prompt")
+        value_checks.check_at_least("seq_len", seq_len, prompt.shape[1], "the length of the prompt")
         with evaluating(self):
             return generate(
                 Decoder(self, cache, use_cache or cache is not None, seq_len),

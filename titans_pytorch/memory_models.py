@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch.checks import check_positive
+from titans_pytorch.checks.value_checks import check_positive
 from titans_pytorch.pretrained import Described
 
 

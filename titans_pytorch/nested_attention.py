@@ -8,9 +8,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from titans_pytorch import checks, tensor_checks
-from titans_pytorch.attention import attend_causally
-from titans_pytorch.rotary import RotaryEmbedding
+from titans_pytorch.attention.rotary import RotaryEmbedding
+from titans_pytorch.attention.segmented import attend_causally
+from titans_pytorch.checks import tensor_checks, value_checks
 
 
 class NestedCache(NamedTuple):
@@ -39,8 +39,8 @@ class NestedAttention(nn.Module):
         self, dim: int, *, dim_head: int = 64, heads: int = 8, prenorm: bool = True, keys_rmsnorm: bool = True
     ) -> None:
         super().__init__()
-        checks.check_whole(dim=dim, dim_head=dim_head, heads=heads)
-        checks.check_even(dim_head=dim_head)
+        value_checks.check_whole(dim=dim, dim_head=dim_head, heads=heads)
+        value_checks.check_even(dim_head=dim_head)
         self.dim, self.dim_head, self.heads = dim, dim_head, heads
         inner = dim_head * heads
         self.norm = nn.RMSNorm(dim) if prenorm else nn.Identity()

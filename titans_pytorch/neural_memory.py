@@ -11,22 +11,20 @@ from assoc_scan import AssocScan
 from einops import rearrange
 from torch import Tensor, nn
 
-from titans_pytorch import checks, tensor_checks
-from titans_pytorch.convolution import Tails
+from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.fast_weights.engine import Engine, EngineName, Rules
 from titans_pytorch.fast_weights.general import DenseBlock, StillBlock
 from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Weights
-from titans_pytorch.fast_weights.limits import renewed, total_norm
 from titans_pytorch.fast_weights.probe import check_contents, inspect_model
-from titans_pytorch.fast_weights.schedule import BlockPlan, Layout
+from titans_pytorch.fast_weights.renewal import renewed, total_norm
 from titans_pytorch.losses import mean_squared_error
-from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
-from titans_pytorch.options import MemoryOptions
-from titans_pytorch.paper import paper_options
-from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.projections import NORM_GAIN, Projections, StoredTokens
-from titans_pytorch.reading import Reader
-from titans_pytorch.state import (
+from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.options import MemoryOptions
+from titans_pytorch.memory.paper import paper_options
+from titans_pytorch.memory.projections import NORM_GAIN, Projections, StoredTokens
+from titans_pytorch.memory.reading import Reader
+from titans_pytorch.memory.schedule import BlockPlan, Layout
+from titans_pytorch.memory.state import (
     NeuralMemState,
     ReadingGroup,
     Updates,
@@ -34,7 +32,9 @@ from titans_pytorch.state import (
     outside_inference,
     restarted,
 )
-from titans_pytorch.streaming import Stored, Stream, Surprise
+from titans_pytorch.memory.streaming import Stored, Stream, Surprise
+from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.pretrained import Pretrained
 
 __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
 
@@ -212,7 +212,7 @@ class NeuralMemory(Pretrained, Projections):
 
     def init_weights(self, batch: int) -> Weights:
         """What a memory that has seen nothing consists of.  name -> (b·h ...)"""
-        checks.check_whole(batch=batch)
+        value_checks.check_whole(batch=batch)
         return {name: w.repeat(batch, *[1] * (w.ndim - 1)) for name, w in self.initial_weights().items()}
 
     def init_momentum(self, batch: int) -> Weights:
@@ -358,8 +358,8 @@ class NeuralMemory(Pretrained, Projections):
         residual = self.checked_residual(prev_weights, first_chunk, num_chunks, state.batch)
         layout = self.layout
         if ttt_batch_size is not None:
-            checks.check_whole(ttt_batch_size=ttt_batch_size)
-            checks.check_multiple("ttt_batch_size", ttt_batch_size, chunk)
+            value_checks.check_whole(ttt_batch_size=ttt_batch_size)
+            value_checks.check_multiple("ttt_batch_size", ttt_batch_size, chunk)
             layout = layout._replace(batch=ttt_batch_size)
         stream = Stream(
             self, self._engine, layout, self.renew, self.mixes_tokens, residual, state.num_seen + 1, first_chunk

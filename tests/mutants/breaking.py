@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.recurrence import Gates
-from titans_pytorch.projections import Projections
+from titans_pytorch.fast_weights.rules.recurrence import Gates
+from titans_pytorch.memory.projections import Projections
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 MUTANTS: dict[str, tuple[Patch, tuple[str, ...]]] = {}

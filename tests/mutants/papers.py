@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from tests.mutants.breaking import gates_become, mutant, with_gate, wrapped, writes_become
-from titans_pytorch import convolution, losses, options, projections, streaming
+from titans_pytorch import losses
 from titans_pytorch.fast_weights import engine as engine_module
-from titans_pytorch.fast_weights import scaled_sum, single
+from titans_pytorch.fast_weights import scaled_sum
+from titans_pytorch.fast_weights.blocks import single
 from titans_pytorch.fast_weights.engine import Engine
-from titans_pytorch.fast_weights.recurrence import Gates
-from titans_pytorch.projections import Projections
+from titans_pytorch.fast_weights.rules.recurrence import Gates
+from titans_pytorch.memory import convolution, options, projections, streaming
+from titans_pytorch.memory.projections import Projections
 
 PAPER_CASES = ("paper", "paper, one chunk a batch", "paper, dense", "paper, general")
 

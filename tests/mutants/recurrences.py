@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.mutants.breaking import complement, gates_become, mutant, wrapped
-from titans_pytorch import gates as gates_module
-from titans_pytorch.fast_weights import general, recurrence
+from titans_pytorch.fast_weights import general
+from titans_pytorch.fast_weights.rules import recurrence
+from titans_pytorch.memory import gates as gates_module
 
 
 @mutant("plain", "spectral")

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from tests.mutants.breaking import mutant, with_gate, wrapped
 from titans_pytorch import neural_memory
-from titans_pytorch.fast_weights import general, limits, schedule, spectral
+from titans_pytorch.fast_weights import general
+from titans_pytorch.fast_weights import renewal as limits
 from titans_pytorch.fast_weights.engine import Engine
+from titans_pytorch.fast_weights.rules import orthogonal as spectral
+from titans_pytorch.memory import schedule
+from titans_pytorch.memory.projections import MultiheadRMSNorm, Projections
+from titans_pytorch.memory.reading import Reader
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.projections import MultiheadRMSNorm, Projections
-from titans_pytorch.reading import Reader
 
 # masks
 

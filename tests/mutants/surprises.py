@@ -11,7 +11,7 @@ from tests.mutants.breaking import mutant, wrapped, writes_become
 from titans_pytorch.fast_weights import engine as engine_module
 from titans_pytorch.fast_weights import taps
 from titans_pytorch.fast_weights.engine import Engine
-from titans_pytorch.projections import Projections
+from titans_pytorch.memory.projections import Projections
 
 
 @mutant("plain", "general")

@@ -13,14 +13,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from titans_pytorch.fast_weights.channels import ChannelBlock
-from titans_pytorch.fast_weights.factored import FactoredBlock, full_precision
+from titans_pytorch.fast_weights.blocks.channels import ChannelBlock
+from titans_pytorch.fast_weights.blocks.factored import FactoredBlock, full_precision
+from titans_pytorch.fast_weights.blocks.single import SingleBlock
 from titans_pytorch.fast_weights.general import OpaqueModel, StillBlock, build
 from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Residual, Rows, Weights, Writes, assigned
-from titans_pytorch.fast_weights.limits import safe_norm, smooth_limit
 from titans_pytorch.fast_weights.probe import ModelTraits
-from titans_pytorch.fast_weights.recurrence import unroll, unroll_channels
-from titans_pytorch.fast_weights.single import SingleBlock
+from titans_pytorch.fast_weights.renewal import safe_norm, smooth_limit
+from titans_pytorch.fast_weights.rules.recurrence import unroll, unroll_channels
 from titans_pytorch.fast_weights.taps import Surprises, TappedModel
 
 EngineName = Literal["factored", "dense", "general"]

@@ -18,8 +18,8 @@ from torch.func import vmap
 from titans_pytorch.fast_weights.answering import Substitute
 from titans_pytorch.fast_weights.inner_gradient import Tap, gradients
 from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Residual, Rows, Weights, Writes
-from titans_pytorch.fast_weights.recurrence import Gates, momenta, poison_after, products, steps
-from titans_pytorch.fast_weights.spectral import orthogonalised
+from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
+from titans_pytorch.fast_weights.rules.recurrence import Gates, momenta, poison_after, products, steps
 from titans_pytorch.fast_weights.taps import Surprises
 
 Scan = Callable[[Tensor, Tensor, Tensor], Tensor]

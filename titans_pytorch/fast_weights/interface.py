@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from titans_pytorch.fast_weights.recurrence import Gates
+from titans_pytorch.fast_weights.rules.recurrence import Gates
 
 Weights = dict[str, Tensor]
 """name of a parameter of the memory model -> (r ...)"""

@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch.attention import attend
-from titans_pytorch.rotary import RotaryEmbedding, turned
+from titans_pytorch.attention.rotary import RotaryEmbedding, turned
+from titans_pytorch.attention.segmented import attend
 from titans_pytorch.titans.masks import sliding_mask
 
 Turns = tuple[Tensor, Tensor]  # cosine and sine of each position, (t pairs)

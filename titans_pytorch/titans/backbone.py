@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks, tensor_checks
+from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.mixers import MIXERS
@@ -60,7 +60,7 @@ class TitansBackbone(Pretrained, nn.Module):
 
     def __init__(self, variant: Variant, config: TitansConfig) -> None:
         super().__init__()
-        checks.check_choice("variant", variant, tuple(MIXERS))
+        value_checks.check_choice("variant", variant, tuple(MIXERS))
         if not isinstance(config, TitansConfig):
             raise TypeError(f"config must be a TitansConfig, got {type(config).__name__}")
         self.variant, self.config = variant, config

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from titans_pytorch import checks
+from titans_pytorch.checks import value_checks
 
 Variant = Literal["mac", "mag", "mal", "lmm"]
 GateForm = Literal["mix", "attention", "memory", "product"]
@@ -77,7 +77,7 @@ class TitansConfig:
     memory_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        checks.check_whole(
+        value_checks.check_whole(
             dim=self.dim,
             depth=self.depth,
             heads=self.heads,
@@ -89,17 +89,17 @@ class TitansConfig:
             memory_refresh=self.memory_refresh,
             conv_size=self.conv_size,
         )
-        checks.check_counts(num_persistent=self.num_persistent)
-        checks.check_positive(memory_expansion=self.memory_expansion, max_step=self.max_step)
-        checks.check_number(decay_bias=self.decay_bias)
+        value_checks.check_counts(num_persistent=self.num_persistent)
+        value_checks.check_positive(memory_expansion=self.memory_expansion, max_step=self.max_step)
+        value_checks.check_number(decay_bias=self.decay_bias)
         for name in ("heads", "memory_heads"):
             heads = getattr(self, name)
             if heads is not None and self.dim % heads:
                 raise ValueError(f"{name} must divide dim {self.dim}, got {heads}")
-        checks.check_even(**{"dim / heads": self.dim // self.heads})
-        checks.check_multiple("memory_refresh", self.memory_refresh, self.memory_chunk)
-        checks.check_choice("gate", self.gate, get_args(GateForm))
-        checks.check_reserved("memory_options", self.memory_options, SET_BY_THE_CONFIG, "config")
+        value_checks.check_even(**{"dim / heads": self.dim // self.heads})
+        value_checks.check_multiple("memory_refresh", self.memory_refresh, self.memory_chunk)
+        value_checks.check_choice("gate", self.gate, get_args(GateForm))
+        value_checks.check_reserved("memory_options", self.memory_options, SET_BY_THE_CONFIG, "config")
 
     @property
     def hidden(self) -> int:
@@ -144,8 +144,8 @@ def preset(size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> Titan
     The paper does not say how wide feed-forward networks are: as wide as it takes to be of the size that is named. That
     differs between the variants, as attention and memory have parameters of their own.
     """
-    checks.check_choice("size", size, tuple(SIZES))
-    checks.check_choice("variant", variant, get_args(Variant))
+    value_checks.check_choice("size", size, tuple(SIZES))
+    value_checks.check_choice("variant", variant, get_args(Variant))
     shape = SIZES[size]
     config = TitansConfig(
         dim=shape.dim,

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks, tensor_checks
+from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.sampling import evaluating, filter_arguments, generate, min_p_filter
 from titans_pytorch.titans.backbone import Read, TitansBackbone
@@ -36,7 +36,7 @@ class TitansLanguageModel(Pretrained, nn.Module):
 
     def __init__(self, num_tokens: int, config: TitansConfig) -> None:
         super().__init__()
-        checks.check_whole(num_tokens=num_tokens)
+        value_checks.check_whole(num_tokens=num_tokens)
         self.num_tokens = num_tokens
         self.backbone = TitansBackbone(self.variant, config)
         self.token_emb = nn.Embedding(num_tokens, config.dim)
@@ -85,7 +85,7 @@ class TitansLanguageModel(Pretrained, nn.Module):
         repeats it, and where all rows have it sampling ends; generator: makes samples reproducible
         """
         tensor_checks.check_ids("prompt", prompt, self.num_tokens, 1)
-        checks.check_at_least("seq_len", seq_len, prompt.shape[1], "the length of the prompt")
+        value_checks.check_at_least("seq_len", seq_len, prompt.shape[1], "the length of the prompt")
         with evaluating(self):
             return generate(
                 Continuation(self, state) if use_cache else Rereading(self, state),

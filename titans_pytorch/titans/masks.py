@@ -11,7 +11,7 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor
 
-from titans_pytorch.masks import may_attend
+from titans_pytorch.attention.masks import may_attend
 
 MaskOf = Callable[[int, int, int, int, torch.device], Tensor]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from titans_pytorch.attention import attend
+from titans_pytorch.attention.rotary import turned
+from titans_pytorch.attention.segmented import attend
+from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.rotary import turned
-from titans_pytorch.state import NeuralMemState
 from titans_pytorch.titans.attention import Attention, KeyValues, attend_sliding, joined
 from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.gate import Gate

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.interface import Weights
-from titans_pytorch.mac_cache import at_rest
-from titans_pytorch.state import NeuralMemState
+from titans_pytorch.mac.cache import at_rest
+from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.titans.attention import KeyValues
 
 TensorFn = Callable[[Tensor], Tensor]

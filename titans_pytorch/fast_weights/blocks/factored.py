@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.interface import Carry, Rows, Weights
-from titans_pytorch.fast_weights.recurrence import Coefficients
+from titans_pytorch.fast_weights.rules.recurrence import Coefficients
 from titans_pytorch.fast_weights.scaled_sum import scaled_sum
 from titans_pytorch.fast_weights.taps import Factors, Surprises
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from titans_pytorch.audit_report import AuditReport, Finding
-from titans_pytorch.checks import check_positive
+from titans_pytorch.auditing.report import AuditReport, Finding
+from titans_pytorch.checks.value_checks import check_positive
 
 __all__ = ["AuditReport", "Finding", "audit", "stream_with_state"]
 

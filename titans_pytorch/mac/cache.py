@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.attention import KeyValueCache
-from titans_pytorch.state import NeuralMemState, Updates
+from titans_pytorch.attention.segmented import KeyValueCache
+from titans_pytorch.memory.state import NeuralMemState, Updates
 
 
 class LayerCache(NamedTuple):

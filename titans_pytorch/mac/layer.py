@@ -11,11 +11,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch.attention import SegmentedAttention
-from titans_pytorch.mac_cache import LayerCache
+from titans_pytorch.attention.segmented import SegmentedAttention
+from titans_pytorch.mac.cache import LayerCache
+from titans_pytorch.mac.residual_streams import open_branch
+from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.residual_streams import open_branch
-from titans_pytorch.state import NeuralMemState
 
 
 class SiluGate(nn.Module):

@@ -11,8 +11,8 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.recurrence import Gates
-from titans_pytorch.options import MemoryOptions
+from titans_pytorch.fast_weights.rules.recurrence import Gates
+from titans_pytorch.memory.options import MemoryOptions
 
 DECAY_RANK = 32
 """Width between tokens and a forgetting gate of every channel; a full map would have as many weights as projections"""

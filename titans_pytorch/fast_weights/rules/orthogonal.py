@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
-from titans_pytorch.fast_weights.limits import safe_norm
+from titans_pytorch.fast_weights.renewal import safe_norm
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5

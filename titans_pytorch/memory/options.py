@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from titans_pytorch import checks, memory_checks
+from titans_pytorch.checks import value_checks
 from titans_pytorch.fast_weights.engine import EngineName
 from titans_pytorch.fast_weights.interface import LossFn
 from titans_pytorch.losses import mean_squared_error, summed_squared_error
+from titans_pytorch.memory import option_checks as memory_checks
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class MemoryOptions:
     @property
     def chunks(self) -> tuple[int, int]:
         """(retrieve, store)"""
-        return checks.check_chunk_size(self.chunk_size)
+        return value_checks.check_chunk_size(self.chunk_size)
 
     @property
     def head_width(self) -> int:
@@ -108,8 +109,10 @@ class MemoryOptions:
 
     def check_types(self) -> None:
         """Every argument by itself."""
-        checks.check_switches(**{each.name: getattr(self, each.name) for each in fields(self) if each.type == "bool"})
-        checks.check_whole(
+        value_checks.check_switches(
+            **{each.name: getattr(self, each.name) for each in fields(self) if each.type == "bool"}
+        )
+        value_checks.check_whole(
             dim=self.dim,
             dim_head=self.dim_head,
             heads=self.heads,
@@ -118,18 +121,18 @@ class MemoryOptions:
             batch_size=self.batch_size,
             conv_size=self.conv_size,
         )
-        checks.check_positive(
+        value_checks.check_positive(
             default_step_transform_max_lr=self.default_step_transform_max_lr,
             max_mem_layer_modulation=self.max_mem_layer_modulation,
             max_grad_norm=self.max_grad_norm,
         )
-        checks.check_chunk_size(self.chunk_size)
-        checks.check_number(
+        value_checks.check_chunk_size(self.chunk_size)
+        value_checks.check_number(
             init_adaptive_step_bias=self.init_adaptive_step_bias,
             init_momentum_bias=self.init_momentum_bias,
             init_decay_bias=self.init_decay_bias,
         )
-        checks.check_callable(
+        value_checks.check_callable(
             store_memory_loss_fn=self.store_memory_loss_fn, adaptive_step_transform=self.adaptive_step_transform
         )
         memory_checks.check_elementwise("adaptive_step_transform", self.adaptive_step_transform)
@@ -137,7 +140,7 @@ class MemoryOptions:
 
     def check_paper(self) -> None:
         has_loss = self.store_memory_loss_fn is not mean_squared_error
-        checks.check_exclusive(qk_l2norm=self.qk_l2norm, qk_rmsnorm=self.qk_rmsnorm)
-        checks.check_exclusive(summed_loss=self.summed_loss, store_memory_loss_fn=has_loss)
+        value_checks.check_exclusive(qk_l2norm=self.qk_l2norm, qk_rmsnorm=self.qk_rmsnorm)
+        value_checks.check_exclusive(summed_loss=self.summed_loss, store_memory_loss_fn=has_loss)
         has_norm = self.mem_model_norm_add_residual
-        checks.check_needed("learned_norm_gain", self.learned_norm_gain, mem_model_norm_add_residual=has_norm)
+        value_checks.check_needed("learned_norm_gain", self.learned_norm_gain, mem_model_norm_add_residual=has_norm)

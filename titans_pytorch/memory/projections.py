@@ -10,10 +10,10 @@ from einops import rearrange, reduce, repeat
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from titans_pytorch.convolution import Projection, Tails, fresh_tail, projected
 from titans_pytorch.fast_weights.interface import Weights, Writes
-from titans_pytorch.gates import GateLayers, finite
-from titans_pytorch.options import MemoryOptions
+from titans_pytorch.memory.convolution import Projection, Tails, fresh_tail, projected
+from titans_pytorch.memory.gates import GateLayers, finite
+from titans_pytorch.memory.options import MemoryOptions
 
 NORM_GAIN = "norm.gamma"
 """Name of the gain of `ResidualNorm`"""

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.interface import Block, Carry, Rows
-from titans_pytorch.fast_weights.schedule import BlockPlan, Layout
-from titans_pytorch.projections import Projections
-from titans_pytorch.state import ReadingGroup
+from titans_pytorch.memory.projections import Projections
+from titans_pytorch.memory.schedule import BlockPlan, Layout
+from titans_pytorch.memory.state import ReadingGroup
 
 
 class Reader:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.factored import finished, full_precision, step_tensors
+from titans_pytorch.fast_weights.blocks.factored import finished, full_precision, step_tensors
 from titans_pytorch.fast_weights.interface import Carry, Rows, Weights
-from titans_pytorch.fast_weights.recurrence import Coefficients
+from titans_pytorch.fast_weights.rules.recurrence import Coefficients
 from titans_pytorch.fast_weights.taps import Surprises
 
 

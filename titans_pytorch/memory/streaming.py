@@ -14,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.convolution import Tails
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, Residual
-from titans_pytorch.fast_weights.schedule import BlockPlan, Layout, plan_blocks
-from titans_pytorch.projections import Projected, Projections, StoredTokens
-from titans_pytorch.reading import Reader
-from titans_pytorch.recompute import recomputed
-from titans_pytorch.state import ReadingGroup, Updates
+from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.projections import Projected, Projections, StoredTokens
+from titans_pytorch.memory.reading import Reader
+from titans_pytorch.memory.recompute import recomputed
+from titans_pytorch.memory.schedule import BlockPlan, Layout, plan_blocks
+from titans_pytorch.memory.state import ReadingGroup, Updates
 
 SPAN_TOKENS = 4096
 """Tokens (of all rows together) that are projected at once"""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_pytorch import checks
+from titans_pytorch.checks import value_checks
 
 
 def check_dim_head(dim: int, dim_head: int, heads: int) -> None:
@@ -38,8 +38,8 @@ def check_momentum(
 
 
 def check_batching(batch_size: int | None, chunk: int, gated_transition: bool, max_weight_growth: float | None) -> None:
-    checks.check_multiple("batch_size", batch_size, chunk)
-    checks.check_positive(max_weight_growth=max_weight_growth)
+    value_checks.check_multiple("batch_size", batch_size, chunk)
+    value_checks.check_positive(max_weight_growth=max_weight_growth)
     if max_weight_growth is not None and max_weight_growth < 1:
         raise ValueError(f"max_weight_growth must be at least 1 (times the initial memory), got {max_weight_growth}")
     if gated_transition and batch_size is None:

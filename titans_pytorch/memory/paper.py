@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from titans_pytorch import checks
+from titans_pytorch.checks import value_checks
 
 PAPER: dict[str, Any] = dict(
     qk_l2norm=True,
@@ -25,11 +25,11 @@ MAX_LR = 0.3
 
 def paper_options(dim: int, heads: int, chunk_size: int | tuple[int, int], overrides: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a `NeuralMemory`, overridden."""
-    chunks = checks.check_chunk_size(chunk_size)
-    checks.check_whole(dim=dim, heads=heads)
+    chunks = value_checks.check_chunk_size(chunk_size)
+    value_checks.check_whole(dim=dim, heads=heads)
     dim_head = overrides.get("dim_head")
     if dim_head is None:
-        checks.check_divides("heads", heads, "dim", dim)
+        value_checks.check_divides("heads", heads, "dim", dim)
         dim_head = dim // heads
     options = PAPER | dict(batch_size=chunks[1], activation=nn.SiLU()) | overrides
     max_lr = MAX_LR / dim_head if options["summed_loss"] else MAX_LR

@@ -11,10 +11,10 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch import checks, tensor_checks
-from titans_pytorch.flex import create_mac_block_mask, flex_backend
-from titans_pytorch.masks import may_attend
-from titans_pytorch.rotary import RotaryEmbedding
+from titans_pytorch.attention.flex import create_mac_block_mask, flex_backend
+from titans_pytorch.attention.masks import may_attend
+from titans_pytorch.attention.rotary import RotaryEmbedding
+from titans_pytorch.checks import tensor_checks, value_checks
 
 ATTEND_OPTIONS = {"dropout": (int, float), "scale": (int, float, type(None)), "flash": (bool,)}
 FlexFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -90,12 +90,12 @@ class SegmentedAttention(nn.Module):
         use_flex_attn: bool = False,
     ) -> None:
         super().__init__()
-        checks.check_whole(dim=dim, segment_len=segment_len, dim_head=dim_head, heads=heads)
-        checks.check_counts(
+        value_checks.check_whole(dim=dim, segment_len=segment_len, dim_head=dim_head, heads=heads)
+        value_checks.check_counts(
             num_persist_mem_tokens=num_persist_mem_tokens, num_longterm_mem_tokens=num_longterm_mem_tokens
         )
-        checks.check_even(dim_head=dim_head)
-        checks.check_options("attend_kwargs", attend_kwargs or {}, ATTEND_OPTIONS)
+        value_checks.check_even(dim_head=dim_head)
+        value_checks.check_options("attend_kwargs", attend_kwargs or {}, ATTEND_OPTIONS)
         options = dict(attend_kwargs or {})
         self.dim, self.heads, self.sliding = dim, heads, sliding
         self.window = segment_len + num_longterm_mem_tokens

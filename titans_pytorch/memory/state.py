@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from titans_pytorch.convolution import Tails
 from titans_pytorch.fast_weights.general import DenseBlock
 from titans_pytorch.fast_weights.interface import Block, Weights
+from titans_pytorch.memory.convolution import Tails
 
 Tree = TypeVar("Tree")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from titans_pytorch import checks
-from titans_pytorch.masks import may_attend
+from titans_pytorch.attention.masks import may_attend
+from titans_pytorch.checks import value_checks
 
 __all__ = ["create_mac_block_mask", "flex_attention", "flex_backend"]
 
@@ -30,8 +30,8 @@ def create_mac_block_mask(
 
     device: of the queries; None: CUDA where there is one
     """
-    checks.check_whole(seq_len=seq_len, window_size=window_size)
-    checks.check_counts(persist_mem_len=persist_mem_len)
+    value_checks.check_whole(seq_len=seq_len, window_size=window_size)
+    value_checks.check_counts(persist_mem_len=persist_mem_len)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return _block_mask(seq_len, window_size, persist_mem_len, sliding, str(device))

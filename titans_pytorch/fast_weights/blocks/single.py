@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titans_pytorch.fast_weights.general import StillBlock
 from titans_pytorch.fast_weights.interface import Carry, Rows, Weights
-from titans_pytorch.fast_weights.recurrence import Gates
+from titans_pytorch.fast_weights.rules.recurrence import Gates
 from titans_pytorch.fast_weights.scaled_sum import along, scaled_sum
 from titans_pytorch.fast_weights.taps import Surprises
 
