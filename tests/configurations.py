@@ -143,7 +143,7 @@ def legal(chosen: dict[str, Any]) -> dict[str, Any]:
     options |= {"dim": 4 if options["heads"] == 1 else 6, "dim_head": DIM_HEAD}
     options["batch_size"] = None if chosen["batches"] is None else chosen["batches"] * chunk
     if chunk == 1:
-        options |= {"attn_pool_chunks": False, "store_with_lookahead_value": False}
+        options |= {"attn_pool_chunks": False}
     if not options["momentum"]:
         options |= {"momentum_order": 1}
     if options["momentum_order"] == 1:

@@ -68,7 +68,6 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"batch_size": 6}, ValueError, ("batch_size", "6", "multiple", "4")),
     ({"batch_size": 4, "chunk_size": (2, 8)}, ValueError, ("batch_size", "4", "multiple", "8")),
     ({"chunk_size": 1, "attn_pool_chunks": True}, ValueError, ("attn_pool_chunks", "1", "at least 2")),
-    ({"chunk_size": 1, "store_with_lookahead_value": True}, ValueError, ("store_with_lookahead_value", "at least 2")),
     (
         {"learned_momentum_combine": True},
         ValueError,
@@ -171,6 +170,10 @@ def test_the_accelerated_scan_says_what_it_needs() -> None:
             "learned_combine_include_zeroth.*no effect.*learned_momentum_combine=False",
         ),
         ({"momentum_order": 2, "momentum": False}, "momentum_order=2.*no effect.*momentum=False"),
+        (
+            {"chunk_size": 1, "store_with_lookahead_value": True},
+            "store_with_lookahead_value.*stores nothing.*only forgets",
+        ),
     ],
 )
 def test_what_the_published_package_ignores_is_accepted_with_one_warning(options: dict[str, Any], words: str) -> None:

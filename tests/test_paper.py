@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from assoc_scan import AssocScan
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.oracle import oracle
 from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory, load_state, save_state
 from titans_pytorch.auditing.audit import audit, stream_with_state
-from titans_pytorch.fast_weights import general
-from titans_pytorch.fast_weights.rules.recurrence import Gates
 from titans_pytorch.memory.convolution import CausalConvolution
+from titans_pytorch.memory.plan import COSTS, Costs
 from titans_pytorch.memory.projections import L2Norm
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
@@ -147,14 +145,11 @@ def test_pieces_shorter_than_the_convolution(conv_size: int) -> None:
 
 def test_spans_hand_the_convolution_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long call is projected span by span, and in training computed again."""
-    from titans_pytorch import streaming
-
     built, seq = paper(batch_size=8), randn(2, 41, 8).requires_grad_()
     expected, last = built(seq)
     gradient = torch.autograd.grad(expected.square().sum(), seq)
-    monkeypatch.setattr(streaming, "SPAN_TOKENS", 1)
-    for kept in (streaming.KEPT_ELEMENTS, 0):
-        monkeypatch.setattr(streaming, "KEPT_ELEMENTS", kept)
+    for kept in (Costs().kept_elements, 0):
+        monkeypatch.setitem(COSTS, "cpu", Costs(span_tokens=1, kept_elements=kept))
         got, state = built(seq)
         assert_close(got, expected, **EXACT)
         assert_close(torch.autograd.grad(got.square().sum(), seq), gradient, **EXACT)
@@ -345,27 +340,6 @@ def test_equal_gates_of_channels_are_one_gate() -> None:
                 linear.bias.fill_(-0.7)
         seq = randn(2, 13, 8)
         assert_close(own(seq)[0], shared(seq)[0], **EXACT)
-
-
-@pytest.mark.parametrize("has_channels", [False, True])
-@pytest.mark.parametrize("shape", [(3, 5), (5,), ()])
-def test_scanning_channels_is_multiplying_them_out(
-    shape: tuple[int, ...], has_channels: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The scan needs CUDA to be chosen; what it is given is right on any device."""
-    rows, chunks, orders = 2, 4, 2
-    monkeypatch.setattr(general, "AssocScan", lambda use_accelerated: AssocScan(use_accelerated=False))
-    channels = (*shape[-1:], *([1] if not shape else []))
-    keep = randn(rows, *(channels if has_channels else ()), chunks)
-    logs = nn.functional.logsigmoid(keep), nn.functional.logsigmoid(randn(orders, rows, chunks))
-    gates = Gates(*logs, None, None, torch.zeros(rows, chunks, dtype=torch.float64))
-    surprise, start = randn(rows, chunks, *shape), randn(rows, *shape)
-    past = (randn(rows, *shape, seed=1), randn(rows, *shape, seed=2))
-    by_scan, by_products = (
-        integrate(gates, surprise, start, past, None)
-        for integrate in (general.integrate_by_scan, general.integrate_by_products)
-    )
-    assert_close(by_scan, by_products, **EXACT)
 
 
 def test_a_learned_gain_is_no_memory() -> None:

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from titans_pytorch import NeuralMemory
 from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
 from titans_pytorch.memory import streaming
+from titans_pytorch.memory.plan import COSTS, Costs
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -44,9 +45,8 @@ def test_recomputing_spans_changes_no_gradient(
     used = []
     original = streaming.recomputed
     monkeypatch.setattr(streaming, "recomputed", lambda *args, **kwargs: used.append(1) or original(*args, **kwargs))
-    monkeypatch.setattr(streaming, "KEPT_ELEMENTS", 1)
-    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", block_elements)
-    monkeypatch.setattr(streaming, "SPAN_TOKENS", 16)
+    costs = Costs(kept_elements=1, block_elements=block_elements, span_tokens=16)
+    monkeypatch.setitem(COSTS, "cpu", costs)
     assert_close(gradients(memory, previous, seq), kept, rtol=1e-9, atol=1e-9)
     assert used
 

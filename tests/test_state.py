@@ -260,11 +260,11 @@ def test_updates_are_differentiable() -> None:
 
 
 def test_nobody_builds_weights_unless_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
+    from titans_pytorch.fast_weights.blocks.summed import SummedBlock
 
     built, seen = memory(mem_model_norm_add_residual=False), []
-    materialise = FactoredBlock.materialise
-    monkeypatch.setattr(FactoredBlock, "materialise", lambda self, name: seen.append(name) or materialise(self, name))
+    materialise = SummedBlock.materialise
+    monkeypatch.setattr(SummedBlock, "materialise", lambda self, name: seen.append(name) or materialise(self, name))
     _, state = built(tokens(built, 1, 40))
     retrieved, state = built(tokens(built, 1, 3), state=state.detach())
     retrieved.sum().backward()

@@ -343,7 +343,7 @@ def test_switches_reach_the_memory() -> None:
         return build_backbone("lmm", **changes).blocks[0].mixer.memory
 
     assert memory(momentum=False).to_momentum is None
-    assert memory(conv_size=None).options.conv_size is None
+    assert memory(conv_size=None).lookback == 0
     assert len(memory(memory_depth=1).initial_weights()) == 1
     assert len(memory(memory_depth=4).initial_weights()) == 4
     x = random_inputs(1, 4)

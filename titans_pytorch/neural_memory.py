@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from copy import deepcopy
-from typing import Any
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, overload
 
 import torch
 from assoc_scan import AssocScan
@@ -12,40 +13,46 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titans_pytorch.checks import tensor_checks, value_checks
-from titans_pytorch.fast_weights.engine import Engine, EngineName, Rules
-from titans_pytorch.fast_weights.general import DenseBlock, StillBlock
+from titans_pytorch.fast_weights.blocks.dense import DenseBlock
+from titans_pytorch.fast_weights.blocks.still import StillBlock
+from titans_pytorch.fast_weights.engine import EngineName
+from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Weights
-from titans_pytorch.fast_weights.probe import check_contents, inspect_model
-from titans_pytorch.fast_weights.renewal import renewed, total_norm
+from titans_pytorch.fast_weights.rules.registry import RuleOptions, rule_of
+from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.losses import mean_squared_error
-from titans_pytorch.memory.convolution import Tails
-from titans_pytorch.memory.options import MemoryOptions
+from titans_pytorch.memory.core import MemoryCore, MemoryOptions
+from titans_pytorch.memory.options import (
+    GateOptions,
+    ModelOptions,
+    ProjectionOptions,
+    RenewalOptions,
+    check_scan,
+    loss_of,
+)
 from titans_pytorch.memory.paper import paper_options
-from titans_pytorch.memory.projections import NORM_GAIN, Projections, StoredTokens
+from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout, plan_call
+from titans_pytorch.memory.projections import StoredTokens
 from titans_pytorch.memory.reading import Reader
-from titans_pytorch.memory.schedule import BlockPlan, Layout
 from titans_pytorch.memory.state import (
     NeuralMemState,
+    QueryTail,
     ReadingGroup,
     Updates,
     mem_state_detach,
     outside_inference,
-    restarted,
 )
-from titans_pytorch.memory.streaming import Stored, Stream, Surprise
-from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.memory.streaming import Moment, Report, Stored, Stream
 from titans_pytorch.pretrained import Pretrained
 
 __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
 
 DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
+LossAndRates = tuple[Tensor, Tensor]
+"""Unweighted loss and step size of every write, (b h writes) each"""
 
 
-def fast_parameters(model: nn.Module, has_learned_gain: bool) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if not (has_learned_gain and name == NORM_GAIN)}
-
-
-class NeuralMemory(Pretrained, Projections):
+class NeuralMemory(Pretrained, MemoryCore):
     """Learns to memorise at test time: the weights of a small network are trained on each chunk of a sequence as it
     comes, and every token reads the weights after the last complete chunk.
 
@@ -80,7 +87,7 @@ class NeuralMemory(Pretrained, Projections):
         spectral_norm_surprises: orthogonalise steps by Newton-Schulz iterations
         gated_transition: where the base is renewed, go only a learned part of the way from the old base
         mem_model_norm_add_residual: use the model as LayerNorm(model(x)) + x
-        store_with_lookahead_value: pair keys with the values of the next token
+        store_with_lookahead_value: pair keys with the values of the next token of their chunk
         default_model_kwargs: of the default model
         max_weight_growth: where the base is renewed, rescale a memory whose norm has grown to more than so many times
             that of the initial memory; None: never
@@ -95,6 +102,8 @@ class NeuralMemory(Pretrained, Projections):
         learned_norm_gain: the gain of the norm around the model is learned outside, and storing does not change it
         gated_output: what is read is normed, and every feature gated by a sigmoid of a linear map of the token, before
             heads are combined (which they then are, be there one or more)
+        rule: how weights follow from surprises, by name or as a `Rule` (docs/extending.md)
+        loss: the key-value loss by name, mse or sse, instead of store_memory_loss_fn
     """
 
     def __init__(
@@ -143,30 +152,77 @@ class NeuralMemory(Pretrained, Projections):
         channelwise_decay: bool = False,
         learned_norm_gain: bool = False,
         gated_output: bool = False,
+        rule: str | Rule = "titans",
+        loss: str | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in MemoryOptions.names()}
-        options = MemoryOptions(**given)
-        chunks, width = options.chunks, options.head_width
-        form = MemoryMLP(width, **(default_model_kwargs or DEFAULT_MODEL)) if model is None else deepcopy(model)
-        check_contents(form)
-        form = ResidualNorm(width, form) if mem_model_norm_add_residual else form
-        traits = inspect_model(form.requires_grad_(False), width, options.loss_fn)
-        super().__init__(options, fast_parameters(form, learned_norm_gain), traits.mixes_tokens)
-        self.dim, self.num_views = dim, 3 if qkv_receives_diff_views else None
-        self.layout = Layout(*chunks, batch_size)
-        self.mixes_tokens, self.max_weight_growth = traits.mixes_tokens, max_weight_growth
-        self.momentum_order = options.num_orders
-
-        # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
-        self._form = (form,)
-        heads_axis = (heads,) if per_head_learned_parameters else ()
-        initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in self.fast_forms().values()]
-        self.memory_model_parameters = nn.ParameterList(initial)
-        self.transition_gate = nn.Parameter(torch.tensor(-5.0)) if gated_transition else None
-
-        rules = Rules(max_grad_norm, spectral_norm_surprises, use_accelerated_scan, channelwise_decay)
-        fitting: EngineName = "general" if traits.uses is None else "dense" if spectral_norm_surprises else "factored"
-        self._engine = Engine(engine or fitting, form, traits, options.loss_fn, rules)
+        retrieve_chunk, store_chunk = value_checks.check_chunk_size(chunk_size)
+        value_checks.check_whole(dim=dim, batch_size=batch_size)
+        value_checks.check_multiple("batch_size", batch_size, store_chunk)
+        value_checks.check_positive(max_grad_norm=max_grad_norm)
+        value_checks.check_switches(qkv_receives_diff_views=qkv_receives_diff_views)
+        check_scan(use_accelerated_scan)
+        if attn_pool_chunks and store_chunk == 1:
+            raise ValueError("attn_pool_chunks needs a store chunk size of at least 2 tokens, got 1")
+        layout = Layout(retrieve_chunk, store_chunk, batch_size)
+        projections = ProjectionOptions(
+            dim=dim,
+            heads=heads,
+            dim_head=dim if dim_head is None else dim_head,
+            num_kv_per_token=num_kv_per_token,
+            activation=activation,
+            conv_size=conv_size,
+            pre_rmsnorm=pre_rmsnorm,
+            post_rmsnorm=post_rmsnorm,
+            qk_rmsnorm=qk_rmsnorm,
+            qk_l2norm=qk_l2norm,
+            gated_output=gated_output,
+            looks_ahead=store_with_lookahead_value,
+            has_learned_gain=learned_norm_gain,
+        )
+        gates = GateOptions(
+            attn_pool_chunks=attn_pool_chunks,
+            adaptive_step_transform=adaptive_step_transform,
+            default_step_transform_max_lr=default_step_transform_max_lr,
+            per_parameter_lr_modulation=per_parameter_lr_modulation,
+            max_mem_layer_modulation=max_mem_layer_modulation,
+            accept_weight_residual=accept_weight_residual,
+        )
+        rules = RuleOptions(
+            momentum=momentum,
+            momentum_order=momentum_order,
+            learned_momentum_combine=learned_momentum_combine,
+            learned_combine_include_zeroth=learned_combine_include_zeroth,
+            spectral_norm_surprises=spectral_norm_surprises,
+            per_parameter_gates=per_parameter_gates,
+            channelwise_decay=channelwise_decay,
+            init_adaptive_step_bias=init_adaptive_step_bias,
+            init_momentum_bias=init_momentum_bias,
+            init_decay_bias=init_decay_bias,
+        )
+        models = ModelOptions(
+            model=model,
+            default_model_kwargs=DEFAULT_MODEL if default_model_kwargs is None else default_model_kwargs,
+            has_residual_norm=mem_model_norm_add_residual,
+            has_learned_gain=learned_norm_gain,
+            is_per_head=per_head_learned_parameters,
+        )
+        super().__init__(
+            MemoryOptions(
+                projections=projections,
+                gates=gates,
+                model=models,
+                rule=rule_of(rule, rules, DEFAULT_RULE),
+                loss_fn=loss_of(store_memory_loss_fn, summed_loss, loss),
+                renewal=RenewalOptions(gated_transition, max_weight_growth),
+                layout=layout,
+                num_views=3 if qkv_receives_diff_views else None,
+                engine=engine,
+                max_grad_norm=max_grad_norm,
+                use_accelerated_scan=use_accelerated_scan,
+            )
+        )
+        for warning in without_effect(rules, layout, gated_transition, store_with_lookahead_value):
+            warnings.warn(warning, UserWarning, stacklevel=2)
 
     @classmethod
     def paper(cls, dim: int, heads: int = 1, chunk_size: int | tuple[int, int] = 16, **overrides: Any) -> NeuralMemory:
@@ -175,73 +231,40 @@ class NeuralMemory(Pretrained, Projections):
         M(x) = x + LayerNorm(W_1 gelu(W_2 x)), four times as wide inside; convolution, SiLU and l2 norm of queries, keys
         and values; summed loss; gates for every parameter; surprises at the weights of every chunk's start; a normed
         and gated output. The paper does not say how anything starts: here memory is kept long, steps are small, and
-        tokens are stored under the ones before them (`start_associating`).
+        tokens are stored under the ones before them (`init_as_association`).
         """
         memory = cls(**paper_options(dim, heads, chunk_size, overrides))
-        memory.start_associating()
+        memory.init_as_association()
         return memory
 
-    # ---- the memory model and its weights
-
-    @property
-    def memory_model(self) -> nn.Module:
-        """The form of the memory; what it starts with is in `memory_model_parameters`."""
-        return self._form[0]
-
-    @property
-    def engine(self) -> EngineName:
-        return self._engine.name
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """Weights and gates are kept in at least float32."""
-        return torch.promote_types(self.memory_model_parameters[0].dtype, torch.float32)
-
-    def fast_forms(self) -> dict[str, nn.Parameter]:
-        """The parameters of the memory model that storing changes; their values here do not matter."""
-        return fast_parameters(self.memory_model, self.options.learned_norm_gain)
-
-    def initial_weights(self) -> Weights:
-        """The learned memory of each head.  name -> (h ...)"""
-        forms = self.fast_forms()
-        has_heads = self.memory_model_parameters[0].ndim > next(iter(forms.values())).ndim
-        return {
-            name: (p if has_heads else p.expand((self.heads, *form.shape))).to(self.weight_dtype)
-            for (name, form), p in zip(forms.items(), self.memory_model_parameters, strict=True)
-        }
-
-    def init_weights(self, batch: int) -> Weights:
-        """What a memory that has seen nothing consists of.  name -> (b·h ...)"""
-        value_checks.check_whole(batch=batch)
-        return {name: w.repeat(batch, *[1] * (w.ndim - 1)) for name, w in self.initial_weights().items()}
-
-    def init_momentum(self, batch: int) -> Weights:
-        """name -> (o b·h ...); empty without momentum"""
-        weights = self.init_weights(batch)
-        if self.momentum_order == 0:
-            return {}
-        return {name: w.new_zeros(self.momentum_order, *w.shape) for name, w in weights.items()}
-
-    def init_state(self, batch: int) -> NeuralMemState:
-        """A memory that has seen nothing."""
-        weights = self.init_weights(batch)
-        views = () if self.num_views is None else (2,)
-        segment = self.memory_model_parameters[0].new_zeros(*views, batch, 0, self.dim)
-        states = (weights, self.init_momentum(batch))
-        updates, tails = Updates(0, 0, weights, []), self.fresh_tails(batch)
-        return NeuralMemState(0, weights, segment, states, updates, tails=tails)
-
-    def reset(self, state: NeuralMemState, rows: Tensor | None = None) -> NeuralMemState:
-        """Let some sequences of a batch forget everything, waiting tokens included, as where a new document begins.
-
-        rows: (b) bool, None: all. Positions are common to a batch and go on, so chunks and batches keep their borders.
-        """
-        batch = state.batch
-        rows = torch.ones(batch, dtype=torch.bool, device=state.cache_store_segment.device) if rows is None else rows
-        tensor_checks.check_mask("rows", rows, (batch,))
-        return restarted(state, self.init_state(batch), rows, self.layout.store_chunk)
-
     # ---- storing and reading
+
+    @overload
+    def forward(
+        self,
+        seq: Tensor,
+        store_seq: Tensor | None = ...,
+        state: NeuralMemState | None = ...,
+        detach_mem_state: bool = ...,
+        prev_weights: NeuralMemState | Mapping[str, Tensor] | None = ...,
+        store_mask: Tensor | None = ...,
+        return_surprises: Literal[False] = ...,
+        ttt_batch_size: int | None = ...,
+    ) -> tuple[Tensor, NeuralMemState]: ...
+
+    @overload
+    def forward(
+        self,
+        seq: Tensor,
+        store_seq: Tensor | None = ...,
+        state: NeuralMemState | None = ...,
+        detach_mem_state: bool = ...,
+        prev_weights: NeuralMemState | Mapping[str, Tensor] | None = ...,
+        store_mask: Tensor | None = ...,
+        *,
+        return_surprises: Literal[True],
+        ttt_batch_size: int | None = ...,
+    ) -> tuple[Tensor, NeuralMemState, LossAndRates]: ...
 
     def forward(
         self,
@@ -253,7 +276,7 @@ class NeuralMemory(Pretrained, Projections):
         store_mask: Tensor | None = None,
         return_surprises: bool = False,
         ttt_batch_size: int | None = None,
-    ) -> Any:
+    ) -> tuple[Tensor, NeuralMemState] | tuple[Tensor, NeuralMemState, LossAndRates]:
         """Store a piece of a sequence and read the memory at each of its tokens.
 
         Args:
@@ -269,23 +292,19 @@ class NeuralMemory(Pretrained, Projections):
         Returns: what was read (b n dim), the state, and if asked for (loss, step size), both (b h writes)
         """
         self.check_input(seq, store_seq)
-        is_token = seq.ndim == (2 if self.num_views is None else 3)
-        if is_token:
+        if seq.ndim == (2 if self.num_views is None else 3):  # one token
             seq = seq.unsqueeze(-2)
             store_seq = None if store_seq is None else store_seq.unsqueeze(-2)
             store_mask = store_mask.unsqueeze(-1) if store_mask is not None and store_mask.ndim == 1 else store_mask
-        views = (seq, seq, seq) if self.num_views is None else seq.unbind(0)
-        keys, values = views[1:]
+        queries, keys, values = (seq, seq, seq) if self.num_views is None else seq.unbind(0)
         if store_seq is not None:
             keys, values = (store_seq, store_seq) if self.num_views is None else store_seq.unbind(0)
         if store_mask is not None:
-            tensor_checks.check_mask("store_mask", store_mask, views[0].shape[:2])
-        is_fresh, batch = state is None, views[0].shape[0]
-        state = self.init_state(batch) if state is None else self.checked_state(state, batch)
-        new = StoredTokens(keys, values, store_mask)
-        retrieved, state, surprise = self.proceed(views[0], new, state, prev_weights, ttt_batch_size, is_fresh)
+            tensor_checks.check_mask("store_mask", store_mask, queries.shape[:2])
+        new, layout = StoredTokens(keys, values, store_mask), self.layout_of(ttt_batch_size)
+        retrieved, state, surprises = self.advance(queries, new, state, prev_weights, layout)
         state = state.detach() if detach_mem_state else state
-        return (retrieved, state, surprise) if return_surprises else (retrieved, state)
+        return (retrieved, state, surprises) if return_surprises else (retrieved, state)
 
     def store_memories(
         self,
@@ -296,167 +315,164 @@ class NeuralMemory(Pretrained, Projections):
         prev_weights: NeuralMemState | Mapping[str, Tensor] | None = None,
         mask: Tensor | None = None,
         return_surprises: bool = True,
-    ) -> Any:
+    ) -> tuple[Updates, NeuralMemState] | tuple[Updates, NeuralMemState, LossAndRates]:
         """Only store.  seq: (b n dim), with views (2 b n dim) -> updates, state, and if asked for (loss, step size)
 
         weights: the base; past_state: current weights and momenta; seq_index: tokens stored before, whole chunks
         """
         views = None if self.num_views is None else 2
-        tensor_checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=self.memory_model_parameters[0].dtype)
+        tensor_checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=self.dtype)
         keys, values = (seq, seq) if views is None else seq.unbind(0)
-        batch = keys.shape[0]
         tensor_checks.check_stored_before("seq_index", seq_index, self.layout.store_chunk)
         if mask is not None:
             tensor_checks.check_mask("mask", mask, keys.shape[:2])
-        state = self.init_state(batch)._replace(seq_index=seq_index)
+        state = self.init_state(keys.shape[0])._replace(seq_index=seq_index)
         if weights is not None:
-            state = state._replace(weights=weights, states=(weights, state.states[1]))
+            state = state._replace(weights=weights, states=(weights, state.momenta))
         if past_state is not None:
             tensor_checks.check_past_state(past_state)
             state = state._replace(states=past_state)
-        state = self.checked_state(state, batch)
-        _, state, surprise = self.proceed(None, StoredTokens(keys, values, mask), state, prev_weights, None)
-        return (state.updates, state, surprise) if return_surprises else (state.updates, state)
+        new = StoredTokens(keys, values, mask)
+        _, state, surprises = self.advance(None, new, state, prev_weights, self.layout)
+        return (state.updates, state, surprises) if return_surprises else (state.updates, state)
 
     def retrieve_memories(self, seq: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Only read.  seq: (b n dim), the first token being that of a fresh stream -> (b n dim)
 
         weights: one memory (b·h ...) for all tokens, or as `updates` (b·h N+1 ...) that of each chunk
         """
-        tensor_checks.check_sequence("seq", seq, views=None, dim=self.dim, dtype=self.memory_model_parameters[0].dtype)
-        seq = seq if seq.ndim == 3 else seq.unsqueeze(1)
-        last_group = seq.shape[1] // self.layout.retrieve_chunk + 1
-        form = next(iter(self.fast_forms().items()))
+        name, form = next(iter(self.fast_forms().items()))
         weights = dict(tensor_checks.checked_trajectory("weights", weights, self.parameter_names))
-        num_chunks = weights[form[0]].shape[1] - 1 if weights[form[0]].ndim == form[1].ndim + 2 else None
-        chunks = () if num_chunks is None else (num_chunks + 1,)
-        tensor_checks.check_weights("weights", weights, self.weight_shapes(seq.shape[0], *chunks), self.weight_dtype)
+        if weights[name].ndim < form.ndim + 2:
+            return self.ask(seq, weights)[0]
+        seq, num_chunks = self.checked_tokens(seq), weights[name].shape[1] - 1
+        self.check_weights(weights, seq.shape[0], num_chunks + 1)
+        last_group = seq.shape[1] // self.layout.retrieve_chunk
+        tensor_checks.check_enough_chunks(num_chunks, self.layout.weight_index(last_group))
         weights = {name: outside_inference(weight) for name, weight in weights.items()}
-        block: Block = StillBlock(Carry(weights, weights, {}))
-        if num_chunks is not None:
-            tensor_checks.check_enough_chunks(num_chunks, self.layout.weight_index(last_group - 1))
-            block = DenseBlock({}, weights, {})
-        reader = Reader(self, self._engine, self.layout, self.mixes_tokens, 1, ReadingGroup(None, None), None)
-        reader.begin(seq, 0, last_group, self.weight_dtype)
-        reader.read(block, BlockPlan(0, num_chunks or 0, 0, last_group, False))
-        return reader.finish()[0]
+        return self.read_block(seq, DenseBlock(weights, Carry({}, {}, {}, {})), None)[0]
 
-    def proceed(
+    def ask(
+        self, tokens: Tensor, weights: Mapping[str, Tensor], tail: QueryTail | None = None
+    ) -> tuple[Tensor, QueryTail]:
+        """Read one memory, whatever was stored since: M*(q) of eq. 15.  tokens: (b n dim) -> (b n dim), the next tail
+
+        weights: (b·h ...), as `state.current`; tail: what the call before returned, so that pieces of any length give
+        what one call gives; None: the first tokens of a stream
+        """
+        tokens = self.checked_tokens(tokens)
+        self.check_weights(dict(weights), tokens.shape[0])
+        weights = {name: outside_inference(weight) for name, weight in weights.items()}
+        return self.read_block(tokens, StillBlock(Carry(weights, weights, {}, {})), tail)
+
+    def read_block(self, tokens: Tensor, block: Block, tail: QueryTail | None) -> tuple[Tensor, QueryTail]:
+        """Read weights that are there.  tokens: (b n dim) -> (b n dim), the next tail"""
+        num_read, convolution, group = QueryTail(0, None, ReadingGroup(None, None)) if tail is None else tail
+        layout, dtype, last = self.layout, self.weight_dtype, num_read + tokens.shape[1]
+        reader = Reader(self, self._engine, layout, tokens, num_read + 1, group, convolution, dtype)
+        groups = (num_read + 1) // layout.retrieve_chunk, last // layout.retrieve_chunk + 1
+        reader.read(block, BlockPlan(0, block.num_chunks, *groups, False))
+        reads, group = reader.finish()
+        return reads, QueryTail(last, reader.tail, group._replace(weights=None))
+
+    def advance(
         self,
         seq: Tensor | None,
         new: StoredTokens,
-        state: NeuralMemState,
+        state: NeuralMemState | None,
         prev_weights: NeuralMemState | Mapping[str, Tensor] | None,
-        ttt_batch_size: int | None,
-        is_fresh: bool = False,
-    ) -> tuple[Tensor | None, NeuralMemState, tuple[Tensor, Tensor]]:
+        layout: Layout,
+    ) -> tuple[Any, NeuralMemState, LossAndRates]:
         """Go on from a state.  seq: (b n dim), what is read; None: only store"""
-        segment, chunk = state.cache_store_segment, self.layout.store_chunk
-        keys, values = (segment, segment) if self.num_views is None else segment.unbind(0)
+        batch, chunk, is_fresh = new.keys.shape[0], layout.store_chunk, state is None
+        state = self.init_state(batch) if state is None else self.checked_state(state, batch)
+        keys, values = (state.waiting, state.waiting) if self.num_views is None else state.waiting.unbind(0)
         stored = Stored(StoredTokens(keys, values, state.cache_store_mask), new)
         num_chunks, first_chunk = stored.num_tokens // chunk, state.seq_index // chunk
-        residual = self.checked_residual(prev_weights, first_chunk, num_chunks, state.batch)
-        layout = self.layout
-        if ttt_batch_size is not None:
-            value_checks.check_whole(ttt_batch_size=ttt_batch_size)
-            value_checks.check_multiple("ttt_batch_size", ttt_batch_size, chunk)
-            layout = layout._replace(batch=ttt_batch_size)
-        stream = Stream(
-            self, self._engine, layout, self.renew, self.mixes_tokens, residual, state.num_seen + 1, first_chunk
-        )
-        moved = {} if is_fresh else {name: m.unbind(0) for name, m in state.states[1].items()}
-        outcome = stream.run(Carry(state.weights, state.states[0], moved), state.group, state.tails, seq, stored)
-        base, weights, orders = outcome.carry
-        has_moved = num_chunks > 0 and orders
-        momenta = {name: torch.stack(order) for name, order in orders.items()} if has_moved else state.states[1]
-        rest = stored.select(num_chunks * chunk, stored.num_tokens)
-        segment = rest.keys.clone() if self.num_views is None else torch.stack((rest.keys, rest.values))
-        updates = Updates(first_chunk, num_chunks, weights, outcome.blocks, outcome.replay)
-        next_index, states = state.seq_index + num_chunks * chunk, (weights, momenta)
-        more = (updates, rest.is_stored, outcome.group, outcome.tails)
-        state = NeuralMemState(next_index, base, segment, states, *more)
-        return outcome.reads, state, self.by_head(outcome.surprises, state.batch)
+        residual = self.checked_residual(prev_weights, first_chunk, num_chunks, batch)
+        first_token = state.num_seen + 1
+        stream = Stream(self, self._engine, self.renew, layout, residual, first_token, first_chunk)
+        moved = {} if is_fresh else {name: momenta.unbind(0) for name, momenta in state.momenta.items()}
+        start = self.init_weights(batch) if self.rule.uses_start else {}
+        moment = Moment(Carry(state.base, state.current, moved, start), state.group, state.tails)
+        plan = self.plan(layout, batch, first_token, new.keys.shape[1], first_chunk)
+        result = stream.run(plan, moment, seq, stored)
 
-    def by_head(self, surprises: list[Surprise], batch: int) -> tuple[Tensor, Tensor]:
+        base, weights, orders, _ = result.moment.carry
+        has_moved = num_chunks > 0 and orders
+        momenta = {name: torch.stack(order) for name, order in orders.items()} if has_moved else state.momenta
+        rest = stored.select(num_chunks * chunk, stored.num_tokens)
+        after = NeuralMemState(
+            seq_index=state.seq_index + num_chunks * chunk,
+            weights=base,
+            cache_store_segment=rest.keys.clone() if self.num_views is None else torch.stack((rest.keys, rest.values)),
+            states=(weights, momenta),
+            updates=Updates(first_chunk, num_chunks, weights, result.blocks, result.replay),
+            cache_store_mask=rest.is_stored,
+            group=result.moment.group,
+            tails=result.moment.tails,
+        )
+        return result.reads, after, self.by_head(result.reports, batch)
+
+    def plan(self, layout: Layout, batch: int, first_token: int, num_tokens: int, first_chunk: int) -> CallPlan:
+        """How a call will be run; `explain()` says it in words."""
+        return plan_call(
+            layout,
+            self.sizes,
+            batch=batch,
+            first_token=first_token,
+            num_tokens=num_tokens,
+            first_chunk=first_chunk,
+            has_grad=torch.is_grad_enabled(),
+            can_recompute=plain_autograd_works(),
+            device=self.memory_model_parameters[0].device.type,
+        )
+
+    def by_head(self, reports: list[Report], batch: int) -> LossAndRates:
         """Losses and rates of all writes.  (r n c) each -> (b h writes)"""
-        if not surprises:
+        if not reports:
             nothing = self.memory_model_parameters[0].new_zeros(batch, self.heads, 0)
             return nothing, nothing
-        loss, rates = (torch.cat(parts, dim=1) for parts in zip(*surprises, strict=True))
+        loss, rates = (torch.cat(parts, dim=1) for parts in zip(*reports, strict=True))
         merge = "(b h) n c -> b h (n c)"
         return rearrange(loss, merge, h=self.heads), rearrange(rates, merge, h=self.heads)
 
-    def renew(self, carry: Carry) -> Carry:
-        limit = None
-        if self.max_weight_growth is not None:
-            rows = next(iter(carry.weights.values())).shape[0]
-            limit = (self.max_weight_growth * total_norm(self.initial_weights())).repeat(rows // self.heads)
-        return renewed(carry, self.transition_gate, limit)
+    def layout_of(self, ttt_batch_size: int | None) -> Layout:
+        """How time is cut in a call that may have a batch size of its own."""
+        if ttt_batch_size is None:
+            return self.layout
+        value_checks.check_whole(ttt_batch_size=ttt_batch_size)
+        value_checks.check_multiple("ttt_batch_size", ttt_batch_size, self.layout.store_chunk)
+        return self.layout._replace(batch=ttt_batch_size)
 
-    # ---- what comes in
+    def checked_tokens(self, seq: Tensor) -> Tensor:
+        """Tokens to be read, (b n dim) or one (b dim).  -> (b n dim)"""
+        tensor_checks.check_sequence("seq", seq, views=None, dim=self.dim, dtype=self.dtype)
+        return seq if seq.ndim == 3 else seq.unsqueeze(1)
 
-    def check_input(self, seq: Tensor, store_seq: Tensor | None) -> None:
-        dtype, views = self.memory_model_parameters[0].dtype, self.num_views
-        tensor_checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=dtype)
-        if store_seq is not None:
-            tensor_checks.check_sequence(
-                "store_seq", store_seq, views=None if views is None else 2, dim=self.dim, dtype=dtype
-            )
-            first = 0 if views is None else 1
-            tensor_checks.check_same_tokens("store_seq", store_seq.shape[first:-1], seq.shape[first:-1])
+    def check_weights(self, weights: Mapping[str, Tensor], batch: int, *chunks: int) -> None:
+        """Weights that this module could have made."""
+        tensor_checks.check_weights("weights", weights, self.weight_shapes(batch, *chunks), self.weight_dtype)
 
-    def weight_shapes(self, batch: int, *chunks: int) -> dict[str, tuple[int, ...]]:
-        return {name: (batch * self.heads, *chunks, *form.shape) for name, form in self.fast_forms().items()}
 
-    def checked_state(self, state: NeuralMemState, batch: int) -> NeuralMemState:
-        """A state that this module, for this batch, could have returned."""
-        if not isinstance(state, NeuralMemState):
-            raise TypeError(f"state must be a NeuralMemState, got {type(state).__name__}")
-        tensor_checks.check_batch("state", state.batch, batch)
-        tensor_checks.check_stored_before("state.seq_index", state.seq_index, self.layout.store_chunk)
-        shapes = self.weight_shapes(batch)
-        tensor_checks.check_weights("state.weights", state.weights, shapes, self.weight_dtype)
-        tensor_checks.check_weights("state.states[0]", state.states[0], shapes, self.weight_dtype)
-        orders = {name: (self.momentum_order, *shape) for name, shape in shapes.items()} if self.momentum_order else {}
-        tensor_checks.check_weights("state.states[1]", state.states[1], orders, self.weight_dtype)
-        views = None if self.num_views is None else 2
-        tensor_checks.check_waiting(state.cache_store_segment, views=views, dim=self.dim, chunk=self.layout.store_chunk)
-        for name, tail, fresh in zip(Tails._fields, state.tails, self.fresh_tails(batch), strict=True):
-            tensor_checks.check_tail(f"state.tails.{name}", tail, None if fresh is None else fresh.shape)
-        return state.outside_inference()
+def without_effect(rule: RuleOptions, layout: Layout, is_gated: bool, looks_ahead: bool) -> Iterator[str]:
+    """What the published package accepts and ignores."""
+    if rule.momentum_order > 1 and not rule.momentum:
+        yield f"momentum_order={rule.momentum_order} has no effect with momentum=False"
+    if rule.learned_combine_include_zeroth and not rule.learned_momentum_combine:
+        yield "learned_combine_include_zeroth=True has no effect with learned_momentum_combine=False"
+    if is_gated and layout.batch is None:
+        yield "gated_transition=True has no effect with batch_size=None (unless a call sets ttt_batch_size)"
+    if looks_ahead and layout.store_chunk == 1:
+        yield (
+            "store_with_lookahead_value=True stores nothing with a store chunk size of 1, as no token has a next one "
+            "in its chunk: the memory only forgets"
+        )
 
-    def checked_residual(
-        self, prev_weights: NeuralMemState | Mapping[str, Tensor] | None, first_chunk: int, num_chunks: int, batch: int
-    ) -> Updates | None:
-        """The previous layer's weights over these chunks."""
-        accepts = self.to_learned_weight_residual_mix is not None
-        if prev_weights is None and not accepts:
-            return None
-        if prev_weights is None:
-            raise ValueError("prev_weights must be given to a memory with accept_weight_residual=True, got None")
-        if not accepts:
-            raise ValueError("prev_weights needs a memory with accept_weight_residual=True, got one with False")
-        updates = prev_weights.updates if isinstance(prev_weights, NeuralMemState) else prev_weights
-        if not isinstance(updates, Updates):
-            updates = Updates.of(tensor_checks.checked_trajectory("prev_weights", updates, self.parameter_names))
-        tensor_checks.check_weights("prev_weights", updates.last, self.weight_shapes(batch), self.weight_dtype)
-        if not updates.covers(first_chunk, num_chunks):
-            have = (updates.first_chunk, updates.first_chunk + updates.num_chunks)
-            raise ValueError(
-                f"prev_weights must cover the chunks {first_chunk} to {first_chunk + num_chunks} of this call, "
-                f"got {have[0]} to {have[1]}: run the previous layer on the same tokens"
-            )
-        return updates
 
-    # ---- as a module
+def default_of(name: str) -> Any:
+    """What an argument of `NeuralMemory` is if it is not given."""
+    return inspect.signature(NeuralMemory.__init__).parameters[name].default
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeuralMemory:
-        self.memory_model._apply(fn, recurse)
-        super()._apply(fn, recurse)
-        return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Published checkpoints hold a second copy of the memory model, which does not count."""
-        for key in [key for key in state_dict if key.startswith(f"{prefix}memory_model.")]:
-            del state_dict[key]
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+DEFAULT_RULE = RuleOptions(**{name: default_of(name) for name in RuleOptions.__dataclass_fields__})

@@ -1,17 +1,25 @@
 """What goes into an engine and what comes out of it.
 
 A *row* is one head of one sequence: it has its own weights. A *block* is a run of chunks whose surprises are all taken
-at the same base weights. An engine turns a block's writes into a `Block` that can be read and that ends in a `Carry`.
+at the same base weights. Its *entries* are the weights before each of its chunks, and after the last. An engine turns a
+block's writes into a `Block` that can be read and that ends in a `Carry`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
+from typing_extensions import dataclass_transform
 
-from titans_pytorch.fast_weights.rules.recurrence import Gates
+from titans_pytorch.fast_weights.rules.gates import Gates
+from titans_pytorch.fast_weights.rules.rule import Memory
+from titans_pytorch.fast_weights.scale import ZERO
 
 Weights = dict[str, Tensor]
 """name of a parameter of the memory model -> (r ...)"""
@@ -19,17 +27,45 @@ Weights = dict[str, Tensor]
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """(prediction, value), both (... d) -> loss of each token (...)"""
 
-Rows = slice | Tensor
+Entries = slice | Tensor
 """Which entry of a block, 0 for its start, each group of queries reads"""
 
+T = TypeVar("T")
+S = TypeVar("S")
 
-Each = TypeVar("Each")
+
+@dataclass_transform(frozen_default=True)
+def record(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose tensors torch finds, as recomputation and detaching need."""
+    made = dataclass(frozen=True)(cls)
+    register_dataclass(made)
+    return made
 
 
-def assigned(names: Iterable[str], each: Sequence[Each]) -> dict[str, Each]:
-    """What is one for all parameters or one for each, by name."""
-    names = list(names)
-    return dict(zip(names, each if len(each) > 1 else list(each) * len(names), strict=True))
+@record
+class PerParameter(Generic[T]):
+    """Something of every parameter of a memory: one thing that all of them share, or one for each."""
+
+    each: dict[str, T]
+    is_shared: bool
+
+    @classmethod
+    def shared(cls, names: Iterable[str], one: T) -> PerParameter[T]:
+        return cls(dict.fromkeys(names, one), True)
+
+    def __getitem__(self, name: str) -> T:
+        return self.each[name]
+
+    def map(self, fn: Callable[[T], S]) -> PerParameter[S]:
+        """fn of each thing; of a shared one once."""
+        if self.is_shared:
+            return PerParameter.shared(self.each, fn(self.any))
+        return PerParameter({name: fn(value) for name, value in self.each.items()}, False)
+
+    @property
+    def any(self) -> T:
+        """That of some parameter: of all, where they share it."""
+        return next(iter(self.each.values()))
 
 
 class Writes(NamedTuple):
@@ -37,8 +73,8 @@ class Writes(NamedTuple):
 
     keys: Tensor  # (r n c d)
     values: Tensor  # (r n c d)
-    rates: tuple[Tensor, ...]  # (r n c)    theta, 0 for what is not stored; one for all parameters or one for each
-    gates: tuple[Gates, ...]  # one for all parameters or one for each
+    rates: PerParameter[Tensor]  # (r n c)  theta, 0 for what is not stored
+    gates: PerParameter[Gates]
     modulation: dict[str, Tensor]  # name -> (r n)  share of each parameter in the surprise; empty: all 1
     mix: Tensor | None  # (r n)    share of the previous layer's weights in the base
     slow: Weights  # (r d)    parameters of the memory model that storing does not change
@@ -48,10 +84,14 @@ class Writes(NamedTuple):
         return self.keys.shape[1]
 
     def select(self, chunks: slice) -> Writes:
-        modulation = {name: share[:, chunks] for name, share in self.modulation.items()}
-        mix = None if self.mix is None else self.mix[:, chunks]
-        tokens = (self.keys[:, chunks], self.values[:, chunks], tuple(rate[:, chunks] for rate in self.rates))
-        return Writes(*tokens, tuple(gates.select(chunks) for gates in self.gates), modulation, mix, self.slow)
+        return self._replace(
+            keys=self.keys[:, chunks],
+            values=self.values[:, chunks],
+            rates=self.rates.map(lambda rate: rate[:, chunks]),
+            gates=self.gates.map(lambda gates: gates.select(chunks)),
+            modulation={name: share[:, chunks] for name, share in self.modulation.items()},
+            mix=None if self.mix is None else self.mix[:, chunks],
+        )
 
 
 class Carry(NamedTuple):
@@ -60,31 +100,52 @@ class Carry(NamedTuple):
     base: Weights  # (r ...)    where surprises are taken
     weights: Weights  # (r ...)    what is read
     momenta: dict[str, tuple[Tensor, ...]]  # (r ...) for every order; empty where nothing has moved yet
+    start: Weights  # (r ...)    the learned memory of the beginning, for rules that ask for it; else empty
+
+    def memory(self, name: str, num_momenta: int) -> Memory:
+        """One parameter, as rules see it."""
+        weights = self.weights[name]
+        nothing = torch.zeros_like(weights) if torch.compiler.is_compiling() else ZERO
+        return Memory(weights, self.momenta.get(name, (nothing,) * num_momenta), self.start.get(name))
+
+    def with_memories(self, after: dict[str, Memory]) -> Carry:
+        """The carry after these have moved; the base stays."""
+        momenta = {name: memory.moved for name, memory in after.items() if memory.momenta}
+        return self._replace(weights={name: memory.weights for name, memory in after.items()}, momenta=momenta)
 
 
-class Block(Protocol):
+class Block(ABC):
     """The weights before each of a block's chunks, and after the last, however they are represented."""
 
     @property
+    @abstractmethod
     def num_chunks(self) -> int: ...
 
-    def product(self, name: str, x: Tensor, rows: Rows, is_transposed: bool = False) -> Tensor:
-        """x @ weight, each group with the weights of its row.  x: (r g k i) -> (r g k j)"""
-        ...
+    @abstractmethod
+    def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
+        """x @ weight, each group with the weights of its entry.  x: (r g k i) -> (r g k j)"""
 
-    def vector(self, name: str, rows: Rows) -> Tensor:
-        """A parameter with fewer than two axes, broadcasting over a group's tokens.  -> (r g 1 d)"""
-        ...
-
+    @abstractmethod
     def materialise(self, name: str) -> Tensor:
-        """-> (r n+1 ...)"""
-        ...
+        """All entries of a parameter.  -> (r n+1 ...)"""
 
-    def entry(self, row: int) -> Weights:
+    @abstractmethod
+    def finish(self) -> Carry:
+        """What the next block begins with."""
+
+    def vector(self, name: str, entries: Entries) -> Tensor:
+        """A parameter with fewer than two axes, broadcasting over a group's tokens.  -> (r g 1 d)"""
+        values = self.materialise(name)[:, entries]
+        return values.reshape(*values.shape[:2], 1, -1)
+
+    def entry(self, index: int) -> Weights:
         """All weights at one entry.  -> (r ...)"""
-        ...
+        return {name: self.materialise(name)[:, index] for name in self.names}
 
-    def finish(self) -> Carry: ...
+    @property
+    @abstractmethod
+    def names(self) -> Iterable[str]:
+        """The parameters that it holds."""
 
 
 class PreviousLayer(Protocol):

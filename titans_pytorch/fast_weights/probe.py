@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from titans_pytorch.fast_weights.answering import Answer, UnknownUse
-from titans_pytorch.fast_weights.general import OpaqueModel
 from titans_pytorch.fast_weights.interface import LossFn
+from titans_pytorch.fast_weights.opaque import OpaqueModel
 from titans_pytorch.fast_weights.taps import Use
 
 NUM_ROWS, NUM_CHUNKS, NUM_TOKENS = 2, 2, 3

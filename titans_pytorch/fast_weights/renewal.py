@@ -1,4 +1,4 @@
-"""Limits that are safe at zero and the identity where nothing needs limiting."""
+"""Where the base is renewed: the memory becomes its own base, within limits."""
 
 from __future__ import annotations
 
@@ -8,28 +8,10 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.interface import Carry, Weights
+from titans_pytorch.fast_weights.norms import total_norm
 
 MAX_CARRIED_GRADIENT = 1e12
 """Largest norm of the gradient of a row's weights that passes from one batch back to the one before it"""
-
-
-def safe_norm(square: Tensor) -> Tensor:
-    """A square root with a finite gradient (zero) at zero."""
-    is_positive = square > 0
-    return torch.where(is_positive, square, 1.0).sqrt() * is_positive
-
-
-def smooth_limit(norm: Tensor, limit: float) -> Tensor:
-    """Factor that brings a norm under the limit: max * tanh(norm / max) / norm, 1 at zero."""
-    is_positive = norm > 0
-    safe = torch.where(is_positive, norm, 1.0)
-    return torch.where(is_positive, limit * torch.tanh(safe / limit) / safe, 1.0)
-
-
-def total_norm(weights: Weights) -> Tensor:
-    """Of all parameters of a row together; its gradient at zero is zero.  (r ...) -> (r)"""
-    norms = [torch.linalg.vector_norm(weight.reshape(len(weight), -1), dim=1) for weight in weights.values()]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def limit_growth(weights: Weights, limit: Tensor) -> Weights:
@@ -80,4 +62,4 @@ def renewed(carry: Carry, gate: Tensor | None, limit: Tensor | None) -> Carry:
         weights = limit_growth(weights, limit)
     weights = {name: LimitGradient.apply(weight) for name, weight in weights.items()}
     momenta = {name: tuple(map(LimitGradient.apply, orders)) for name, orders in carry.momenta.items()}
-    return Carry(weights, weights, momenta)
+    return carry._replace(base=weights, weights=weights, momenta=momenta)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from titans_pytorch.fast_weights.answering import Answer
 from titans_pytorch.fast_weights.inner_gradient import Tap, gradients
-from titans_pytorch.fast_weights.interface import Block, LossFn, Residual, Rows, Weights, Writes, assigned
+from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residual, Weights, Writes
+from titans_pytorch.fast_weights.surprises import Factors, Surprises
 
 
 class Use(NamedTuple):
@@ -22,31 +23,6 @@ class Use(NamedTuple):
 
     name: str
     is_transposed: bool
-
-
-class Factors(NamedTuple):
-    """A chunk's surprise as a product, u_j = left_j^T right_j, oriented like the parameter."""
-
-    left: Tensor  # (r n c i)
-    right: Tensor  # (r n c j)
-
-    def matrices(self) -> Tensor:
-        """-> (r n i j)"""
-        return self.left.to(self.right.dtype).mT @ self.right
-
-    def square(self) -> Tensor:
-        """Squared Frobenius norm of each chunk's matrix, from the Gram matrices of its tokens.  -> (r n)"""
-        return ((self.left @ self.left.mT) * (self.right @ self.right.mT)).sum(dim=(-2, -1))
-
-    def scaled(self, scale: Tensor) -> Factors:
-        return Factors(self.left, self.right * scale[..., None, None])
-
-
-class Surprises(NamedTuple):
-    """What each chunk of a block adds to the momentum."""
-
-    factors: dict[str, Factors]
-    tensors: Weights  # (r n ...)  of what is not used in products
 
 
 class TappedModel:
@@ -69,8 +45,8 @@ class TappedModel:
 
         # vectors exist once for each chunk and taps once for each token: every chunk gets a gradient of its own
         vectors = {name: base_vectors(base, writes, residual, name) for name, w in base.items() if w.ndim < 3}
-        rates = assigned(base, writes.rates) if len(writes.rates) > 1 else None
-        if rates is not None:
+        rates = writes.rates
+        if not rates.is_shared:
             vectors = {name: v.expand(-1, -1, writes.keys.shape[2], -1) for name, v in vectors.items()}
         slow = {name: w[:, None, None] for name, w in writes.slow.items()}
         sizes = [base[use.name].shape[1 if use.is_transposed else 2] for use in self.uses]
@@ -86,10 +62,10 @@ class TappedModel:
             with Answer(self.parameters, tapped, dict(zip(vectors, values, strict=True)) | slow):
                 prediction = self.model(writes.keys)
             loss = self.loss_fn(prediction, writes.values)
-            return (loss if rates is not None else loss * writes.rates[0]).sum(), [*inputs, loss]
+            return (loss * rates.any if rates.is_shared else loss).sum(), [*inputs, loss]
 
         of_vectors, errors, (*inputs, loss) = gradients(objective, list(vectors.values()), zeros)
-        if rates is not None:
+        if not rates.is_shared:
             of_vectors = [(g * rates[name][..., None]).sum(dim=2) for name, g in zip(vectors, of_vectors, strict=True)]
             errors = [g * rates[use.name][..., None] for use, g in zip(self.uses, errors, strict=True)]
         tensors = {
@@ -109,19 +85,19 @@ class TappedModel:
             )
         return {name: found[name] for name, weight in base.items() if weight.ndim == 3 and name in found}
 
-    def read(self, block: Block, queries: Tensor, rows: Rows, slow: Weights) -> Tensor:
-        """Each group of queries through the model, with the weights of its row of the block.
+    def read(self, block: Block, queries: Tensor, entries: Entries, slow: Weights) -> Tensor:
+        """Each group of queries through the model, with the weights of its entry of the block.
 
         queries: (r g k d), slow: (r d)
         """
         vectors = {
-            name: slow[name][:, None, None] if name in slow else block.vector(name, rows)
+            name: slow[name][:, None, None] if name in slow else block.vector(name, entries)
             for name, p in self.parameters.items()
             if p.ndim < 2
         }
 
         def product(name: str, x: Tensor, is_transposed: bool) -> Tensor:
-            return block.product(name, x, rows, is_transposed)
+            return block.product(name, x, entries, is_transposed)
 
         with Answer(self.parameters, product, vectors):
             return self.model(queries)

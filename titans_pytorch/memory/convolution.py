@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 OTHER_TOKENS = 0.2
-"""Of what torch would give weights to begin with, beside the one token that a convolution starts at"""
+"""Share of torch's usual weights that other tokens begin with, beside the one that a convolution starts at"""
 
 
 class Tails(NamedTuple):
@@ -53,7 +53,7 @@ class CausalConvolution(nn.Module):
         return out.to(x.dtype), seen[:, t:].clone()  # not the whole piece's memory
 
 
-class Projection(nn.Module):
+class ConvolvedLinear(nn.Module):
     """A linear map of tokens, then a convolution over time, then an activation.  x: (b t dim)"""
 
     def __init__(self, dim_in: int, dim_out: int, conv_size: int, activation: nn.Module | None) -> None:
@@ -70,10 +70,10 @@ class Projection(nn.Module):
 
 def projected(layer: nn.Module, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What a layer with or without a convolution makes of tokens, and its next tail."""
-    if not isinstance(layer, Projection):
+    if not isinstance(layer, ConvolvedLinear):
         return layer(x), None
     return layer(x, layer.convolution.fresh_tail(len(x)) if tail is None else tail)
 
 
 def fresh_tail(layer: nn.Module, batch: int) -> Tensor | None:
-    return layer.convolution.fresh_tail(batch) if isinstance(layer, Projection) else None
+    return layer.convolution.fresh_tail(batch) if isinstance(layer, ConvolvedLinear) else None

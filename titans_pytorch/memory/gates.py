@@ -1,9 +1,10 @@
-"""Every gate of a memory: step sizes of tokens; momentum, forgetting and mixes of chunks."""
+"""The layers that gates are made of: step sizes of tokens, and whatever the rule asks for of chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import torch
 from einops import reduce, repeat
@@ -11,8 +12,15 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.rules.recurrence import Gates
-from titans_pytorch.memory.options import MemoryOptions
+from titans_pytorch.fast_weights.interface import PerParameter
+from titans_pytorch.fast_weights.rules.gates import KEEP, Gates
+from titans_pytorch.fast_weights.rules.rule import Gate, Rule
+from titans_pytorch.memory.options import GateOptions, ProjectionOptions
+
+T = TypeVar("T")
+
+PUBLISHED = {"to_decay_factor", "to_momentum", "to_learned_momentum_combine"}
+"""Layers of gates that a memory of the published package may have; None where the rule does not ask for them"""
 
 DECAY_RANK = 32
 """Width between tokens and a forgetting gate of every channel; a full map would have as many weights as projections"""
@@ -44,15 +52,15 @@ class AttentionPool(nn.Module):
         return (logits.softmax(dim=-2) * x).sum(dim=-2)
 
 
-class Gating(nn.Sequential):
-    """A linear layer whose outputs are laid out as the name of the pattern says."""
+class GateLayer(nn.Sequential):
+    """A linear layer whose outputs are laid out as the pattern says."""
 
     def __init__(self, dim: int, num_out: int, pattern: str, *, bias: float | None = None, **sizes: int) -> None:
         super().__init__(started_at(nn.Linear(dim, num_out), bias), Rearrange(pattern, **sizes))
 
 
-class ChannelGating(nn.Sequential):
-    """The same through a narrow layer, for as many outputs as a memory has channels."""
+class ChannelGateLayer(nn.Sequential):
+    """A gate layer that passes a narrow one, for as many outputs as a memory has channels."""
 
     def __init__(self, dim: int, num_out: int, pattern: str, *, bias: float | None = None, **sizes: int) -> None:
         rank = min(dim, DECAY_RANK)
@@ -74,77 +82,106 @@ def max_lr_sigmoid(raw: Tensor, max_lr: float) -> Tensor:
 
 
 class GateLayers(nn.Module):
-    """The layers that gates are made of, one set for all parameters of the memory or one for each (`p`)."""
+    """The gates of a memory: those of its rule, and its shares in other things.
 
-    def add_gates(self, options: MemoryOptions, fast: Mapping[str, Tensor]) -> None:
+    They are added by a method, not by a constructor, and stand directly in the memory: so parameters keep the names and
+    the order of published checkpoints.
+    """
+
+    def add_gates(self, options: GateOptions, sizes: ProjectionOptions, rule: Rule, fast: Mapping[str, Tensor]) -> None:
         """fast: the parameters of the memory, as they are shaped"""
-        dim, heads, u = options.dim, options.heads, options.num_kv_per_token
-        o, num_combined, num_names = options.num_orders, options.num_combined, len(fast)
-        p = num_names if options.per_parameter_gates else 1
-        self.options, self.parameter_names = options, tuple(fast)
+        dim, heads = sizes.dim, sizes.heads
+        self.rule, self.parameter_names, self.gate_heads = rule, tuple(fast), heads
+        self.max_modulation = options.max_mem_layer_modulation
         self.channels = [w.shape[-1] if w.ndim else 1 for w in fast.values()]
         default_step = partial(max_lr_sigmoid, max_lr=options.default_step_transform_max_lr)
-        self.adaptive_step_transform = options.adaptive_step_transform or default_step
+        self.adaptive_step_transform: Callable[[Tensor], Tensor] = options.adaptive_step_transform or default_step
         self.reduce_to_chunk_rep = AttentionPool(dim) if options.attn_pool_chunks else AveragePool()
-        each_step = "b n c (h p u) -> p (b h) n c u"
-        self.to_adaptive_step = Gating(dim, heads * p * u, each_step, bias=options.init_adaptive_step_bias, p=p, u=u)
-        self.to_decay_factor = self.decay_gating(p)
-        each_momentum = partial(Gating, dim, pattern="b n (h p o) -> p o (b h) n", bias=options.init_momentum_bias)
-        self.to_momentum = each_momentum(heads * p * o, p=p, o=o) if o else None
-        orders = partial(Gating, dim, pattern="b n (h o) -> o (b h) n")
-        self.to_learned_momentum_combine = orders(heads * num_combined, o=num_combined) if num_combined else None
-        modulates = options.per_parameter_lr_modulation
-        self.to_layer_modulation = orders(heads * num_names, o=num_names) if modulates else None
-        mixes = options.accept_weight_residual
-        self.to_learned_weight_residual_mix = Gating(dim, heads, "b n h -> (b h) n") if mixes else None
+        for gate in rule.gates:
+            self.add_module(gate.layer, self.layer_of(gate, sizes))
+        for layer in PUBLISHED - {gate.layer for gate in rule.gates}:
+            self.register_module(layer, None)
+        of_chunk = partial(GateLayer, dim, pattern="b n (h o) -> o (b h) n", h=heads)
+        modulates, mixes = options.per_parameter_lr_modulation, options.accept_weight_residual
+        self.to_layer_modulation = of_chunk(heads * len(fast)) if modulates else None
+        self.to_learned_weight_residual_mix = of_chunk(heads) if mixes else None
 
-    def decay_gating(self, p: int) -> nn.Module:
-        dim, heads, bias = self.options.dim, self.options.heads, self.options.init_decay_bias
-        if self.options.channelwise_decay:
-            return ChannelGating(dim, heads * sum(self.channels), "b n (h j) -> (b h) j n", bias=bias, h=heads)
-        return Gating(dim, heads * p, "b n (h p) -> p (b h) n", bias=bias, p=p)
+    def layer_of(self, gate: Gate, sizes: ProjectionOptions) -> nn.Module:
+        """(b n dim) -> (p o r n), or of channels (o r j n); of tokens (b n c dim) -> (p r n c u)"""
+        dim, heads, bias = sizes.dim, sizes.heads, gate.bias
+        p = len(self.parameter_names) if gate.varies == "parameter" else 1
+        if gate.per == "token":
+            u = sizes.num_kv_per_token
+            return GateLayer(dim, heads * p * u, "b n c (h p u) -> p (b h) n c u", bias=bias, h=heads, p=p)
+        if gate.varies == "channel":
+            num_out, pattern = heads * gate.number * sum(self.channels), "b n (h o j) -> o (b h) j n"
+            return ChannelGateLayer(dim, num_out, pattern, bias=bias, h=heads, o=gate.number)
+        num_out, pattern = heads * p * gate.number, "b n (h p o) -> p o (b h) n"
+        return GateLayer(dim, num_out, pattern, bias=bias, h=heads, p=p)
 
-    def rates(self, chunks: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """theta of every write, one for all parameters or one for each.  chunks: (b n c dim) -> (r n c u) each"""
-        return self.adaptive_step_transform(self.to_adaptive_step(chunks).to(dtype)).unbind(0)
+    def rates(self, chunks: Tensor, dtype: torch.dtype) -> PerParameter[Tensor]:
+        """The step size theta of every write.  chunks: (b n c dim) -> (r n c u)"""
+        (gate,) = (gate for gate in self.rule.gates if gate.kind == "rate")
+        raw = self.get_submodule(gate.layer)(chunks)
+        return self.by_name(self.adaptive_step_transform(raw.to(dtype)).unbind(0))
 
-    def gates(self, pooled: Tensor, poison: Tensor, is_stored: Tensor | None, dtype: torch.dtype) -> tuple[Gates, ...]:
-        """One for all parameters, or one for each.  pooled: (b n dim), one vector for each chunk"""
-        names, combine, momentum = self.parameter_names, self.to_learned_momentum_combine, self.to_momentum
-        log_keep = self.log_keep(pooled, dtype)
-        log_momentum = () if momentum is None else F.logsigmoid(finite(momentum(pooled), dtype)).unbind(0)  # eta
-        mixed = None if combine is None else finite(combine(pooled), dtype).softmax(dim=0)
-        poisoned = self.each_head((poison.detach() * 0).sum(dim=-1).to(dtype))
-        stored = None if is_stored is None else self.each_head(is_stored.any(dim=-1).to(dtype))
+    def gates(
+        self, pooled: Tensor, poison: Tensor, is_stored: Tensor | None, dtype: torch.dtype
+    ) -> PerParameter[Gates]:
+        """The gates that the rule has asked for.
+
+        pooled: (b n dim), one vector for each chunk; poison: (b n dim), not finite where a chunk is not;
+        is_stored: (b n c)
+        """
+        stored = None if is_stored is None else self.each_head(is_stored.any(dim=-1))
+        of_chunks = [gate for gate in self.rule.gates if gate.per == "chunk"]
+        values = {gate.name: (gate, self.gate_values(gate, pooled, stored, dtype)) for gate in of_chunks}
+        nan = self.each_head((poison.detach() * 0).sum(dim=-1).to(dtype))  # 0, or NaN
+        if KEEP not in values:
+            values[KEEP] = (Gate(KEEP, "", "decay"), (torch.zeros_like(nan).unsqueeze(0),))
+        keep, logs = values[KEEP]
+        values[KEEP] = (keep, tuple(log + (nan if log.ndim == 3 else nan.unsqueeze(1)) for log in logs))
+
+        def of_parameter(index: int) -> Gates:
+            def each(*kinds: str) -> dict[str, Tensor]:
+                chosen = {name: found for name, (gate, found) in values.items() if gate.kind in kinds}
+                return {name: found[index if len(found) > 1 else 0] for name, found in chosen.items()}
+
+            return Gates(each("factor", "decay"), each("share"), stored)
+
+        num = max(len(found) for _, found in values.values())
+        return self.by_name([of_parameter(index) for index in range(num)])
+
+    def gate_values(self, gate: Gate, pooled: Tensor, stored: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """A gate of every chunk, for all parameters or for each.  -> (o r n), or of channels (o r j n)"""
+        raw = finite(self.get_submodule(gate.layer)(pooled), dtype)
+        if gate.kind == "share":
+            return raw.softmax(dim=1).unbind(0)
+        logs = F.logsigmoid(-raw if gate.kind == "decay" else raw)
         if stored is not None:  # a chunk without anything to store changes nothing
-            log_keep = tuple(log * (stored.unsqueeze(1) if log.ndim > stored.ndim else stored) for log in log_keep)
-            log_momentum = tuple(log * stored for log in log_momentum)
-        num = max(len(log_keep), len(log_momentum))
-        if num == 1:
-            return (Gates(log_keep[0], log_momentum[0] if log_momentum else None, mixed, stored, poisoned),)
-        momenta = log_momentum if len(log_momentum) > 1 else (log_momentum or (None,)) * len(names)
-        return tuple(Gates(keep, log, mixed, stored, poisoned) for keep, log in zip(log_keep, momenta, strict=True))
+            logs = logs * (stored.unsqueeze(1) if gate.varies == "channel" else stored)
+        return logs.split(self.channels, dim=2) if gate.varies == "channel" else logs.unbind(0)
 
-    def log_keep(self, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """log(1 - alpha), one for all parameters (r n), one for each, or one for each of their channels (r j n)"""
-        logs = F.logsigmoid(-finite(self.to_decay_factor(pooled), dtype))
-        if self.options.channelwise_decay:
-            return logs.split(self.channels, dim=1)
-        return logs.unbind(0)
+    def by_name(self, found: tuple[T, ...] | list[T]) -> PerParameter[T]:
+        """One thing for all parameters, or one for each, by name."""
+        if len(found) == 1 and len(self.parameter_names) > 1:
+            return PerParameter.shared(self.parameter_names, found[0])
+        return PerParameter(dict(zip(self.parameter_names, found, strict=True)), len(found) == 1)
 
     def each_head(self, x: Tensor) -> Tensor:
-        return repeat(x, "b n -> (b h) n", h=self.options.heads)
+        """(b n) -> (r n)"""
+        return repeat(x, "b n -> (b h) n", h=self.gate_heads)
 
     def shares(self, pooled: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor | None]:
-        """lambda of every parameter, and the share of the previous layer's weights.  (r n) each"""
+        """The share lambda of every parameter in surprises, and that of the previous layer's weights.  (r n) each"""
         modulation, mix = self.to_layer_modulation, self.to_learned_weight_residual_mix
         by_name = {}
         if modulation is not None:
-            shares = finite(modulation(pooled), dtype).sigmoid() * self.options.max_mem_layer_modulation
+            shares = finite(modulation(pooled), dtype).sigmoid() * self.max_modulation
             by_name = dict(zip(self.parameter_names, shares, strict=True))
-        return by_name, None if mix is None else finite(mix(pooled), dtype).sigmoid()
+        return by_name, None if mix is None else finite(mix(pooled), dtype).sigmoid()[0]
 
 
 def finite(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is not finite is kept apart, as poison, so that it never reaches what came before."""
+    """What is not finite is kept apart, so that it never reaches what came before."""
     return raw.to(dtype).nan_to_num(0.0, 0.0, 0.0)

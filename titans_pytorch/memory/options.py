@@ -1,146 +1,163 @@
-"""The arguments of a `NeuralMemory`, checked, and what follows from them."""
+"""The arguments of a `NeuralMemory`, sorted by the part of it that reads them; each checks its own.
+
+`NeuralMemory` says what each of them means, and has the defaults. Those of rules are in `fast_weights.rules.registry`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from titans_pytorch.checks import value_checks
-from titans_pytorch.fast_weights.engine import EngineName
 from titans_pytorch.fast_weights.interface import LossFn
-from titans_pytorch.losses import mean_squared_error, summed_squared_error
-from titans_pytorch.memory import option_checks as memory_checks
+from titans_pytorch.losses import LOSSES, mean_squared_error, summed_squared_error
 
 
 @dataclass(frozen=True)
-class MemoryOptions:
-    """`NeuralMemory` says what each of them means, and has the defaults."""
+class ProjectionOptions:
+    """How tokens become queries, keys and values, and what is read becomes tokens."""
 
     dim: int
-    chunk_size: int | tuple[int, int]
-    batch_size: int | None
-    dim_head: int | None
     heads: int
-    model: nn.Module | None
-    store_memory_loss_fn: LossFn
-    adaptive_step_transform: Callable[[Tensor], Tensor] | None
-    default_step_transform_max_lr: float
-    per_parameter_lr_modulation: bool
-    max_mem_layer_modulation: float
-    per_head_learned_parameters: bool
-    attn_pool_chunks: bool
-    momentum: bool
-    momentum_order: int
-    learned_momentum_combine: bool
-    learned_combine_include_zeroth: bool
+    dim_head: int  # width of a head
     num_kv_per_token: int
-    qkv_receives_diff_views: bool
+    activation: nn.Module | None
+    conv_size: int | None
     pre_rmsnorm: bool
     post_rmsnorm: bool
     qk_rmsnorm: bool
-    max_grad_norm: float | None
-    use_accelerated_scan: bool
-    activation: nn.Module | None
-    init_adaptive_step_bias: float | None
-    init_momentum_bias: float | None
-    init_decay_bias: float | None
-    accept_weight_residual: bool
-    spectral_norm_surprises: bool
-    gated_transition: bool
-    mem_model_norm_add_residual: bool
-    store_with_lookahead_value: bool
-    default_model_kwargs: Mapping[str, Any] | None
-    max_weight_growth: float | None
-    engine: EngineName | None
     qk_l2norm: bool
-    conv_size: int | None
-    summed_loss: bool
-    per_parameter_gates: bool
-    channelwise_decay: bool
-    learned_norm_gain: bool
     gated_output: bool
-
-    @classmethod
-    def names(cls) -> set[str]:
-        return {field.name for field in fields(cls)}
+    looks_ahead: bool  # keys are paired with the values of the next token
+    has_learned_gain: bool  # the gain of the norm around the memory model is learned outside
 
     @property
-    def chunks(self) -> tuple[int, int]:
-        """(retrieve, store)"""
-        return value_checks.check_chunk_size(self.chunk_size)
-
-    @property
-    def head_width(self) -> int:
-        return self.dim if self.dim_head is None else self.dim_head
-
-    @property
-    def num_orders(self) -> int:
-        """Of momentum."""
-        return self.momentum_order if self.momentum else 0
-
-    @property
-    def num_combined(self) -> int:
-        """How many orders are mixed; 0: the last one counts."""
-        return self.momentum_order + self.learned_combine_include_zeroth if self.learned_momentum_combine else 0
-
-    @property
-    def loss_fn(self) -> LossFn:
-        return summed_squared_error if self.summed_loss else self.store_memory_loss_fn
+    def inner(self) -> int:
+        """Width of all heads together."""
+        return self.heads * self.dim_head
 
     def __post_init__(self) -> None:
-        self.check_types()
-        self.check_paper()
-        memory_checks.check_batching(self.batch_size, self.chunks[1], self.gated_transition, self.max_weight_growth)
-        memory_checks.check_chunking(self.chunks[1], self.attn_pool_chunks, self.store_with_lookahead_value)
-        memory_checks.check_momentum(
-            self.momentum,
-            self.momentum_order,
-            self.learned_momentum_combine,
-            self.learned_combine_include_zeroth,
-            self.init_momentum_bias,
-        )
-        memory_checks.check_scan(self.use_accelerated_scan)
-        memory_checks.check_dim_head(self.dim, self.head_width, self.heads)
-        if self.model is not None and not isinstance(self.model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
-
-    def check_types(self) -> None:
-        """Every argument by itself."""
-        value_checks.check_switches(
-            **{each.name: getattr(self, each.name) for each in fields(self) if each.type == "bool"}
-        )
         value_checks.check_whole(
             dim=self.dim,
             dim_head=self.dim_head,
             heads=self.heads,
-            momentum_order=self.momentum_order,
             num_kv_per_token=self.num_kv_per_token,
-            batch_size=self.batch_size,
             conv_size=self.conv_size,
+        )
+        value_checks.check_switches(
+            pre_rmsnorm=self.pre_rmsnorm,
+            post_rmsnorm=self.post_rmsnorm,
+            qk_rmsnorm=self.qk_rmsnorm,
+            qk_l2norm=self.qk_l2norm,
+            gated_output=self.gated_output,
+            store_with_lookahead_value=self.looks_ahead,
+            learned_norm_gain=self.has_learned_gain,
+        )
+        value_checks.check_exclusive(qk_l2norm=self.qk_l2norm, qk_rmsnorm=self.qk_rmsnorm)
+        if self.activation is not None and not isinstance(self.activation, nn.Module):
+            got = f"{self.activation!r} ({type(self.activation).__name__})"
+            raise TypeError(f"activation must be an nn.Module such as nn.SiLU(), got {got}")
+        if self.heads == 1 and self.dim_head != self.dim:
+            raise ValueError(
+                f"dim_head must equal dim ({self.dim}) with one head, got {self.dim_head}; use heads > 1 for another"
+            )
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """What decides how eagerly tokens are stored, beside the gates of the rule."""
+
+    attn_pool_chunks: bool
+    adaptive_step_transform: Callable[[Tensor], Tensor] | None
+    default_step_transform_max_lr: float
+    per_parameter_lr_modulation: bool
+    max_mem_layer_modulation: float
+    accept_weight_residual: bool
+
+    def __post_init__(self) -> None:
+        value_checks.check_switches(
+            attn_pool_chunks=self.attn_pool_chunks,
+            per_parameter_lr_modulation=self.per_parameter_lr_modulation,
+            accept_weight_residual=self.accept_weight_residual,
         )
         value_checks.check_positive(
             default_step_transform_max_lr=self.default_step_transform_max_lr,
             max_mem_layer_modulation=self.max_mem_layer_modulation,
-            max_grad_norm=self.max_grad_norm,
         )
-        value_checks.check_chunk_size(self.chunk_size)
-        value_checks.check_number(
-            init_adaptive_step_bias=self.init_adaptive_step_bias,
-            init_momentum_bias=self.init_momentum_bias,
-            init_decay_bias=self.init_decay_bias,
-        )
-        value_checks.check_callable(
-            store_memory_loss_fn=self.store_memory_loss_fn, adaptive_step_transform=self.adaptive_step_transform
-        )
-        memory_checks.check_elementwise("adaptive_step_transform", self.adaptive_step_transform)
-        memory_checks.check_activation(self.activation)
+        value_checks.check_callable(adaptive_step_transform=self.adaptive_step_transform)
+        if self.adaptive_step_transform is None:
+            return
+        got = self.adaptive_step_transform(torch.zeros(2, 3))
+        if not isinstance(got, Tensor) or got.shape != (2, 3):
+            shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+            raise ValueError(f"adaptive_step_transform must be elementwise: gave the shape (2, 3), got {shape}")
 
-    def check_paper(self) -> None:
-        has_loss = self.store_memory_loss_fn is not mean_squared_error
-        value_checks.check_exclusive(qk_l2norm=self.qk_l2norm, qk_rmsnorm=self.qk_rmsnorm)
-        value_checks.check_exclusive(summed_loss=self.summed_loss, store_memory_loss_fn=has_loss)
-        has_norm = self.mem_model_norm_add_residual
-        value_checks.check_needed("learned_norm_gain", self.learned_norm_gain, mem_model_norm_add_residual=has_norm)
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the memory is, and how it begins."""
+
+    model: nn.Module | None
+    default_model_kwargs: Mapping[str, Any]
+    has_residual_norm: bool
+    has_learned_gain: bool
+    is_per_head: bool
+
+    def __post_init__(self) -> None:
+        value_checks.check_switches(
+            mem_model_norm_add_residual=self.has_residual_norm, per_head_learned_parameters=self.is_per_head
+        )
+        value_checks.check_needed(
+            "learned_norm_gain", self.has_learned_gain, mem_model_norm_add_residual=self.has_residual_norm
+        )
+        if self.model is not None and not isinstance(self.model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
+
+
+@dataclass(frozen=True)
+class RenewalOptions:
+    """What happens where the base is renewed."""
+
+    is_gated: bool
+    max_weight_growth: float | None
+
+    def __post_init__(self) -> None:
+        value_checks.check_switches(gated_transition=self.is_gated)
+        value_checks.check_positive(max_weight_growth=self.max_weight_growth)
+        if self.max_weight_growth is not None and self.max_weight_growth < 1:
+            raise ValueError(
+                f"max_weight_growth must be at least 1 (times the initial memory), got {self.max_weight_growth}"
+            )
+
+
+def loss_of(store_memory_loss_fn: LossFn, summed_loss: bool, loss: str | None) -> LossFn:
+    """The key-value loss, however it was asked for."""
+    is_given = store_memory_loss_fn is not mean_squared_error
+    value_checks.check_switches(summed_loss=summed_loss)
+    value_checks.check_callable(store_memory_loss_fn=store_memory_loss_fn)
+    value_checks.check_exclusive(summed_loss=summed_loss, store_memory_loss_fn=is_given)
+    if loss is None:
+        return summed_squared_error if summed_loss else store_memory_loss_fn
+    value_checks.check_exclusive(loss=True, summed_loss=summed_loss)
+    value_checks.check_exclusive(loss=True, store_memory_loss_fn=is_given)
+    value_checks.check_choice("loss", loss, tuple(sorted(LOSSES)))
+    return LOSSES[loss]
+
+
+def check_scan(use_accelerated_scan: bool) -> None:
+    """The kernel is there, if it is asked for."""
+    value_checks.check_switches(use_accelerated_scan=use_accelerated_scan)
+    if not use_accelerated_scan:
+        return
+    has_package = importlib.util.find_spec("accelerated_scan") is not None
+    if not (has_package and torch.cuda.is_available()):
+        raise ValueError(
+            "use_accelerated_scan needs a CUDA device and the package accelerated-scan, "
+            f"got CUDA {'available' if torch.cuda.is_available() else 'not available'} "
+            f"and the package {'installed' if has_package else 'not installed'}"
+        )

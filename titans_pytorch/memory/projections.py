@@ -11,9 +11,10 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from titans_pytorch.fast_weights.interface import Weights, Writes
-from titans_pytorch.memory.convolution import Projection, Tails, fresh_tail, projected
+from titans_pytorch.fast_weights.rules.rule import Rule
+from titans_pytorch.memory.convolution import ConvolvedLinear, Tails, fresh_tail, projected
 from titans_pytorch.memory.gates import GateLayers, finite
-from titans_pytorch.memory.options import MemoryOptions
+from titans_pytorch.memory.options import GateOptions, ProjectionOptions
 
 NORM_GAIN = "norm.gamma"
 """Name of the gain of `ResidualNorm`"""
@@ -39,7 +40,7 @@ class StoredTokens(NamedTuple):
     is_stored: Tensor | None  # (b t)  None: all
 
 
-class Projected(NamedTuple):
+class ProjectedWrites(NamedTuple):
     """Writes, and which of them count."""
 
     writes: Writes
@@ -55,30 +56,41 @@ class L2Norm(nn.Module):
         return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def projection(dim_in: int, dim_out: int, options: MemoryOptions) -> nn.Module:
+def projection(dim_in: int, dim_out: int, options: ProjectionOptions) -> nn.Module:
+    """A layer for queries, keys or values.  (b t dim_in) -> (b t dim_out)"""
     if options.conv_size is not None:
-        return Projection(dim_in, dim_out, options.conv_size, options.activation)
+        return ConvolvedLinear(dim_in, dim_out, options.conv_size, options.activation)
     linear = nn.Linear(dim_in, dim_out, bias=False)
     return linear if options.activation is None else nn.Sequential(linear, options.activation)
 
 
-def head_norm(options: MemoryOptions) -> nn.Module:
-    """Of queries and keys."""
+def head_norm(options: ProjectionOptions) -> nn.Module:
+    """The norm of queries and keys, head by head."""
     if options.qk_l2norm:
         return L2Norm()
-    return MultiheadRMSNorm(options.head_width, options.heads) if options.qk_rmsnorm else nn.Identity()
+    return MultiheadRMSNorm(options.dim_head, options.heads) if options.qk_rmsnorm else nn.Identity()
 
 
 class Projections(GateLayers):
     """The layers of a `NeuralMemory` outside its memory; parameter names are those of published checkpoints."""
 
-    def __init__(self, options: MemoryOptions, fast: Mapping[str, Tensor], mixes_tokens: bool) -> None:
-        """fast: the parameters of the memory, as they are shaped; mixes_tokens: whether its model does"""
+    def __init__(
+        self,
+        options: ProjectionOptions,
+        gates: GateOptions,
+        rule: Rule,
+        fast: Mapping[str, Tensor],
+        compacts_masked: bool,
+    ) -> None:
+        """fast: the parameters of the memory, as they are shaped; compacts_masked: whether tokens that are not stored
+        move behind those that are, as a memory model needs that mixes tokens
+        """
         super().__init__()
-        dim, heads, dim_head, u = options.dim, options.heads, options.head_width, options.num_kv_per_token
-        inner = heads * dim_head
+        dim, heads, dim_head, u = options.dim, options.heads, options.dim_head, options.num_kv_per_token
+        inner = options.inner
         self.heads, self.dim_head, self.num_kv_per_token = heads, dim_head, u
-        self.looks_ahead, self.compacts_masked = options.store_with_lookahead_value, mixes_tokens
+        self.lookback = (options.conv_size or 1) - 1  # tokens before it that a query depends on
+        self.looks_ahead, self.compacts_masked = options.looks_ahead, compacts_masked
 
         self.retrieve_norm = nn.RMSNorm(dim) if options.pre_rmsnorm else nn.Identity()
         self.store_norm = nn.RMSNorm(dim) if options.pre_rmsnorm else nn.Identity()
@@ -92,10 +104,10 @@ class Projections(GateLayers):
         is_combined = heads > 1 or options.gated_output
         self.combine_heads = nn.Linear(inner, dim, bias=False) if is_combined else nn.Identity()
         self.retrieve_gate = self.output_gate(options)
-        self.add_gates(options, fast)
-        self.memory_norm_gamma = nn.Parameter(torch.zeros(heads, dim_head)) if options.learned_norm_gain else None
+        self.add_gates(gates, options, rule, fast)
+        self.memory_norm_gamma = nn.Parameter(torch.zeros(heads, dim_head)) if options.has_learned_gain else None
 
-    def start_associating(self) -> None:
+    def init_as_association(self) -> None:
         """Begin as a memory of what followed what: a token is stored under the one before it, and asked for by itself.
 
         Queries start as keys, convolutions near the one token that this takes. From weights of either sign, or equal
@@ -104,12 +116,12 @@ class Projections(GateLayers):
         if self.num_kv_per_token == 1:
             self.to_queries.load_state_dict(self.to_keys.state_dict())
         for layer, lag in ((self.to_queries, 0), (self.to_keys, 1), (self.to_values, 0)):
-            if isinstance(layer, Projection):
+            if isinstance(layer, ConvolvedLinear):
                 layer.convolution.start_at(lag)
 
-    def output_gate(self, options: MemoryOptions) -> nn.Module | None:
+    def output_gate(self, options: ProjectionOptions) -> nn.Module | None:
         """A gate of every feature, one of every head, or none.  (b t dim) -> (b h t d), (b h t 1)"""
-        dim, heads, inner = options.dim, options.heads, options.heads * options.head_width
+        dim, heads, inner = options.dim, options.heads, options.inner
         if options.gated_output:
             gate = nn.Linear(dim, inner, bias=False)
             return nn.Sequential(gate, Rearrange("b t (h d) -> b h t d", h=heads), nn.Sigmoid())
@@ -118,7 +130,7 @@ class Projections(GateLayers):
         return nn.Sequential(nn.Linear(dim, heads, bias=False), Rearrange("b t h -> b h t 1"), nn.Sigmoid())
 
     def fresh_tails(self, batch: int) -> Tails:
-        """Of a stream that has not begun."""
+        """What convolutions see before a stream begins."""
         return Tails(*(fresh_tail(layer, batch) for layer in (self.to_queries, self.to_keys, self.to_values)))
 
     def slow_weights(self, batch: int, dtype: torch.dtype) -> Weights:
@@ -139,36 +151,46 @@ class Projections(GateLayers):
             split = split * self.retrieve_gate(tokens)
         return self.combine_heads(rearrange(split, "b h t d -> b t (h d)"))
 
-    def project_writes(self, tokens: StoredTokens, chunk: int, dtype: torch.dtype, tails: Tails) -> Projected:
+    def project_writes(self, tokens: StoredTokens, chunk: int, dtype: torch.dtype, tails: Tails) -> ProjectedWrites:
         """Keys, values, rates and gates of whole chunks.  dtype: in which weights are kept"""
         is_stored = None if tokens.is_stored is None else rearrange(tokens.is_stored, "b (n c) -> b n c", c=chunk)
         from_keys = self.normed(tokens.keys, tokens.is_stored)
-        same = tokens.values is tokens.keys
-        from_values = from_keys if same else self.normed(tokens.values, tokens.is_stored)
+        has_one_view = tokens.values is tokens.keys
+        from_values = from_keys if has_one_view else self.normed(tokens.values, tokens.is_stored)
+        keys, keys_tail = self.write_keys(from_keys, chunk, tails.keys)
+        values, values_tail = self.write_values(from_values, chunk, tails.values)
         chunks = rearrange(from_keys, "b (n c) d -> b n c d", c=chunk)
-        found_keys, keys_tail = projected(self.to_keys, from_keys, tails.keys)
-        found_values, values_tail = projected(self.to_values, from_values, tails.values)
-        keys = self.split_chunks(self.k_norm, found_keys, chunk)
-        values = self.split_chunks(nn.Identity(), found_values, chunk)
         rates = self.rates(chunks, dtype)
         pooled = self.reduce_to_chunk_rep(chunks, is_stored)
-        poison = pooled if same else pooled + reduce(from_values, "b (n c) d -> b n d", "mean", c=chunk)
-        gates = self.gates(pooled, poison, is_stored, dtype)
-        modulation, mix = self.shares(pooled, dtype)
+        poison = pooled if has_one_view else pooled + reduce(from_values, "b (n c) d -> b n d", "mean", c=chunk)
+        gates, (modulation, mix) = self.gates(pooled, poison, is_stored, dtype), self.shares(pooled, dtype)
+        counted = None
         if is_stored is not None:
-            is_stored = repeat(is_stored, "b n c -> (b h) n c u", h=self.heads, u=self.num_kv_per_token)
-        if self.looks_ahead:
-            keys, values, rates = keys[:, :, :-1], values[:, :, 1:], tuple(rate[:, :, :-1] for rate in rates)
-            is_stored = None if is_stored is None else is_stored[:, :, :-1] & is_stored[:, :, 1:]
-        keys, values, *own = (
-            rearrange(finite(x, dtype), "r n c u ... -> r n (c u) ...") for x in (keys, values, *rates)
-        )
+            counted = repeat(is_stored, "b n c -> (b h) n c u", h=self.heads, u=self.num_kv_per_token)
+        if self.looks_ahead:  # keys of a token go with values of the next one
+            keys, values, rates = keys[:, :, :-1], values[:, :, 1:], rates.map(lambda rate: rate[:, :, :-1])
+            counted = None if counted is None else counted[:, :, :-1] & counted[:, :, 1:]
+
+        def flat(x: Tensor) -> Tensor:
+            """(r n c u ...) -> (r n cu ...)"""
+            return rearrange(finite(x, dtype), "r n c u ... -> r n (c u) ...")
+
         slow = self.slow_weights(tokens.keys.shape[0], dtype)
-        writes = Writes(keys, values, tuple(own), gates, modulation, mix, slow)
+        writes = Writes(flat(keys), flat(values), rates.map(flat), gates, modulation, mix, slow)
         tails = tails._replace(keys=keys_tail, values=values_tail)
-        if is_stored is None:
-            return Projected(writes, None, None, tails)
-        return self.without_masked(writes, rearrange(is_stored, "r n c u -> r n (c u)"), tails)
+        if counted is None:
+            return ProjectedWrites(writes, None, None, tails)
+        return self.without_masked(writes, rearrange(counted, "r n c u -> r n (c u)"), tails)
+
+    def write_keys(self, tokens: Tensor, chunk: int, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """tokens: (b t dim), normed -> (r n c u d), the next tail of the convolution"""
+        found, tail = projected(self.to_keys, tokens, tail)
+        return self.split_chunks(self.k_norm, found, chunk), tail
+
+    def write_values(self, tokens: Tensor, chunk: int, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """tokens: (b t dim), normed -> (r n c u d), the next tail of the convolution"""
+        found, tail = projected(self.to_values, tokens, tail)
+        return self.split_chunks(nn.Identity(), found, chunk), tail
 
     def normed(self, tokens: Tensor, is_stored: Tensor | None) -> Tensor:
         if is_stored is not None:  # what is not stored may be anything, NaN included
@@ -181,16 +203,16 @@ class Projections(GateLayers):
         split = norm(rearrange(projected, "b t (h u d) -> b h (t u) d", h=h, u=u))
         return rearrange(split, "b h (n c u) d -> (b h) n c u d", c=chunk, u=u)
 
-    def without_masked(self, writes: Writes, is_stored: Tensor, tails: Tails) -> Projected:
-        """Rates of zero; for a model that mixes tokens, what is masked also moves behind all that is stored.
+    def without_masked(self, writes: Writes, is_stored: Tensor, tails: Tails) -> ProjectedWrites:
+        """Rates of zero for what is masked; for a model that mixes tokens it also moves behind all that is stored.
 
         Masked keys are ones: zero is where norms in a memory model may have no second derivative.
         """
         keys = torch.where(is_stored[..., None], writes.keys, 1.0)
-        writes = writes._replace(keys=keys, rates=tuple(rate * is_stored for rate in writes.rates))
+        writes = writes._replace(keys=keys, rates=writes.rates.map(lambda rate: rate * is_stored))
         if not self.compacts_masked:
-            return Projected(writes, is_stored, None, tails)
+            return ProjectedWrites(writes, is_stored, None, tails)
         order = is_stored.logical_not().byte().argsort(dim=-1, stable=True)
         keys, values = (x.gather(2, order[..., None].expand_as(x)) for x in (writes.keys, writes.values))
-        rates = tuple(rate.gather(2, order) for rate in writes.rates)
-        return Projected(writes._replace(keys=keys, values=values, rates=rates), is_stored, order, tails)
+        rates = writes.rates.map(lambda rate: rate.gather(2, order))
+        return ProjectedWrites(writes._replace(keys=keys, values=values, rates=rates), is_stored, order, tails)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from titans_pytorch.fast_weights.general import DenseBlock
-from titans_pytorch.fast_weights.interface import Block, Weights
+from titans_pytorch.fast_weights.blocks.dense import DenseBlock
+from titans_pytorch.fast_weights.interface import Block, Carry, Weights
 from titans_pytorch.memory.convolution import Tails
 
 Tree = TypeVar("Tree")
@@ -17,13 +18,8 @@ Tree = TypeVar("Tree")
 
 def detached(tree: Tree) -> Tree:
     """The same containers with every tensor cut from its graph."""
-    if isinstance(tree, Tensor):
-        return cast(Tree, tree.detach())
-    if isinstance(tree, Mapping):
-        return cast(Tree, {name: detached(value) for name, value in tree.items()})
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return cast(Tree, type(tree)(*map(detached, tree)))
-    return cast(Tree, type(tree)(map(detached, tree))) if isinstance(tree, (list, tuple)) else tree
+    found: Tree = tree_map_only(Tensor, Tensor.detach, tree)
+    return found
 
 
 def outside_inference(x: Tensor) -> Tensor:
@@ -60,7 +56,7 @@ class Updates(Mapping[str, Tensor]):
         """Of tensors (r N+1 ...), from a stream's first chunk on."""
         last = {name: weight[:, -1] for name, weight in weights.items()}
         num_chunks = next(iter(weights.values())).shape[1] - 1
-        return cls(0, num_chunks, last, [DenseBlock({}, dict(weights), {})])
+        return cls(0, num_chunks, last, [DenseBlock(dict(weights), Carry({}, {}, {}, {}))])
 
     def with_blocks(self, blocks: list[Block]) -> Updates:
         """The same with all blocks at hand, for somebody who will look many times."""
@@ -101,12 +97,14 @@ class Updates(Mapping[str, Tensor]):
     def product(self, name: str, x: Tensor, first_chunk: int, is_transposed: bool) -> Tensor:
         """x: (r n c i), chunk j read with the weights before chunk first_chunk + j -> (r n c j)"""
         found = self.overlaps(first_chunk, x.shape[1])
-        return torch.cat([block.product(name, x[:, where], rows, is_transposed) for block, rows, where in found], dim=1)
+        return torch.cat(
+            [block.product(name, x[:, where], entries, is_transposed) for block, entries, where in found], dim=1
+        )
 
     def materialise(self, name: str, first_chunk: int, num_chunks: int) -> Tensor:
         """-> (r n ...)"""
         found = self.overlaps(first_chunk, num_chunks)
-        return torch.cat([block.materialise(name)[:, rows] for block, rows, _ in found], dim=1)
+        return torch.cat([block.materialise(name)[:, entries] for block, entries, _ in found], dim=1)
 
     def covers(self, first_chunk: int, num_chunks: int) -> bool:
         return self.first_chunk <= first_chunk and first_chunk + num_chunks <= self.first_chunk + self.num_chunks
@@ -117,6 +115,14 @@ class ReadingGroup(NamedTuple):
 
     queries: Tensor | None  # (r k d)  of the group's tokens, for memory models that mix tokens
     weights: Weights | None  # (r ...)  that the group reads, where they may be older than the current ones
+
+
+class QueryTail(NamedTuple):
+    """What reading a memory needs to know of the tokens that were read before (`NeuralMemory.ask`)."""
+
+    num_read: int
+    convolution: Tensor | None  # (b size-1 channels)  what the convolution of queries still sees
+    group: ReadingGroup
 
 
 class NeuralMemState(NamedTuple):
@@ -133,6 +139,22 @@ class NeuralMemState(NamedTuple):
     cache_store_mask: Tensor | None = None  # (b t)  which of the waiting tokens are to be stored; None: all
     group: ReadingGroup = ReadingGroup(None, None)
     tails: Tails = Tails(None, None, None)  # what convolutions still see of the tokens before
+
+    @property
+    def base(self) -> Weights:
+        return self.weights
+
+    @property
+    def current(self) -> Weights:
+        return self.states[0]
+
+    @property
+    def momenta(self) -> Weights:
+        return self.states[1]
+
+    @property
+    def waiting(self) -> Tensor:
+        return self.cache_store_segment
 
     @property
     def batch(self) -> int:

@@ -1,12 +1,12 @@
-"""One call of a memory: which tokens it stores and reads when, block by block, in memory bounded by a span of blocks.
+"""One call of a memory: store and read, block by block, in memory bounded by a span of blocks.
 
-A call goes on where the last one stopped, at any token; a long call is cut into spans that are projected (and, in
-training, recomputed) one after another. So pieces of any lengths give what one call gives.
+A call goes on where the last one stopped, at any token, and is planned before it runs (`memory.plan`). So pieces of any
+lengths give what one call gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,22 +18,11 @@ from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, Residual
 from titans_pytorch.memory.convolution import Tails
-from titans_pytorch.memory.projections import Projected, Projections, StoredTokens
+from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout
+from titans_pytorch.memory.projections import ProjectedWrites, Projections, StoredTokens
 from titans_pytorch.memory.reading import Reader
 from titans_pytorch.memory.recompute import recomputed
-from titans_pytorch.memory.schedule import BlockPlan, Layout, plan_blocks
 from titans_pytorch.memory.state import ReadingGroup, Updates
-
-SPAN_TOKENS = 4096
-"""Tokens (of all rows together) that are projected at once"""
-
-SPAN_ELEMENTS = 2**26
-KEPT_ELEMENTS = 2**28
-"""Numbers that training keeps for its backward pass: of a span, and of a call (1 GB in float32); a call that would keep
-more keeps only what is carried between spans and computes the rest again"""
-
-BLOCK_ELEMENTS = 2**26
-"""Numbers in the blocks of a call that are kept for a next layer's weight residual rather than made again"""
 
 
 class Stored(NamedTuple):
@@ -86,179 +75,169 @@ class Pieces:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=1)
 
 
-class Surprise(NamedTuple):
-    """What was stored how eagerly.  (r n c) each"""
+class Report(NamedTuple):
+    """How badly each write was predicted, and how eagerly it was stored.  (r n c) each"""
 
     loss: Tensor
     rates: Tensor
 
 
-class Step(NamedTuple):
-    """One span done."""
+class Moment(NamedTuple):
+    """A memory between two spans: all that the tokens to come need."""
 
-    reads: Tensor | None  # (b t dim)
     carry: Carry
     group: ReadingGroup
     tails: Tails
-    surprises: list[Surprise]
+
+
+class SpanResult(NamedTuple):
+    """What one span gives."""
+
+    reads: Tensor | None  # (b t dim)
+    moment: Moment
+    report: Report | None
     blocks: list[Block]
 
 
-class Outcome(NamedTuple):
-    """A whole call done; `blocks` are there or can be had by `replay`."""
+class CallResult(NamedTuple):
+    """What a whole call gives; `blocks` are there or can be had by `replay`."""
 
     reads: Tensor | None  # (b t dim)
-    carry: Carry
-    group: ReadingGroup
-    tails: Tails
-    surprises: list[Surprise]
+    moment: Moment
+    reports: list[Report]
     blocks: list[Block]
     replay: Callable[[], list[Block]] | None
+
+
+RunSpan = Callable[..., SpanResult]
 
 
 @dataclass(frozen=True)
 class Stream:
     """A memory at one moment of a sequence, with what it needs to go on."""
 
-    projections: Projections
-    engine: Engine
-    layout: Layout
+    layers: Projections  # from tokens to writes and queries, from reads to tokens
+    engine: Engine  # from writes to weights, from queries to reads
     renew: Callable[[Carry], Carry]  # what happens to a carry where the base is renewed
-    mixes_tokens: bool
-    residual: Updates | None
+    layout: Layout
+    residual: Updates | None  # the weights of the previous memory layer
     first_token: int  # position of the first new token
     first_chunk: int  # the first chunk that is not complete
 
-    def run(self, carry: Carry, group: ReadingGroup, tails: Tails, seq: Tensor | None, stored: Stored) -> Outcome:
-        """All of a call.  seq: (b t dim), what is read; None: only store"""
-        rows = stored.new.keys.shape[0] * self.projections.heads
-        spans = self.spans(stored.new.keys.shape[1], rows)
-        num_chunks = sum(plan.num_chunks for plans in spans for plan in plans)
-        is_training = torch.is_grad_enabled() and plain_autograd_works()
-        recomputes = is_training and num_chunks * self.kept_elements(rows) > KEPT_ELEMENTS
-        reads = Pieces(0 if seq is None else seq.shape[1])
-        surprises: list[Surprise] = []
-        blocks: list[Block] = []
-        num_blocks = sum(plan.num_chunks > 0 for plans in spans for plan in plans)
-        has_small_blocks = num_chunks * rows * self.engine.block_elements(self.writes_per_chunk) <= BLOCK_ELEMENTS
-        keeps_blocks = num_blocks <= 1 or (torch.is_grad_enabled() and (has_small_blocks or not recomputes))
-        replay = (
-            None if keeps_blocks else partial(self.all_blocks, carry, tails, stored, spans, torch.is_grad_enabled())
-        )
-        step = self.recomputed_step() if recomputes else self.step
-        previous = None if self.residual is None else self.residual.blocks
-        for plans in spans:
-            read, carry, group, tails, surprise, done = step(
-                carry, group, tails, seq, stored, previous, plans, keeps_blocks
-            )
-            if read is not None:
-                reads.add(read)
-            surprises.extend(surprise)
-            blocks.extend(done)
-        joined = None if seq is None else reads.joined()
-        return Outcome(joined, carry, group, tails, surprises, blocks, replay)
+    def run(self, plan: CallPlan, moment: Moment, seq: Tensor | None, stored: Stored) -> CallResult:
+        """All of a call, as planned.  seq: (b t dim), what is read; None: only store"""
+        run, previous = self.runner(plan.recomputes), self.previous_blocks
+        reads, reports, blocks = Pieces(0 if seq is None else seq.shape[1]), [], []
+        begin = moment
+        for span in plan.spans:
+            result = run(moment, seq, stored, previous, span, plan.keeps_blocks)
+            moment = result.moment
+            if result.reads is not None:
+                reads.add(result.reads)
+            reports += [] if result.report is None else [result.report]
+            blocks += result.blocks
+        replay = None
+        if not plan.keeps_blocks:
+            replay = partial(self.all_blocks, plan, begin, stored, torch.is_grad_enabled())
+        return CallResult(None if seq is None else reads.joined(), moment, reports, blocks, replay)
 
-    def all_blocks(
-        self, carry: Carry, tails: Tails, stored: Stored, spans: list[list[BlockPlan]], is_differentiable: bool
-    ) -> list[Block]:
+    def all_blocks(self, plan: CallPlan, moment: Moment, stored: Stored, is_differentiable: bool) -> list[Block]:
         """Store once more, for somebody who wants to look at the weights on the way."""
+        run, previous = self.runner(is_differentiable and plain_autograd_works()), self.previous_blocks
         blocks: list[Block] = []
-        previous = None if self.residual is None else self.residual.blocks
-        run = self.recomputed_step() if is_differentiable and plain_autograd_works() else self.step
         with torch.set_grad_enabled(is_differentiable):
-            for plans in spans:
-                step = run(carry, ReadingGroup(None, None), tails, None, stored, previous, plans, True)
-                carry, tails = step.carry, step.tails
-                blocks.extend(step.blocks)
+            for span in plan.spans:
+                result = run(moment, None, stored, previous, span, True)
+                moment = result.moment
+                blocks += result.blocks
         return blocks
 
-    def recomputed_step(self) -> Callable[..., Step]:
-        """`step`, of which only what goes in and what comes out is kept for the backward pass."""
-        parameters = [p for p in self.projections.parameters() if p.requires_grad]
-        return partial(recomputed, self.step, parameters=parameters)
+    def runner(self, recomputes: bool) -> RunSpan:
+        """How a span is run: as it is, or so that only what goes in and comes out is kept for the backward pass."""
+        if not recomputes:
+            return self.run_span
+        return partial(recomputed, self.run_span, parameters=[p for p in self.layers.parameters() if p.requires_grad])
 
     @property
-    def writes_per_chunk(self) -> int:
-        return self.layout.store_chunk * self.projections.num_kv_per_token
+    def previous_blocks(self) -> list[Block] | None:
+        """The blocks of the previous layer, an argument of every span: only arguments get gradients when recomputed."""
+        return None if self.residual is None else self.residual.blocks
 
-    def kept_elements(self, rows: int) -> int:
-        """What training keeps of one chunk."""
-        return rows * self.engine.kept_elements(self.writes_per_chunk)
-
-    def spans(self, num_tokens: int, rows: int) -> list[list[BlockPlan]]:
-        """All blocks of a call, in runs of about as many tokens as are projected at once."""
-        chunk = self.layout.store_chunk
-        most = self.engine.block_chunks(rows, self.writes_per_chunk)
-        longest = max(1, min(SPAN_TOKENS // (rows * chunk), SPAN_ELEMENTS // self.kept_elements(rows)))
-        spans: list[list[BlockPlan]] = [[]]
-        for plan in plan_blocks(self.layout, self.first_token, num_tokens, self.first_chunk, most):
-            if spans[-1] and plan.num_chunks and sum(p.num_chunks for p in (*spans[-1], plan)) > longest:
-                spans.append([])
-            spans[-1].append(plan)
-        return spans
-
-    def step(
+    def run_span(
         self,
-        carry: Carry,
-        group: ReadingGroup,
-        tails: Tails,
+        moment: Moment,
         seq: Tensor | None,
         stored: Stored,
         previous: list[Block] | None,
-        plans: list[BlockPlan],
+        span: Sequence[BlockPlan],
         keeps_blocks: bool,
-    ) -> Step:
-        """One span: project, then store and read block by block."""
-        dtype = next(iter(carry.weights.values())).dtype
+    ) -> SpanResult:
+        """Project a span, then store and read it block by block."""
+        carry, first = moment.carry, span[0].first_chunk
         layer = None if self.residual is None or previous is None else self.residual.with_blocks(previous)
-        first, num_chunks = plans[0].first_chunk, sum(plan.num_chunks for plan in plans)
-        chunk, start = self.layout.store_chunk, plans[0].first_chunk - self.first_chunk
-        tokens = stored.select(start * chunk, (start + num_chunks) * chunk)
-        projected = self.projections.project_writes(tokens, chunk, dtype, tails) if num_chunks else None
-        reader = None if seq is None else self.reader(seq, group, tails.queries, plans, dtype)
+        projected = self.project(stored, span, moment)
+        reader = None if seq is None else self.reader(seq, moment, span)
         blocks, losses = [], []
-        for plan in plans:
+        for plan in span:
             if projected is None or plan.num_chunks == 0:
                 block = self.engine.at_rest(carry)
             else:
-                writes = projected.writes.select(
-                    slice(plan.first_chunk - first, plan.first_chunk - first + plan.num_chunks)
-                )
+                start = plan.first_chunk - first
+                writes = projected.writes.select(slice(start, start + plan.num_chunks))
                 residual = None if layer is None else Residual(layer, plan.first_chunk)
                 block, loss = self.engine.store(carry, writes, residual)
                 losses.append(loss)
-                if keeps_blocks:
-                    blocks.append(block)
+                blocks += [block] if keeps_blocks else []
             if reader is not None:
                 reader.read(block, plan)
             carry = block.finish()
             if plan.renews_base:
                 carry = self.renew(carry)
-        surprises = [] if projected is None else [surprise_of(projected, torch.cat(losses, dim=1))]
-        reads, group = (None, group) if reader is None else reader.finish()
-        tails = tails if projected is None else projected.tails
+        report = None if projected is None else report_of(projected, torch.cat(losses, dim=1))
+        reads, group = (None, moment.group) if reader is None else reader.finish()
+        tails = moment.tails if projected is None else projected.tails
         tails = tails if reader is None else tails._replace(queries=reader.tail)
-        return Step(reads, carry, group, tails, surprises, blocks)
+        return SpanResult(reads, Moment(carry, group, tails), report, blocks)
 
-    def reader(
-        self, seq: Tensor, group: ReadingGroup, tail: Tensor | None, plans: list[BlockPlan], dtype: torch.dtype
-    ) -> Reader:
+    def project(self, stored: Stored, span: Sequence[BlockPlan], moment: Moment) -> ProjectedWrites | None:
+        """The writes of a span's chunks; None: it has none."""
+        num_chunks = sum(plan.num_chunks for plan in span)
+        if num_chunks == 0:
+            return None
+        chunk, start = self.layout.store_chunk, span[0].first_chunk - self.first_chunk
+        tokens = stored.select(start * chunk, (start + num_chunks) * chunk)
+        return self.layers.project_writes(tokens, chunk, dtype_of(moment.carry), moment.tails)
+
+    def reader(self, seq: Tensor, moment: Moment, span: Sequence[BlockPlan]) -> Reader:
         """Whoever reads the span's tokens; the first span of a call begins with a group that may have begun earlier."""
-        first_group = self.first_token // self.layout.retrieve_chunk
-        is_first = plans[0].first_chunk == self.first_chunk
-        reader = Reader(self.projections, self.engine, self.layout, self.mixes_tokens, self.first_token, group, tail)
-        reader.begin(seq, first_group if is_first else plans[0].first_group, plans[-1].last_group, dtype)
+        chunk, is_first = self.layout.retrieve_chunk, span[0].first_chunk == self.first_chunk
+        start = 0 if is_first else max(span[0].first_group * chunk - self.first_token, 0)
+        stop = min(max(span[-1].last_group * chunk - self.first_token, start), seq.shape[1])
+        reader = Reader(
+            self.layers,
+            self.engine,
+            self.layout,
+            seq[:, start:stop],
+            self.first_token + start,
+            moment.group,
+            moment.tails.queries,
+            dtype_of(moment.carry),
+        )
         if is_first:
-            reader.read_older(plans)
+            reader.read_older(span[0].first_group)
         return reader
 
 
-def surprise_of(projected: Projected, loss: Tensor) -> Surprise:
+def dtype_of(carry: Carry) -> torch.dtype:
+    """In which a memory's weights are kept."""
+    return next(iter(carry.weights.values())).dtype
+
+
+def report_of(projected: ProjectedWrites, loss: Tensor) -> Report:
     """Loss and rate (the mean of those of all parameters) of every write, where it stood; 0 where nothing is stored."""
-    rates = (
-        projected.writes.rates[0] if len(projected.writes.rates) == 1 else torch.stack(projected.writes.rates).mean(0)
-    )
+    of_all = projected.writes.rates
+    rates = of_all.any if of_all.is_shared else torch.stack(list(of_all.each.values())).mean(dim=0)
     if projected.order is not None:
         back = projected.order.argsort(dim=-1)
         loss, rates = loss.gather(2, back), rates.gather(2, back)
-    return Surprise(loss if projected.is_stored is None else torch.where(projected.is_stored, loss, 0.0), rates)
+    return Report(loss if projected.is_stored is None else torch.where(projected.is_stored, loss, 0.0), rates)

@@ -29,7 +29,7 @@ def make_memory(config: TitansConfig) -> NeuralMemory:
         default_model_kwargs=dict(depth=config.memory_depth, expansion_factor=config.memory_expansion),
         **(options | dict(config.memory_options)),
     )
-    memory.start_associating()
+    memory.init_as_association()
     if not config.decay:  # and it stays so
         memory.to_decay_factor.requires_grad_(False)
     return memory
@@ -37,4 +37,4 @@ def make_memory(config: TitansConfig) -> NeuralMemory:
 
 def lookback_of(memory: NeuralMemory) -> int:
     """How many tokens before it a query depends on."""
-    return (memory.options.conv_size or 1) - 1
+    return memory.lookback

@@ -1,76 +1,60 @@
-"""A block of one chunk: the recurrence as it is written, each step built once.
+"""A block of one chunk: the rule as it is written, each step built once.
 
 Where a chunk has many tokens, building its matrix costs less than reading and carrying the momentum through products.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.general import StillBlock
-from titans_pytorch.fast_weights.interface import Carry, Rows, Weights
-from titans_pytorch.fast_weights.rules.recurrence import Gates
-from titans_pytorch.fast_weights.scaled_sum import along, scaled_sum
-from titans_pytorch.fast_weights.taps import Surprises
+from titans_pytorch.fast_weights.blocks.still import StillBlock
+from titans_pytorch.fast_weights.interface import Block, Carry, Entries, PerParameter, Weights, record
+from titans_pytorch.fast_weights.rules.gates import ChunkGates, Gates
+from titans_pytorch.fast_weights.rules.rule import Memory, Rule
+from titans_pytorch.fast_weights.surprises import Surprises
 
 
-class SingleBlock(NamedTuple):
-    """Reads inside a block of one chunk all see what it began with."""
+@record
+class SingleBlock(Block):
+    """All that is read inside a block of one chunk is what it began with."""
 
     start: Carry
     surprises: Surprises
-    gates: dict[str, Gates]  # of every parameter (r 1)
+    gates: PerParameter[Gates]  # (r 1)
+    rule: Rule
 
     @property
     def num_chunks(self) -> int:
         return 1
 
-    def product(self, name: str, x: Tensor, rows: Rows, is_transposed: bool = False) -> Tensor:
-        """x: (r g k i) -> (r g k j)"""
-        return StillBlock(self.start).product(name, x, rows, is_transposed)
+    @property
+    def names(self) -> Iterable[str]:
+        return self.start.weights
 
-    def vector(self, name: str, rows: Rows) -> Tensor:
+    def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
+        """x: (r g k i) -> (r g k j)"""
+        return StillBlock(self.start).product(name, x, entries, is_transposed)
+
+    def vector(self, name: str, entries: Entries) -> Tensor:
         """-> (r 1 1 d)"""
-        return StillBlock(self.start).vector(name, rows)
+        return StillBlock(self.start).vector(name, entries)
 
     def materialise(self, name: str) -> Tensor:
         """-> (r 2 ...)"""
-        return torch.stack((self.start.weights[name], self.end(name)[0]), dim=1)
+        return torch.stack((self.start.weights[name], self.end(name, self.gates[name].of_chunk(0)).weights), dim=1)
 
-    def entry(self, row: int) -> Weights:
-        return self.start.weights if row == 0 else self.finish().weights
+    def entry(self, index: int) -> Weights:
+        return self.start.weights if index == 0 else self.finish().weights
 
     def finish(self) -> Carry:
-        ends = {name: self.end(name) for name in self.start.weights}
-        momenta = {name: orders for name, (_, orders) in ends.items() if orders}
-        return Carry(self.start.base, {name: weight for name, (weight, _) in ends.items()}, momenta)
+        gates = self.gates.map(lambda gates: gates.of_chunk(0))
+        return self.start.with_memories({name: self.end(name, gates[name]) for name in self.names})
 
-    def end(self, name: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The weights and the momentum of every order after the chunk.  (r ...) each"""
-        weight, past, gates = self.start.weights[name], self.start.momenta.get(name, ()), self.gates[name]
-        surprise = self.surprise(name)
-        log_momentum = () if gates.log_momentum is None else gates.log_momentum
-        orders = [surprise]
-        for order, log_gate in enumerate(log_momentum):
-            handed = orders[-1] if gates.is_stored is None else orders[-1] * along(gates.is_stored[:, 0], weight)
-            orders.append(scaled_sum((log_gate[:, 0].exp(),), (past[order],), handed) if past else handed)  # eq. 14
-        step = orders[-1]
-        if gates.combine is not None:
-            shares = gates.combine[..., 0].unbind(0)
-            step = scaled_sum(shares, orders[len(orders) - len(shares) :])
-        if gates.is_stored is not None:
-            step = step * along(gates.is_stored[:, 0], weight)
-        keep = gates.log_keep[..., 0].exp()
-        keep = keep + along(gates.poison[:, 0], keep)
-        return scaled_sum((keep,), (weight,), step), tuple(orders[1:])  # eq. 13
-
-    def surprise(self, name: str) -> Tensor:
-        """-> (r ...)"""
-        weight = self.start.weights[name]
-        if name in self.surprises.factors:
-            return self.surprises.factors[name].matrices().squeeze(1).to(weight.dtype)
-        tensor = self.surprises.tensors.get(name)
-        return torch.zeros_like(weight) if tensor is None else tensor.squeeze(1).to(weight.dtype)
+    def end(self, name: str, gates: ChunkGates) -> Memory:
+        """One parameter after the chunk."""
+        weights, steps = self.start.weights[name], self.surprises.steps(name)
+        surprise = torch.zeros_like(weights) if steps is None else steps.squeeze(1).to(weights.dtype)
+        return self.rule.step(self.start.memory(name, self.rule.num_momenta), surprise, gates)

@@ -1,4 +1,4 @@
-"""Spectral normalisation of steps: five Newton-Schulz iterations towards the nearest matrix with equal singular values.
+"""Orthogonal steps: five Newton-Schulz iterations towards the nearest matrix with equal singular values.
 
 Each iteration multiplies t from the left by a polynomial of A = t t^T,  t <- P t with P = a + b A + c A A.  All P
 commute with A, so the iterations can run on the small square side alone,  A <- P A P^T = A P^2;  t is touched twice.
@@ -12,11 +12,36 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
-from titans_pytorch.fast_weights.renewal import safe_norm
+from titans_pytorch.fast_weights.norms import safe_norm
+from titans_pytorch.fast_weights.rules.gates import ChunkGates, Gates
+from titans_pytorch.fast_weights.rules.rule import Coefficients, Rule, Term
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 SMALLEST_NORM = 1e-7
+
+
+class Orthogonal(Rule):
+    """Another rule, whose step of every matrix is made orthogonal before it is added."""
+
+    why_built = "spectral_norm_surprises, which acts on every step"
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule, self.gates, self.num_momenta = rule, rule.gates, rule.num_momenta
+        self.is_linear, self.uses_start = rule.is_linear, rule.uses_start
+        self.transform = orthogonalised
+
+    def move(self, momenta: tuple[Term, ...], surprise: Term, gates: ChunkGates) -> tuple[Term, tuple[Term, ...]]:
+        """What the other rule adds, before it is made orthogonal."""
+        return self.rule.move(momenta, surprise, gates)
+
+    def retain(self, weights: Term, step: Term, gates: ChunkGates, start: Term) -> Term:
+        """What the other rule keeps."""
+        return self.rule.retain(weights, step, gates, start)
+
+    def coefficients(self, gates: Gates) -> Coefficients:
+        """Those of the other rule: `transform` acts between its step and its weights."""
+        return self.rule.coefficients(gates)
 
 
 def orthogonalised(t: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""Rules: the two equations of a rule mean the same however they are run, and a rule of one's own is one small class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from titans_pytorch.fast_weights.blocks.dense import Evolved, by_products, chunk_by_chunk
+from titans_pytorch.fast_weights.blocks.scan import by_scan
+from titans_pytorch.fast_weights.blocks.summed import scaled_over_chunks, summed_over_chunks
+from titans_pytorch.fast_weights.rules.gates import Gates
+from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
+from titans_pytorch.fast_weights.rules.rule import Memory, Rule, from_unit_vectors
+from titans_pytorch.fast_weights.rules.titans import Titans
+from titans_pytorch.fast_weights.scale import ZERO
+
+EXACT = dict(rtol=1e-12, atol=1e-12)
+ROWS, CHUNKS = 2, 5
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class TowardsStart(Rule):
+    """Forgets towards the learned start instead of towards nothing, without momentum."""
+
+    gates = (*Rule.gates, *Titans(0).gates[1:])
+    uses_start = True
+
+    def retain(self, weights: Any, step: Any, gates: Any, start: Any) -> Any:
+        return gates.keep * weights + (1 - gates.keep) * start + step
+
+
+RULES = {
+    "no momentum": Titans(0),
+    "momentum": Titans(1),
+    "three orders": Titans(3),
+    "orders combined": Titans(3, 2),
+    "orders combined with the surprise": Titans(2, 3),
+    "towards the start": TowardsStart(),
+}
+
+
+def gates_of(rule: Rule, has_mask: bool, channels: int | None) -> Gates:
+    names = {gate.name: gate.number for gate in rule.gates}
+    of = (ROWS, CHUNKS) if channels is None else (ROWS, channels, CHUNKS)
+    factors = {"keep": torch.nn.functional.logsigmoid(random(1, *of, seed=1))}
+    if "momentum" in names:
+        factors["momentum"] = torch.nn.functional.logsigmoid(random(names["momentum"], ROWS, CHUNKS, seed=2))
+    shares = {"combine": random(names["combine"], ROWS, CHUNKS, seed=3).softmax(0)} if "combine" in names else {}
+    is_stored = None
+    if has_mask:
+        is_stored = torch.tensor([[True, False, True, True, False], [False, True, True, False, True]])
+        factors = {name: log * (is_stored if log.ndim == 3 else is_stored[:, None]) for name, log in factors.items()}
+    return Gates(factors, shares, is_stored)
+
+
+def memory_of(rule: Rule, shape: tuple[int, ...], is_fresh: bool) -> Memory:
+    momenta = tuple(ZERO if is_fresh else random(ROWS, *shape, seed=10 + order) for order in range(rule.num_momenta))
+    return Memory(random(ROWS, *shape, seed=4), momenta, random(ROWS, *shape, seed=5) if rule.uses_start else None)
+
+
+def surprises(shape: tuple[int, ...], is_stored: Tensor | None) -> Tensor:
+    found = random(ROWS, CHUNKS, *shape, seed=6)
+    return found if is_stored is None else found * is_stored.reshape(ROWS, CHUNKS, *[1] * len(shape))
+
+
+def check_equal(left: Evolved, right: Evolved) -> None:
+    assert_close(left.weights, right.weights, **EXACT)
+    assert_close(left.momenta, right.momenta, **EXACT)
+
+
+@pytest.mark.parametrize("is_fresh", [False, True], ids=["moving", "fresh"])
+@pytest.mark.parametrize("has_mask", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(
+    "shape, has_channels", [((3, 4), False), ((3, 4), True), ((4,), True), ((), False), ((), True)], ids=str
+)
+@pytest.mark.parametrize("name", RULES)
+def test_chunk_by_chunk_by_products_and_by_scan_are_the_same(
+    name: str, shape: tuple[int, ...], has_channels: bool, has_mask: bool, is_fresh: bool
+) -> None:
+    rule, channels = RULES[name], (*shape, 1)[len(shape) - 1] if has_channels else None
+    gates, memory = gates_of(rule, has_mask, channels), memory_of(rule, shape, is_fresh)
+    found = surprises(shape, gates.is_stored)
+    expected = chunk_by_chunk(rule, memory, found, gates)
+    check_equal(by_products(rule, memory, found, gates), expected)
+    check_equal(by_scan(rule, memory, found, gates, use_accelerated=False), expected)
+
+
+@pytest.mark.parametrize("has_mask", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("name", RULES)
+def test_closed_forms_are_what_the_equations_make_of_unit_vectors(name: str, has_mask: bool) -> None:
+    """As they act: a coefficient of what is zero anyway may be anything."""
+    rule = RULES[name]
+    gates, memory = gates_of(rule, has_mask, None), memory_of(rule, (3, 4), False)
+    found = surprises((3, 4), gates.is_stored)
+    closed, derived = rule.coefficients(gates).shares(), from_unit_vectors(rule, gates).shares()
+
+    def entries(shares: Any) -> Tensor:
+        parts = [scaled_over_chunks(shares.initial, memory.weights)]
+        parts += [scaled_over_chunks(past, m) for past, m in zip(shares.past, memory.momenta, strict=True)]
+        if shares.start is not None:
+            parts.append(scaled_over_chunks(shares.start, memory.start))
+        return sum(parts) + summed_over_chunks(shares.surprise, found)
+
+    def last(shares: Any) -> list[Tensor]:
+        return [
+            sum(p[:, None, None] * m for p, m in zip(past, memory.momenta, strict=True))
+            + torch.einsum("rn,rnij->rij", of, found)
+            for past, of in zip(shares.last_past, shares.last_surprise, strict=True)
+        ]
+
+    assert_close(entries(closed), entries(derived), **EXACT)
+    assert_close(last(closed), last(derived), **EXACT)
+
+
+@pytest.mark.parametrize("inner", ["momentum", "orders combined", "towards the start"])
+def test_orthogonal_steps_are_a_wrapper_of_any_rule(inner: str) -> None:
+    """Steps of matrices are orthogonal, those of vectors as they were; built in one go or one by one."""
+    rule = Orthogonal(RULES[inner])
+    for shape in ((3, 4), (4,)):
+        gates, memory = gates_of(rule, False, None), memory_of(rule, shape, False)
+        found = surprises(shape, None)
+        check_equal(by_products(rule, memory, found, gates), chunk_by_chunk(rule, memory, found, gates))
+
+
+def test_equation_13_is_what_it_says() -> None:
+    """With plain numbers: 0.75 * 8 + (0.5 * 4 + 2) = 10, and the momentum after it is 4."""
+    one = torch.ones(1, dtype=torch.float64)
+    logs = {"keep": torch.log(one[None, :, None] * 0.75), "momentum": torch.log(one[None, :, None] * 0.5)}
+    after = Titans(1).step(Memory(one * 8, (one * 4,)), one * 2, Gates(logs, {}, None).of_chunk(0))
+    assert_close(after.weights, one * 10)
+    assert_close(after.momenta[0], one * 4)

@@ -1,0 +1,20 @@
+"""Where autocast must not reach: gates, and weights that are summed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_autocasting(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast, on the device of a tensor."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -1,0 +1,92 @@
+"""Rules by name: what `NeuralMemory(rule=...)` takes, and what the published options say of the rule of Titans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from titans_pytorch.checks import value_checks
+from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
+from titans_pytorch.fast_weights.rules.rule import Rule
+from titans_pytorch.fast_weights.rules.titans import Titans
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """What the arguments of a `NeuralMemory` say of its rule; it explains each of them, and has the defaults."""
+
+    momentum: bool
+    momentum_order: int
+    learned_momentum_combine: bool
+    learned_combine_include_zeroth: bool
+    spectral_norm_surprises: bool
+    per_parameter_gates: bool
+    channelwise_decay: bool
+    init_adaptive_step_bias: float | None
+    init_momentum_bias: float | None
+    init_decay_bias: float | None
+
+    def __post_init__(self) -> None:
+        value_checks.check_whole(momentum_order=self.momentum_order)
+        value_checks.check_switches(**{name: each for name, each in vars(self).items() if name in SWITCHES})
+        value_checks.check_number(
+            init_adaptive_step_bias=self.init_adaptive_step_bias,
+            init_momentum_bias=self.init_momentum_bias,
+            init_decay_bias=self.init_decay_bias,
+        )
+        if self.learned_momentum_combine and not (self.momentum and self.momentum_order > 1):
+            got = f"momentum={self.momentum} and momentum_order={self.momentum_order}"
+            raise ValueError(f"learned_momentum_combine needs momentum of more than one order, got {got}")
+        if self.init_momentum_bias is not None and not self.momentum:
+            raise ValueError(f"init_momentum_bias needs momentum, got {self.init_momentum_bias} with momentum=False")
+
+
+SWITCHES = (
+    "momentum",
+    "learned_momentum_combine",
+    "learned_combine_include_zeroth",
+    "spectral_norm_surprises",
+    "per_parameter_gates",
+    "channelwise_decay",
+)
+
+MakeRule = Callable[[RuleOptions], Rule]
+
+
+def titans(options: RuleOptions) -> Rule:
+    """Momentum and forgetting, as the published options ask for them."""
+    orders = options.momentum_order if options.momentum else 0
+    num_combined = orders + options.learned_combine_include_zeroth if options.learned_momentum_combine else 0
+    rule = Titans(
+        orders,
+        num_combined,
+        per_parameter=options.per_parameter_gates,
+        channelwise=options.channelwise_decay,
+        rate_bias=options.init_adaptive_step_bias,
+        momentum_bias=options.init_momentum_bias,
+        decay_bias=options.init_decay_bias,
+    )
+    return Orthogonal(rule) if options.spectral_norm_surprises else rule
+
+
+RULES: dict[str, MakeRule] = {"titans": titans}
+
+
+def register_rule(name: str, make: MakeRule) -> None:
+    """Make a rule known by name, so that it can be chosen and saved."""
+    if name in RULES:
+        raise ValueError(f"a rule's name must be new, got {name!r}, which is taken; taken are {sorted(RULES)}")
+    RULES[name] = make
+
+
+def rule_of(rule: str | Rule, options: RuleOptions, defaults: RuleOptions) -> Rule:
+    """The rule of a memory: one by name, made as the options ask, or one that is given and needs no options."""
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(map(repr, sorted(RULES)))} or a Rule, got {rule!r}")
+        return RULES[rule](options)
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a name or a Rule, got {type(rule).__name__}")
+    if given := [name for name, value in vars(options).items() if value != getattr(defaults, name)]:
+        raise ValueError(f"{', '.join(given)} must be left to the rule where one is given, got {type(rule).__name__}")
+    return rule

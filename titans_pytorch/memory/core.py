@@ -1,0 +1,239 @@
+"""A memory's parts: its layers, the network that it is, what it begins with, and what states it accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from titans_pytorch.checks import tensor_checks, value_checks
+from titans_pytorch.fast_weights.engine import Engine, EngineName
+from titans_pytorch.fast_weights.interface import Carry, LossFn, Weights
+from titans_pytorch.fast_weights.norms import total_norm
+from titans_pytorch.fast_weights.probe import check_contents, inspect_model
+from titans_pytorch.fast_weights.renewal import renewed
+from titans_pytorch.fast_weights.rules.rule import Rule
+from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
+from titans_pytorch.memory.plan import Layout, Representation, Sizes
+from titans_pytorch.memory.projections import NORM_GAIN, Projections
+from titans_pytorch.memory.state import NeuralMemState, Updates, restarted
+from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+
+
+class MemoryOptions(NamedTuple):
+    """All that a memory is made of, sorted by who reads it."""
+
+    projections: ProjectionOptions
+    gates: GateOptions
+    model: ModelOptions
+    rule: Rule
+    loss_fn: LossFn
+    renewal: RenewalOptions
+    layout: Layout
+    num_views: int | None  # of the input; None: it has no axis for them
+    engine: EngineName | None
+    max_grad_norm: float | None
+    use_accelerated_scan: bool
+
+
+def form_of(options: ModelOptions, width: int) -> nn.Module:
+    """The network that a memory is; its weights here do not count."""
+    form = MemoryMLP(width, **options.default_model_kwargs) if options.model is None else deepcopy(options.model)
+    check_contents(form)
+    form = ResidualNorm(width, form) if options.has_residual_norm else form
+    return form.requires_grad_(False)
+
+
+def fast_parameters(form: nn.Module, has_learned_gain: bool) -> dict[str, nn.Parameter]:
+    """The parameters of the memory model that storing changes."""
+    return {name: p for name, p in form.named_parameters() if not (has_learned_gain and name == NORM_GAIN)}
+
+
+class MemoryCore(Projections):
+    """The parameters and parts of a `NeuralMemory`, before anything is stored or read."""
+
+    def __init__(self, options: MemoryOptions) -> None:
+        width, model = options.projections.dim_head, options.model
+        form = form_of(model, width)
+        traits, fast = inspect_model(form, width, options.loss_fn), fast_parameters(form, model.has_learned_gain)
+        super().__init__(options.projections, options.gates, options.rule, fast, traits.mixes_tokens)
+        self.dim, self.num_views, self.layout = options.projections.dim, options.num_views, options.layout
+        self.has_learned_gain, self.max_weight_growth = model.has_learned_gain, options.renewal.max_weight_growth
+
+        # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
+        self._form = (form,)
+        heads_axis = (self.heads,) if model.is_per_head else ()
+        initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in fast.values()]
+        self.memory_model_parameters = nn.ParameterList(initial)
+        self.transition_gate = nn.Parameter(torch.tensor(-5.0)) if options.renewal.is_gated else None
+        self._engine = Engine(
+            options.engine,
+            form,
+            traits,
+            options.loss_fn,
+            options.rule,
+            options.max_grad_norm,
+            options.use_accelerated_scan,
+        )
+
+    # ---- the memory model and its weights
+
+    @property
+    def memory_model(self) -> nn.Module:
+        """The form of the memory; what it starts with is in `memory_model_parameters`."""
+        return self._form[0]
+
+    @property
+    def engine(self) -> EngineName:
+        """How the weights evolve: factored (never built), dense or general."""
+        return self._engine.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of parameters, and so of inputs."""
+        return self.memory_model_parameters[0].dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of weights and gates while they are in use: at least float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def fast_forms(self) -> dict[str, nn.Parameter]:
+        """The parameters of the memory model that storing changes; their values here do not matter."""
+        return fast_parameters(self.memory_model, self.has_learned_gain)
+
+    def initial_weights(self) -> Weights:
+        """The learned memory of each head.  name -> (h ...)"""
+        forms = self.fast_forms()
+        has_heads = self.memory_model_parameters[0].ndim > next(iter(forms.values())).ndim
+        return {
+            name: (p if has_heads else p.expand((self.heads, *form.shape))).to(self.weight_dtype)
+            for (name, form), p in zip(forms.items(), self.memory_model_parameters, strict=True)
+        }
+
+    def init_weights(self, batch: int) -> Weights:
+        """What a memory that has seen nothing consists of.  name -> (b·h ...)"""
+        value_checks.check_whole(batch=batch)
+        return {name: w.repeat(batch, *[1] * (w.ndim - 1)) for name, w in self.initial_weights().items()}
+
+    def init_momentum(self, batch: int) -> Weights:
+        """The momenta of a memory that has seen nothing.  name -> (o b·h ...); empty without momentum"""
+        weights = self.init_weights(batch)
+        if self.rule.num_momenta == 0:
+            return {}
+        return {name: w.new_zeros(self.rule.num_momenta, *w.shape) for name, w in weights.items()}
+
+    def init_state(self, batch: int) -> NeuralMemState:
+        """A memory that has seen nothing."""
+        weights = self.init_weights(batch)
+        views = () if self.num_views is None else (2,)
+        waiting = self.memory_model_parameters[0].new_zeros(*views, batch, 0, self.dim)
+        updates, tails = Updates(0, 0, weights, []), self.fresh_tails(batch)
+        return NeuralMemState(0, weights, waiting, (weights, self.init_momentum(batch)), updates, tails=tails)
+
+    def reset(self, state: NeuralMemState, rows: Tensor | None = None) -> NeuralMemState:
+        """Let some sequences of a batch forget everything, waiting tokens included, as where a new document begins.
+
+        rows: (b) bool, None: all. Positions are common to a batch and go on, so chunks and batches keep their borders.
+        """
+        batch = state.batch
+        rows = torch.ones(batch, dtype=torch.bool, device=state.waiting.device) if rows is None else rows
+        tensor_checks.check_mask("rows", rows, (batch,))
+        return restarted(state, self.init_state(batch), rows, self.layout.store_chunk)
+
+    def renew(self, carry: Carry) -> Carry:
+        """The memory where a new batch begins: its current weights become the base."""
+        limit = None
+        if self.max_weight_growth is not None:
+            rows = next(iter(carry.weights.values())).shape[0]
+            limit = (self.max_weight_growth * total_norm(self.initial_weights())).repeat(rows // self.heads)
+        return renewed(carry, self.transition_gate, limit)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the planner has to know of this memory."""
+        forms = list(self.fast_forms().values())
+        factored: Representation = (
+            "channels" if any(gate.varies == "channel" for gate in self.rule.gates) else "factored"
+        )
+        return Sizes(
+            heads=self.heads,
+            writes_per_chunk=self.layout.store_chunk * self.num_kv_per_token,
+            matrices=tuple((p.shape[0], p.shape[1]) for p in forms if p.ndim == 2),
+            num_elements=sum(p.numel() for p in forms),
+            num_channels=sum(p.shape[-1] if p.ndim else 1 for p in forms),
+            representation=factored if self.engine == "factored" else "built",
+        )
+
+    # ---- what comes in
+
+    def weight_shapes(self, batch: int, *chunks: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of a batch's weights, or of those over chunks."""
+        return {name: (batch * self.heads, *chunks, *form.shape) for name, form in self.fast_forms().items()}
+
+    def check_input(self, seq: Tensor, store_seq: Tensor | None) -> None:
+        """What is read, and what is stored instead, if it differs."""
+        views = self.num_views
+        tensor_checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=self.dtype)
+        if store_seq is not None:
+            stored_views = None if views is None else 2
+            tensor_checks.check_sequence("store_seq", store_seq, views=stored_views, dim=self.dim, dtype=self.dtype)
+            first = 0 if views is None else 1
+            tensor_checks.check_same_tokens("store_seq", store_seq.shape[first:-1], seq.shape[first:-1])
+
+    def checked_state(self, state: NeuralMemState, batch: int) -> NeuralMemState:
+        """A state that this module, for this batch, could have returned."""
+        if not isinstance(state, NeuralMemState):
+            raise TypeError(f"state must be a NeuralMemState, got {type(state).__name__}")
+        tensor_checks.check_batch("state", state.batch, batch)
+        tensor_checks.check_stored_before("state.seq_index", state.seq_index, self.layout.store_chunk)
+        shapes, orders = self.weight_shapes(batch), self.rule.num_momenta
+        tensor_checks.check_weights("state.weights", state.base, shapes, self.weight_dtype)
+        tensor_checks.check_weights("state.states[0]", state.current, shapes, self.weight_dtype)
+        of_momenta = {name: (orders, *shape) for name, shape in shapes.items()} if orders else {}
+        tensor_checks.check_weights("state.states[1]", state.momenta, of_momenta, self.weight_dtype)
+        views = None if self.num_views is None else 2
+        tensor_checks.check_waiting(state.waiting, views=views, dim=self.dim, chunk=self.layout.store_chunk)
+        for name, tail, fresh in zip(Tails._fields, state.tails, self.fresh_tails(batch), strict=True):
+            tensor_checks.check_tail(f"state.tails.{name}", tail, None if fresh is None else fresh.shape)
+        return state.outside_inference()
+
+    def checked_residual(
+        self, prev_weights: NeuralMemState | Mapping[str, Tensor] | None, first_chunk: int, num_chunks: int, batch: int
+    ) -> Updates | None:
+        """The previous layer's weights over these chunks."""
+        accepts = self.to_learned_weight_residual_mix is not None
+        if prev_weights is None and not accepts:
+            return None
+        if prev_weights is None:
+            raise ValueError("prev_weights must be given to a memory with accept_weight_residual=True, got None")
+        if not accepts:
+            raise ValueError("prev_weights needs a memory with accept_weight_residual=True, got one with False")
+        updates = prev_weights.updates if isinstance(prev_weights, NeuralMemState) else prev_weights
+        if not isinstance(updates, Updates):
+            updates = Updates.of(tensor_checks.checked_trajectory("prev_weights", updates, self.parameter_names))
+        tensor_checks.check_weights("prev_weights", updates.last, self.weight_shapes(batch), self.weight_dtype)
+        if not updates.covers(first_chunk, num_chunks):
+            have = (updates.first_chunk, updates.first_chunk + updates.num_chunks)
+            raise ValueError(
+                f"prev_weights must cover the chunks {first_chunk} to {first_chunk + num_chunks} of this call, "
+                f"got {have[0]} to {have[1]}: run the previous layer on the same tokens"
+            )
+        return updates
+
+    # ---- as a module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryCore:
+        self.memory_model._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Published checkpoints hold a second copy of the memory model, which does not count."""
+        for key in [key for key in state_dict if key.startswith(f"{prefix}memory_model.")]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,214 @@
+"""A call is planned before it runs: which tokens are stored and read in which block; nothing but whole numbers.
+
+Positions are 1-based: token i is the i-th since the state was fresh. Chunk k, from 0, holds tokens k c + 1 .. (k+1) c.
+Token i belongs to the reading group i // c_r and reads the weights after (i // c_r) c_r // c_s chunks, so a token that
+completes a chunk already reads it, and reads lag one token behind writes.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+
+class Layout(NamedTuple):
+    """How a memory cuts time."""
+
+    retrieve_chunk: int
+    store_chunk: int
+    batch: int | None  # tokens after which the base is renewed
+
+    def weight_index(self, group: int) -> int:
+        """After how many chunks the weights are that a group reads."""
+        return group * self.retrieve_chunk // self.store_chunk
+
+    def first_group(self, chunks: int) -> int:
+        """The first group that reads weights of at least so many chunks."""
+        return -(-chunks * self.store_chunk // self.retrieve_chunk)
+
+
+class BlockPlan(NamedTuple):
+    """Chunks stored together and the groups that read the weights before each of them."""
+
+    first_chunk: int
+    num_chunks: int
+    first_group: int
+    last_group: int  # one past the last
+    renews_base: bool
+
+    @property
+    def num_groups(self) -> int:
+        return self.last_group - self.first_group
+
+
+Representation = Literal["factored", "channels", "built"]
+"""How weights are kept: as sums, as sums with a share for each channel, or as tensors"""
+
+
+class Costs(NamedTuple):
+    """What decides the sizes of blocks and spans; those of a CPU were measured at dim 384, on two cores, in float32."""
+
+    block_overhead: float = 5e8  # of starting a block, in multiplications
+    carry_cost: float = 400  # of carrying an element of the weights through a block, in multiplications
+    channel_cost: float = 400  # of scaling one factor of a write for one group
+    channel_chunks: tuple[int, int] = (8, 16)  # fewer in a block are slower than one by one, more need too much memory
+    built_elements: int = 2**22  # of the weights of a block, where they are built
+    span_tokens: int = 4096  # of all rows together, that are projected at once
+    span_elements: int = 2**26  # that training keeps of a span
+    kept_elements: int = 2**28  # that training keeps of a call (1 GB in float32); more are computed again
+    block_elements: int = 2**26  # of all blocks of a call that are kept for a next layer rather than made again
+
+
+COSTS = {"cpu": Costs()}
+"""By kind of device; the place to change them.  A kind that is not here is planned for as a CPU"""
+
+
+class Sizes(NamedTuple):
+    """What a memory is, as far as its cost goes."""
+
+    heads: int
+    writes_per_chunk: int
+    matrices: tuple[tuple[int, int], ...]  # of the memory model
+    num_elements: int  # of all its parameters
+    num_channels: int  # entries of their last axes
+    representation: Representation
+
+    @property
+    def width(self) -> int:
+        """Numbers that go into and come out of all matrices for one token."""
+        return sum(i + j for i, j in self.matrices)
+
+
+class CallPlan(NamedTuple):
+    """How one call is run."""
+
+    spans: tuple[tuple[BlockPlan, ...], ...]  # blocks that are projected, and recomputed, together
+    recomputes: bool  # a span is computed again in the backward pass
+    keeps_blocks: bool  # blocks stay for whoever looks at the weights; else they are made again
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(block.num_chunks for span in self.spans for block in span)
+
+    def explain(self) -> str:
+        """What will be done, in a sentence."""
+        num_blocks = sum(block.num_chunks > 0 for span in self.spans for block in span)
+        return (
+            f"{self.num_chunks} chunks in {num_blocks} blocks and {len(self.spans)} spans, "
+            f"{'recomputed in the backward pass' if self.recomputes else 'kept for the backward pass'}, "
+            f"blocks {'kept' if self.keeps_blocks else 'made again'} for whoever looks at them"
+        )
+
+
+def plan_call(
+    layout: Layout,
+    sizes: Sizes,
+    *,
+    batch: int,
+    first_token: int,
+    num_tokens: int,
+    first_chunk: int,
+    has_grad: bool,
+    can_recompute: bool,
+    device: str = "cpu",
+) -> CallPlan:
+    """The plan of a call.
+
+    first_token: position of its first token; first_chunk: the first chunk that was not yet complete before it;
+    has_grad: a backward pass may follow; can_recompute: in which spans may be computed again; device: kind of device
+    """
+    costs = COSTS.get(device, COSTS["cpu"])
+    rows = batch * sizes.heads
+    kept = rows * kept_elements(sizes, costs)
+    longest = max(1, min(costs.span_tokens // (rows * layout.store_chunk), costs.span_elements // max(kept, 1)))
+    blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, block_chunks(sizes, rows, costs))
+    num_chunks, num_blocks = sum(b.num_chunks for b in blocks), sum(b.num_chunks > 0 for b in blocks)
+    recomputes = has_grad and can_recompute and num_chunks * kept > costs.kept_elements
+    is_small = num_chunks * rows * held_elements(sizes) <= costs.block_elements
+    keeps_blocks = num_blocks <= 1 or (has_grad and (is_small or not recomputes))
+    return CallPlan(in_spans(blocks, longest), recomputes, keeps_blocks)
+
+
+def in_spans(blocks: list[BlockPlan], longest: int) -> tuple[tuple[BlockPlan, ...], ...]:
+    """Runs of blocks of at most so many chunks, if one block has not more."""
+    spans: list[list[BlockPlan]] = [[]]
+    for block in blocks:
+        if spans[-1] and block.num_chunks and sum(b.num_chunks for b in (*spans[-1], block)) > longest:
+            spans.append([])
+        spans[-1].append(block)
+    return tuple(map(tuple, spans))
+
+
+def kept_elements(sizes: Sizes, costs: Costs) -> int:
+    """About how many numbers autograd keeps of a row's chunk: some of every width, or some of every weight."""
+    if sizes.representation == "built":
+        return 10 * sizes.num_elements
+    scaled = 2 * costs.channel_chunks[1] * sizes.num_channels if sizes.representation == "channels" else 0
+    return sizes.writes_per_chunk * (6 * sizes.width + scaled)
+
+
+def held_elements(sizes: Sizes) -> int:
+    """About how many numbers a block has for a row's chunk."""
+    return sizes.num_elements if sizes.representation == "built" else sizes.writes_per_chunk * sizes.width
+
+
+def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> int:
+    """How many chunks make the cheapest block.
+
+    Products over pairs of writes grow with its square; the cost of a block itself (starting it, carrying the weights)
+    is shared by its writes. Long chunks are best alone: they need not read and carry the momentum through products.
+    """
+    elements, writes = rows * sizes.num_elements, max(sizes.writes_per_chunk, 1)
+    block = costs.block_overhead + costs.carry_cost * elements
+    if sizes.representation == "built":
+        return max(1, costs.built_elements // elements)
+    if sizes.representation == "channels":  # every group of queries scales all factors of its block for itself
+        best = round(math.sqrt(block / (costs.channel_cost * rows * sizes.num_channels * writes)))
+        fewest, most = costs.channel_chunks
+        return 1 if best < fewest else min(best, most)
+    per_pair = 4 * rows * sizes.width
+    best = max(2, round(math.sqrt(block / max(per_pair, 1)) / writes))
+    together = block / best + writes * (22 * elements + best * writes * per_pair)
+    alone = block + 14 * writes * elements
+    return 1 if alone < together else best
+
+
+def plan_blocks(
+    layout: Layout, first_token: int, num_tokens: int, first_chunk: int, max_chunks: int
+) -> list[BlockPlan]:
+    """All blocks of a call.  The last one stores nothing: it serves what reads the weights as they are at the end.
+
+    first_token: position of the call's first token; first_chunk: the first chunk that was not yet complete before it
+    """
+    end = (first_token + num_tokens - 1) // layout.store_chunk
+    first_group = first_token // layout.retrieve_chunk
+    last_group = (first_token + num_tokens - 1) // layout.retrieve_chunk + 1
+
+    def block(chunk: int, num_chunks: int, last: int, renews: bool) -> BlockPlan:
+        first = min(max(layout.first_group(chunk), first_group), last)
+        return BlockPlan(chunk, num_chunks, first, last, renews)
+
+    blocks = []
+    for start, stop, renews in batches(layout, first_chunk, end):
+        for chunk, num_chunks in even(start, stop, max_chunks):
+            is_last = chunk + num_chunks == stop
+            last = max(min(layout.first_group(chunk + num_chunks), last_group), first_group)
+            blocks.append(block(chunk, num_chunks, last, renews and is_last))
+    return [*blocks, block(end, 0, last_group, False)]
+
+
+def batches(layout: Layout, start: int, end: int) -> list[tuple[int, int, bool]]:
+    """The chunks start..end cut where the base is renewed: (first, one past the last, whether it is renewed then)."""
+    if layout.batch is None:
+        return [(start, end, False)] if end > start else []
+    size = layout.batch // layout.store_chunk
+    edges = [start, *range((start // size + 1) * size, end, size), end] if end > start else []
+    return [(a, b, b % size == 0) for a, b in pairwise(edges)]
+
+
+def even(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    """start..stop in as few runs of at most `most` as possible, all about equally long: (first, how many)."""
+    num_runs = -(-(stop - start) // most)
+    edges = [start + (stop - start) * run // num_runs for run in range(num_runs + 1)]
+    return [(a, b - a) for a, b in pairwise(edges)]
