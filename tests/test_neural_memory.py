@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
-from tests.configurations import MODELS
+from tests.support.configurations import MODELS
+from tests.support.streams import randn
 from titans_pytorch import MemoryAttention, MemoryMLP, MemorySwiGluMLP, NeuralMemory, NeuralMemState, mem_state_detach
 from titans_pytorch.neural_memory import AssocScan
 
@@ -49,10 +50,6 @@ DEFAULTS: dict[str, Any] = dict(
     mem_model_norm_add_residual=True,
     store_with_lookahead_value=False,
 )
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def memory64(*args: Any, seed: int = 0, **options: Any) -> NeuralMemory:

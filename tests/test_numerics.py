@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.configurations import MODELS
+from tests.support.configurations import MODELS
+from tests.support.streams import randn
 from titans_pytorch import MemoryMLP, NeuralMemory
 from titans_pytorch.auditing.audit import audit, stream_with_state
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
 CALM = dict(default_step_transform_max_lr=0.1)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def memory(seed: int = 0, **options: Any) -> NeuralMemory:

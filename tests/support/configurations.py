@@ -11,7 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.oracle import OracleOutput, oracle
+from tests.support.oracle import OracleOutput, oracle
+from tests.support.streams import disturbed
 from titans_pytorch import NeuralMemory, memory_models
 
 DIM_HEAD = 4
@@ -171,10 +172,7 @@ def build(case: Case, **changes: Any) -> NeuralMemory:
         memory = NeuralMemory(
             **options | {"model": MODELS[options["model"]](), "activation": activation}, engine=case.engine
         ).double()
-    with torch.no_grad():
-        for parameter in memory.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return memory
+    return disturbed(memory)
 
 
 @dataclass(frozen=True)
@@ -183,10 +181,10 @@ class Fed:
     store_seq: Tensor | None
     mask: Tensor | None
 
-    def piece(self, start: int, stop: int) -> dict[str, Any]:
-        store_seq = None if self.store_seq is None else self.store_seq[..., start:stop, :]
-        mask = None if self.mask is None else self.mask[:, start:stop]
-        return {"seq": self.seq[..., start:stop, :], "store_seq": store_seq, "store_mask": mask}
+    def piece(self, stretch: slice) -> dict[str, Any]:
+        store_seq = None if self.store_seq is None else self.store_seq[..., stretch, :]
+        mask = None if self.mask is None else self.mask[:, stretch]
+        return {"seq": self.seq[..., stretch, :], "store_seq": store_seq, "store_mask": mask}
 
 
 def inputs(case: Case) -> Fed:

@@ -1,8 +1,8 @@
 """The Titans models as their equations read (arXiv 2501.00663): one sequence, one token, one key after the other.
 
-Slow on purpose. Nothing is shared with the library but the memory's own network; the memory's steps are those of
-`tests/oracle.py`. Give it float64. Positions inside MAC are counted along [persistent | h | segment], as eq. 22 joins
-them; in MAG and MAL the persistent tokens, which every token sees, have none.
+Slow on purpose. Nothing is shared with the library but the memory's own network; the memory's steps are those of the
+oracle beside this file. Give it float64. Positions inside MAC are counted along [persistent | h | segment], as eq. 22
+joins them; in MAG and MAL the persistent tokens, which every token sees, have none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.oracle import Layer, Options, Row, memory_model
+from tests.support.oracle import Layer, Options, Row, memory_model
 from titans_pytorch.titans import TitansConfig
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.streams import disturbed, randn
 from titans_pytorch.titans import TitansBackbone, TitansConfig, TitansLMM, TitansMAC, TitansMAG, TitansMAL
 
 NUM_TOKENS, DIM = 11, 8
@@ -66,14 +67,6 @@ def config_of(name: str, **changes: Any) -> TitansConfig:
     return TitansConfig(**SMALL | OPTIONS[name] | changes)
 
 
-def disturbed(model: torch.nn.Module) -> Any:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
 def build(variant: str, name: str = "plain", *, seed: int = 0, **changes: Any) -> Any:
     """A language model in float64."""
     torch.manual_seed(seed)
@@ -90,4 +83,4 @@ def random_ids(batch: int, count: int, seed: int = 0) -> Tensor:
 
 
 def random_inputs(batch: int, count: int, seed: int = 0) -> Tensor:
-    return torch.randn(batch, count, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return randn(batch, count, DIM, seed=seed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titans_pytorch import memory_models
 
-FOLDER = Path(__file__).parent / "parity"
+FOLDER = Path(__file__).parent.parent / "parity"
 MODEL_ARGUMENTS = ("model", "neural_memory_model")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from tests.support.streams import disturbed
 from titans_pytorch import MemoryAttention, MemoryMLP
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
 
@@ -52,10 +53,7 @@ def build(*, seed: int = 0, **chosen: Any) -> MemoryAsContextTransformer:
         model = MemoryAsContextTransformer(
             num_tokens=NUM_TOKENS, dim=8, depth=3, segment_len=SEGMENT, dim_head=4, heads=2, ff_mult=2, **options
         ).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return disturbed(model)
 
 
 def window_of(chosen: dict[str, Any]) -> int:
