@@ -1,1 +1,1 @@
-"""Side-by-side and scaling runs of NeuralMemory: `python -m benchmarks.memory`, then `python -m benchmarks.report`."""
+"""Measurements by subject: `benchmarks.speed` for time and memory, `benchmarks.learning` for what models learn."""

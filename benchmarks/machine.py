@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+RESULTS, DOCS = CHECKOUT / "benchmarks" / "results", CHECKOUT / "docs"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -22,6 +23,12 @@ def describe_machine() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
     }
+
+
+def place(record: dict[str, Any]) -> str:
+    """Where a record was measured, in a few words."""
+    machine = record["machine"]
+    return f"{machine['cpu']}, {machine['date']}, commit {machine['commit']}"
 
 
 def cpu_model() -> str:

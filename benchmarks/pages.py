@@ -13,3 +13,10 @@ def put(page: Path, name: str, text: str) -> None:
         before = f"{before.rstrip()}\n\n{begin}\n{end}\n".lstrip()
     head, rest = before.split(begin, 1)
     page.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end, 1)[1]}")
+
+
+def markdown(table: list[list[str]]) -> str:
+    """A table whose first row is its header."""
+    header, *rows = table
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import golden
+from tests.support import golden
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.nested_attention import NestedAttention

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.streams import randn
 from titans_pytorch.auditing.audit import AuditReport, audit, stream_with_state
 
 TOKENS = 12
@@ -188,7 +189,7 @@ class Words(nn.Module):
 
 
 def inputs(rows: int = 3, tokens: int = TOKENS, dim: int = 4) -> Tensor:
-    return torch.randn(rows, tokens, dim, generator=torch.Generator().manual_seed(1))
+    return randn(rows, tokens, dim, seed=1, dtype=torch.float32)
 
 
 def ids(rows: int = 3, tokens: int = TOKENS) -> Tensor:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from tests.support.streams import randn
 from titans_pytorch import MemoryAttention, NeuralMemory
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
@@ -58,7 +59,7 @@ def memory(name: str = "heads", seed: int = 0, **options: Any) -> NeuralMemory:
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape or (2, 19, 6), generator=torch.Generator().manual_seed(seed))
+    return randn(*(shape or (2, 19, 6)), seed=seed, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

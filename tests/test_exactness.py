@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.configurations import Case, build, by_oracle, cases, inputs
+from tests.support.configurations import Case, build, by_oracle, cases, inputs
+from tests.support.streams import pieces
 from titans_pytorch import NeuralMemory
 
 VALUES = dict(rtol=1e-9, atol=1e-9)
@@ -28,18 +29,17 @@ def previous_layer(case: Case) -> NeuralMemory | None:
     return memory
 
 
-def in_pieces(case: Case, memory: NeuralMemory, previous: NeuralMemory | None, fed: Any) -> dict[str, Any]:
+def streamed(case: Case, memory: NeuralMemory, previous: NeuralMemory | None, fed: Any) -> dict[str, Any]:
     """Feed a sequence in the pieces of the case, each with the state that the piece before it returned."""
-    state, before, start = None, None, 0
+    state, before = None, None
     parts: list[tuple[Tensor, ...]] = []
-    for length in case.split:
-        piece, call = fed.piece(start, start + length), {}
+    for stretch in pieces(case.split):
+        piece, call = fed.piece(stretch), {}
         if previous is not None:
             _, before = previous(**piece, state=before)
             call["prev_weights"] = before
         retrieved, state, (loss, rates) = memory(**piece, state=state, return_surprises=True, **call)
         parts.append((retrieved, loss, rates))
-        start += length
     retrieved, loss, rates = (
         torch.cat(part, dim=axis) for part, axis in zip(zip(*parts, strict=True), (1, 2, 2), strict=True)
     )
@@ -68,7 +68,7 @@ def check(case: Case) -> None:
         None if previous is None else by_oracle(case, previous, fed, None, accept_weight_residual=False).updates
     )
     expected = vars(by_oracle(case, memory, fed, prev_updates))
-    got = in_pieces(case, memory, previous, fed)
+    got = streamed(case, memory, previous, fed)
     for name in ("retrieved", "loss", "rates", "base", "last", "momenta"):
         assert_close(got[name], expected[name], msg=lambda m, name=name: f"{name}: {m}", **VALUES)
 

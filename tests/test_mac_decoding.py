@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.mac_configurations import NUM_TOKENS, build, choices, splits, window_of
+from tests.support.mac_configurations import NUM_TOKENS, build, choices, splits, window_of
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)

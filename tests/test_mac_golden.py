@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import golden
+from tests.support import golden
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.mac_configurations import NUM_TOKENS, build
+from tests.support.mac_configurations import NUM_TOKENS, build
 
 
 def train(rank: int, folder: str) -> None:

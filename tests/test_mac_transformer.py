@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.mac_configurations import NUM_TOKENS, SEGMENT, build
+from tests.support.mac_configurations import NUM_TOKENS, SEGMENT, build
 from titans_pytorch import MemoryMLP, audit
 from titans_pytorch.mac.positions import AxialPositions, Lengthened
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer

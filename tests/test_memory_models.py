@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from tests.oracle import oracle
+from tests.support.oracle import oracle
+from tests.support.streams import randn
 from titans_pytorch import (
     FactorizedMemoryMLP,
     GatedResidualMemoryMLP,
@@ -22,10 +23,6 @@ from titans_pytorch import (
 )
 
 D = 4
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 # ours: names, shapes, formulas

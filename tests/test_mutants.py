@@ -17,13 +17,14 @@ def test_the_library_as_it_is_passes(name: str) -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mutant that crashes is broken itself, and says nothing about the tests: only a comparison that fails counts."""
     patch, cases = MUTANTS[name]
     patch(monkeypatch)
     survived = []
     for case_name in cases:
         try:
             check(CASES[case_name])
-        except (AssertionError, RuntimeError, ValueError, IndexError):
+        except AssertionError:
             continue
         survived.append(case_name)
     assert not survived, f"lives through {survived}"

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.golden import Golden, gradient_errors, load, names, output_errors
-from tests.oracle import OracleOutput, memory_model, oracle
+from tests.support.golden import Golden, gradient_errors, load, names, output_errors
+from tests.support.oracle import OracleOutput, memory_model, oracle
+from tests.support.streams import randn
 
 GOLDENS = names("nm_")
 VALUES, GRADIENTS = 1e-12, 1e-10  # relative; where it stands: 1e-14, 4e-12
@@ -26,10 +27,6 @@ def previous_updates(golden: Golden, seq: Tensor) -> dict[str, Tensor] | None:
         return None
     with torch.no_grad():
         return run(golden, seq, parameters=golden.prev_state, accept_weight_residual=False).updates
-
-
-def inputs(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def learned(golden: Golden) -> dict[str, Tensor]:
@@ -78,7 +75,7 @@ def test_every_golden_vector_is_here() -> None:
 @pytest.mark.parametrize("name", ["nm_everything", "nm_momentum2_combine", "nm_model_attention", "nm_spectral"])
 def test_masked_token_is_absent(name: str) -> None:
     """One masked token in each chunk of 4 = chunks of 3 without them, in values and gradients, even if it holds NaN."""
-    golden, absent = load(name), inputs(2, 12, 16)
+    golden, absent = load(name), randn(2, 12, 16)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[0, [0, 5, 10, 15]] = mask[1, [3, 6, 9, 12]] = False
     masked = torch.full((2, 16, 16), torch.nan, dtype=torch.float64)
@@ -92,7 +89,7 @@ def test_masked_token_is_absent(name: str) -> None:
         assert not any(part[~mask].any() for part in by_token)
         state = [part[mask] for part in by_token]
         state += [w for weights in (out.updates, out.base, out.last, out.momenta) for w in weights.values()]
-        total = sum((tensor * inputs(*tensor.shape)).sum() for tensor in state)
+        total = sum((tensor * randn(*tensor.shape)).sum() for tensor in state)
         return [*state, *torch.autograd.grad(total, list(parameters.values()), allow_unused=True)]
 
     got = outcome(masked, mask, chunk_size=4, batch_size=8)
@@ -101,7 +98,7 @@ def test_masked_token_is_absent(name: str) -> None:
 
 
 def test_chunk_without_stored_tokens_changes_nothing() -> None:
-    golden, seq = load("nm_everything"), inputs(1, 12, 16)
+    golden, seq = load("nm_everything"), randn(1, 12, 16)
     mask = torch.ones(1, 12, dtype=torch.bool)
     mask[:, 4:8] = False
     with_gap = run(golden, seq, store_mask=mask, batch_size=None)
@@ -115,7 +112,7 @@ def test_chunk_without_stored_tokens_changes_nothing() -> None:
 
 def test_lookahead_drops_pairs_with_a_masked_token() -> None:
     """Two writes per token: tokens shift whole, 3 pairs in a chunk of 4, and a pair needs both of its tokens."""
-    golden, seq = load("nm_kv2"), inputs(1, 8, 16)
+    golden, seq = load("nm_kv2"), randn(1, 8, 16)
     mask = torch.ones(1, 8, dtype=torch.bool)
     mask[:, 5] = False
     out = run(golden, seq, store_mask=mask, store_with_lookahead_value=True)
@@ -129,7 +126,7 @@ def test_lookahead_drops_pairs_with_a_masked_token() -> None:
 
 def test_linear_memory_is_the_delta_rule() -> None:
     """W_i = (1 - alpha) W_{i-1} + theta · 2/d · kᵀ(v - kW_{i-1}), read by token i as qW_i"""
-    golden, seq = load("nm_model_linear"), inputs(1, 7, 16)
+    golden, seq = load("nm_model_linear"), randn(1, 7, 16)
     p = {**golden.state, "memory_model_parameters.0": golden.state["memory_model_parameters.1"]}
     linear = {"chunk_size": 1, "batch_size": 1, "momentum": False, "pre_rmsnorm": False}
     model = memory_model(**golden.kwargs).model
@@ -148,7 +145,7 @@ def test_linear_memory_is_the_delta_rule() -> None:
 
 def test_reading_and_storing_in_different_chunks() -> None:
     """Reads every 3 tokens, stores every 2: token i reads w_{⌊⌊i/3⌋·3/2⌋}."""
-    golden, seq = load("nm_no_residual_norm"), inputs(1, 9, 16)
+    golden, seq = load("nm_no_residual_norm"), randn(1, 9, 16)
     out = run(golden, seq, chunk_size=(3, 2))
     assert_close(out.updates, run(golden, seq, chunk_size=2).updates)
     reads = {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 3, 7: 3, 8: 3, 9: 4}
@@ -163,7 +160,7 @@ def test_reading_and_storing_in_different_chunks() -> None:
 def test_a_prefix_answers_what_the_whole_answers_there(name: str) -> None:
     """Also where it ends on the border of a batch, where weights are gated."""
     golden = load(name)
-    seq = inputs(*golden.inputs["seq"].shape)
+    seq = randn(*golden.inputs["seq"].shape)
     whole = run(golden, seq)
     for length in (1, 3, 4, 7, 8, 9, 16):
         prefix = run(golden, seq[..., :length, :])
@@ -177,7 +174,7 @@ def test_a_prefix_answers_what_the_whole_answers_there(name: str) -> None:
 @pytest.mark.parametrize("limit", [1e-3, 1e6])
 def test_max_grad_norm(limit: float) -> None:
     """One chunk without momentum: every parameter's step keeps its direction and gets the length max·tanh(‖g‖/max)."""
-    golden, seq = load("nm_no_momentum"), inputs(1, 4, 16)
+    golden, seq = load("nm_no_momentum"), randn(1, 4, 16)
     decayed = run(golden, seq, adaptive_step_transform=torch.zeros_like, max_grad_norm=limit)
     free, limited = run(golden, seq), run(golden, seq, max_grad_norm=limit)
     for name, start in decayed.last.items():
@@ -190,7 +187,7 @@ def test_max_grad_norm_is_finite_at_zero() -> None:
     golden = load("nm_default")
     parameters = learned(golden)
     out = run(
-        golden, inputs(1, 8, 16), parameters=parameters, adaptive_step_transform=lambda t: t * 0, max_grad_norm=1.0
+        golden, randn(1, 8, 16), parameters=parameters, adaptive_step_transform=lambda t: t * 0, max_grad_norm=1.0
     )
     out.retrieved.sum().backward()
     assert all(p.grad.isfinite().all() for p in parameters.values())
@@ -198,7 +195,7 @@ def test_max_grad_norm_is_finite_at_zero() -> None:
 
 def test_max_weight_growth() -> None:
     """Huge steps: at each border the memory as a whole is brought back to its limit, between borders it is free."""
-    golden, seq = load("nm_heads"), inputs(2, 24, 16)
+    golden, seq = load("nm_heads"), randn(2, 24, 16)
     options = {"batch_size": 8, "default_step_transform_max_lr": 30.0}
 
     def norms(out: OracleOutput) -> Tensor:

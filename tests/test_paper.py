@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.oracle import oracle
+from tests.support.oracle import oracle
+from tests.support.streams import disturbed, in_pieces, randn
 from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory, load_state, save_state
 from titans_pytorch.auditing.audit import audit, stream_with_state
 from titans_pytorch.memory.convolution import CausalConvolution
@@ -34,28 +35,11 @@ ALL = dict(
 )
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def paper(dim: int = 8, heads: int = 2, chunk_size: Any = 4, **overrides: Any) -> NeuralMemory:
     """In float64, every parameter moved away from where it starts."""
     torch.manual_seed(0)
     built = NeuralMemory.paper(dim, heads=heads, chunk_size=chunk_size, **overrides).double()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return built
-
-
-def in_pieces(built: NeuralMemory, seq: Tensor, lengths: list[int], **more: Tensor) -> tuple[Tensor, Any]:
-    state, reads, start = None, [], 0
-    for length in lengths:
-        piece = slice(start, start + length)
-        read, state = built(seq[:, piece], state=state, **{name: x[:, piece] for name, x in more.items()})
-        reads.append(read)
-        start += length
-    return torch.cat(reads, dim=1), state
+    return disturbed(built, 0.2)
 
 
 # what `NeuralMemory.paper` is

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tests.mac_configurations import NUM_TOKENS
+from tests.support.mac_configurations import NUM_TOKENS
 from titans_pytorch import (
     FactorizedMemoryMLP,
     GatedResidualMemoryMLP,

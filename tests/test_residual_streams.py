@@ -6,8 +6,10 @@ import pytest
 import torch
 from einops import rearrange
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
+from torch import nn
 from torch.testing import assert_close
 
+from tests.support.streams import disturbed
 from titans_pytorch.mac.residual_streams import doubly_stochastic, expand, open_branch
 
 
@@ -19,9 +21,7 @@ def test_streams_are_those_of_the_package(count: int, writes: bool) -> None:
         count, dim=6, add_stream_embed=True, disable=count == 1, sinkhorn_iters=20
     )
     connection = connect(layer_index=1, add_branch_out_to_residual=writes)
-    with torch.no_grad():
-        for parameter in (*connection.parameters(), *package_expand.parameters()):
-            parameter.add_(0.5 * torch.randn_like(parameter))
+    disturbed(nn.ModuleList((connection, package_expand)), 0.5)
     x, answer = torch.randn(2, 2, 5, 6)
 
     streams = expand(package_expand, x)

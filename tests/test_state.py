@@ -13,14 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.oracle import oracle
+from tests.support.oracle import oracle
+from tests.support.streams import randn
 from titans_pytorch import MemoryAttention, NeuralMemory, NeuralMemState, mem_state_detach
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

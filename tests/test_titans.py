@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.mac_configurations import splits
-from tests.titans_configurations import (
+from tests.support.mac_configurations import splits
+from tests.support.titans_configurations import (
     CASES,
     DIM,
     MODELS,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.recall import MODELS, Task, accuracy, train
+from benchmarks.learning.recall import MODELS, Task, accuracy, train
 from titans_pytorch import NeuralMemory
 from titans_pytorch.memory.convolution import projected
 from titans_pytorch.titans import TitansConfig

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.reference import Reference
+from tests.support.titans_configurations import build, build_backbone, random_ids, random_inputs
 from tests.test_titans import in_pieces
-from tests.titans_configurations import build, build_backbone, random_ids, random_inputs
-from tests.titans_reference import Reference
 from titans_pytorch.titans import attention, gate, mixers
 from titans_pytorch.titans.state import SegmentState
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.titans_configurations import CASES, build_backbone, random_inputs
-from tests.titans_reference import Reference
+from tests.support.reference import Reference
+from tests.support.titans_configurations import CASES, build_backbone, random_inputs
 
 TOKENS = 9  # no multiple of any window
 

@@ -23,7 +23,7 @@ def run(*command: str) -> None:
 def test_ablation(tmp_path: Path) -> None:
     data, out = text(tmp_path / "words.txt"), tmp_path / "out"
     common = ["--preset", "debug", "--steps", "6", "--minutes", "0.02", "--data", str(data), "--out", str(out)]
-    run("benchmarks.ablation", *common, "--", "--data-dir", str(tmp_path), "--validate-sequences", "8")
+    run("benchmarks.learning.ablation", *common, "--", "--data-dir", str(tmp_path), "--validate-sequences", "8")
     runs = json.loads((out / "ablation.json").read_text())["runs"]
     assert [(each["by"], each["memory"]) for each in runs] == [
         (by, memory) for by in ("steps", "minutes") for memory in ("on", "off")
@@ -39,8 +39,18 @@ def test_ablation(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_side_by_side(tmp_path: Path) -> None:
     data, results = text(tmp_path / "words.txt"), tmp_path / "results.json"
-    run("benchmarks.side_by_side", "--data", str(data), "--seconds", "2", "--threads", "1", "--out", str(results))
-    run("benchmarks.side_by_side_report", "--results", str(results), "--docs", str(tmp_path))
+    run(
+        "benchmarks.learning.side_by_side",
+        "--data",
+        str(data),
+        "--seconds",
+        "2",
+        "--threads",
+        "1",
+        "--out",
+        str(results),
+    )
+    run("benchmarks.learning.side_by_side_report", "--results", str(results), "--docs", str(tmp_path))
     record = json.loads(results.read_text())
     assert [each["model"] for each in record["runs"]] == ["ours", "ours without memory"]
     assert all(each["seconds"] >= 2 for each in record["runs"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.configurations import DIM_HEAD, OPTIONS, Case
+from tests.support.configurations import DIM_HEAD, OPTIONS, Case
 
 PLAIN = {name: values[0] for name, values in OPTIONS.items() if name not in ("mask", "store_seq", "batches")} | {
     "dim": 4,

@@ -81,7 +81,10 @@ def growth_is_not_limited(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("plain", "rich")
 def batches_begin_a_chunk_late(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, schedule, "batches", lambda original, layout, start, end: original(layout, start + 1, end + 1))
+    def change(original: Any, layout: Any, start: int, end: int) -> Any:
+        return [(first + 1, last + 1, renews) for first, last, renews in original(layout, start - 1, end - 1)]
+
+    wrapped(patcher, schedule, "batches", change)
 
 
 # reading
@@ -119,7 +122,12 @@ def reading_chunks_are_storing_chunks(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("attention")
 def the_first_group_begins_with_its_first_query(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(Reader, "begun", lambda self, like: like[:, :1])
+    """Not with a zero, which stands for the token before the first one."""
+
+    def change(original: Any, self: Reader, like: Tensor) -> Tensor:
+        return like[:, :1] if self.group.queries is None else original(self, like)
+
+    wrapped(patcher, Reader, "begun", change)
 
 
 @mutant("rich")

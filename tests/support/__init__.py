@@ -1,0 +1,1 @@
+"""What several test files share: the oracle, the reference, golden vectors, configurations and streams."""

@@ -1,0 +1,82 @@
+"""Parts of the benchmarks that a run rests on, without the run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from benchmarks.learning.loop import training
+from benchmarks.machine import CHECKOUT, RESULTS
+from benchmarks.records import add, load
+from benchmarks.speed.measure import Side, Worker
+from benchmarks.speed.worker import direct_form
+from benchmarks.speed.workloads import Case
+from titans_pytorch.fast_weights.rules.orthogonal import COEFFICIENTS, NUM_ITERATIONS, orthogonalised
+
+PROGRAMS = [
+    ".".join(file.relative_to(CHECKOUT).with_suffix("").parts)
+    for file in sorted((CHECKOUT / "benchmarks").glob("*/*.py"))
+    if not file.stem.endswith(("worker", "__init__"))
+]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_can_be_imported(name: str) -> None:
+    importlib.import_module(name)
+
+
+def test_of_several_records_with_one_key_the_last_counts(tmp_path: Path) -> None:
+    table = tmp_path / "folder" / "table.jsonl"
+    for seed, bits in ((1, 3.0), (0, 2.0), (1, 1.0)):
+        add(table, dict(seed=seed, bits=bits))
+    assert load(table, lambda record: (record["seed"],)) == [dict(seed=0, bits=2.0), dict(seed=1, bits=1.0)]
+
+
+@pytest.mark.parametrize("name", ["recall", "family_stability"])
+def test_recorded_tables_are_read(name: str) -> None:
+    report = importlib.import_module(f"benchmarks.learning.{name}_report")
+    if name == "recall":
+        groups = report.grouped(RESULTS / "recall.jsonl")
+        assert sum(map(len, groups.values())) == 60
+        assert list(groups) == sorted(groups)
+    else:
+        assert len(report.runs(RESULTS / "family_stability.jsonl")) == 8
+
+
+def test_the_loop_scales_rates_and_skips_what_is_not_finite() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+
+    def loss_of(step: int) -> torch.Tensor:
+        return model.weight.sum() * (torch.inf if step == 1 else 1.0)
+
+    found, weights = [], []
+    for step in islice(training(model, optimizer, loss_of, lambda step, seconds: 0.5**step, clip=0.5), 3):
+        found.append(step)
+        weights.append(model.weight.item())
+    assert [step.number for step in found] == [1, 2, 3]
+    assert [step.is_taken for step in found] == [True, False, True]
+    assert found[0].norm == pytest.approx(1.0)
+    assert weights == pytest.approx([-1.0, -1.0, -1.25])
+
+
+def test_both_forms_of_the_products_are_one_function() -> None:
+    steps = torch.randn(2, 3, 5, dtype=torch.float64)
+    assert_close(direct_form(steps, COEFFICIENTS, NUM_ITERATIONS), orthogonalised(steps))
+
+
+def test_a_worker_measures_time_memory_and_products() -> None:
+    case = Case("small", dict(dim=8, chunk_size=4), tokens=16)
+    with Worker(Side(sys.executable, is_checkout=True), "cpu") as worker:
+        worker.build(case, "float32")
+        assert worker.ask("peak", mode="training")["peak_bytes"] >= 0
+        assert worker.ask("time", mode="forward")["finite"]
+        assert worker.ask("newton_schulz", form="gram", mode="training", matrices=[(2, 4, 8)])["seconds"] > 0
