@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.test_toy_rule import TowardsStart
 from titans_pytorch.fast_weights.blocks.dense import Evolved, by_products, chunk_by_chunk
 from titans_pytorch.fast_weights.blocks.scan import by_scan
 from titans_pytorch.fast_weights.blocks.summed import scaled_over_chunks, summed_over_chunks
@@ -24,16 +25,6 @@ ROWS, CHUNKS = 2, 5
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class TowardsStart(Rule):
-    """Forgets towards the learned start instead of towards nothing, without momentum."""
-
-    gates = (*Rule.gates, *Titans(0).gates[1:])
-    uses_start = True
-
-    def retain(self, weights: Any, step: Any, gates: Any, start: Any) -> Any:
-        return gates.keep * weights + (1 - gates.keep) * start + step
 
 
 RULES = {

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.rules.recurrence import Gates
+from titans_pytorch.fast_weights.interface import PerParameter
+from titans_pytorch.fast_weights.rules.gates import Gates
+from titans_pytorch.fast_weights.rules.rule import Rule
+from titans_pytorch.fast_weights.rules.titans import Titans
 from titans_pytorch.memory.projections import Projections
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -33,7 +36,23 @@ def wrapped(patcher: pytest.MonkeyPatch, owner: Any, name: str, change: Callable
 
 
 def gates_become(patcher: pytest.MonkeyPatch, change: Callable[[Gates], Gates]) -> None:
-    wrapped(patcher, Projections, "gates", lambda original, *args: tuple(map(change, original(*args))))
+    wrapped(patcher, Projections, "gates", lambda original, *args: original(*args).map(change))
+
+
+def factor_becomes(patcher: pytest.MonkeyPatch, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """The logarithms of one of the rule's factors are others."""
+    gates_become(patcher, lambda gates: gates._replace(factors=gates.factors | {name: change(gates.factors[name])}))
+
+
+def reversed_names(each: PerParameter[Any]) -> PerParameter[Any]:
+    """Parameters trade what they have."""
+    return PerParameter(dict(zip(each.each, reversed(each.each.values()), strict=True)), each.is_shared)
+
+
+def equations_become(patcher: pytest.MonkeyPatch, name: str, change: Callable[..., Any]) -> None:
+    """An equation of the rule is another, however it is run: without the closed form, which would not know of it."""
+    wrapped(patcher, Titans, name, change)
+    patcher.setattr(Titans, "coefficients", Rule.coefficients)
 
 
 def writes_become(patcher: pytest.MonkeyPatch, **changes: Callable[[Any], Any]) -> None:

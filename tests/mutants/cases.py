@@ -64,6 +64,7 @@ def case(
 CASES = {
     "plain": case(PLAIN | {"batch_size": 4}),
     "rich": case(RICH, mask=True, seed=4),
+    "rich, one chunk a batch": case(RICH | {"batch_size": 3}, mask=True, seed=4),
     "lookahead and views": case(
         PLAIN | {"store_with_lookahead_value": True, "qkv_receives_diff_views": True, "chunk_size": 4}, store=True
     ),

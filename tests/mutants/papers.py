@@ -9,15 +9,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.mutants.breaking import gates_become, mutant, with_gate, wrapped, writes_become
+from tests.mutants.breaking import (
+    factor_becomes,
+    gates_become,
+    mutant,
+    reversed_names,
+    with_gate,
+    wrapped,
+    writes_become,
+)
 from titans_pytorch import losses
-from titans_pytorch.fast_weights import engine as engine_module
-from titans_pytorch.fast_weights import scaled_sum
-from titans_pytorch.fast_weights.blocks import single
+from titans_pytorch.fast_weights import scale
 from titans_pytorch.fast_weights.engine import Engine
-from titans_pytorch.fast_weights.rules.recurrence import Gates
+from titans_pytorch.fast_weights.interface import PerParameter
+from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.memory import convolution, options, projections, streaming
 from titans_pytorch.memory.projections import Projections
+
+
+def with_shared_rates(writes: Any) -> Any:
+    """All parameters have the rates of the first."""
+    return writes._replace(rates=PerParameter.shared(writes.rates.each, writes.rates.any))
+
+
+def traded(patcher: pytest.MonkeyPatch, name: str) -> None:
+    """Parameters have each other's factor of this name."""
+
+    def change(gates: PerParameter[Gates]) -> PerParameter[Gates]:
+        others = reversed_names(gates)
+        each = {p: own._replace(factors=own.factors | {name: others[p].factors[name]}) for p, own in gates.each.items()}
+        return PerParameter(each, gates.is_shared)
+
+    writes_become(patcher, gates=change)
+
 
 PAPER_CASES = ("paper", "paper, one chunk a batch", "paper, dense", "paper, general")
 
@@ -78,7 +102,7 @@ def the_activation_comes_before_the_convolution(patcher: pytest.MonkeyPatch) -> 
     def change(original: Any, self: Any, x: Tensor, tail: Tensor) -> Any:
         return self.convolution(self.activation(self.linear(x)), tail)
 
-    wrapped(patcher, convolution.Projection, "forward", change)
+    wrapped(patcher, convolution.ConvolvedLinear, "forward", change)
 
 
 @mutant(*PAPER_CASES)
@@ -98,22 +122,18 @@ def the_summed_loss_is_a_mean(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("plain", "general")
 def the_mean_loss_is_a_sum(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, Engine, "__init__", lambda original, self, name, model, traits, loss_fn, rules: original(
-        self, name, model, traits, losses.summed_squared_error, rules))  # fmt: skip
-
-
-def swapped(each: tuple[Any, ...]) -> tuple[Any, ...]:
-    return each[::-1]
+    wrapped(patcher, Engine, "__init__", lambda original, self, name, model, traits, loss_fn, *args: original(
+        self, name, model, traits, losses.summed_squared_error, *args))  # fmt: skip
 
 
 @mutant(*PAPER_CASES, "paper, mixing tokens", "gates of parameters")
 def parameters_trade_step_sizes(patcher: pytest.MonkeyPatch) -> None:
-    writes_become(patcher, rates=swapped)
+    writes_become(patcher, rates=reversed_names)
 
 
 @mutant(*PAPER_CASES, "paper, mixing tokens", "gates of parameters")
 def all_parameters_step_as_the_first(patcher: pytest.MonkeyPatch) -> None:
-    writes_become(patcher, rates=lambda rates: rates[:1])
+    writes_become(patcher, rates=lambda rates: PerParameter.shared(rates.each, rates.any))
 
 
 @mutant("paper", "paper, mixing tokens", "gates of parameters")
@@ -121,47 +141,36 @@ def the_rates_of_the_first_parameter_are_reported(patcher: pytest.MonkeyPatch) -
     wrapped(
         patcher,
         streaming,
-        "surprise_of",
+        "report_of",
         lambda original, projected, loss: original(
-            projected._replace(writes=projected.writes._replace(rates=projected.writes.rates[:1])), loss
+            projected._replace(writes=with_shared_rates(projected.writes)), loss
         ),
     )
 
 
 @mutant(*PAPER_CASES, "paper, mixing tokens", "gates of parameters")
 def parameters_trade_momenta(patcher: pytest.MonkeyPatch) -> None:
-    def change(gates: tuple[Gates, ...]) -> tuple[Gates, ...]:
-        return tuple(
-            own._replace(log_momentum=other.log_momentum) for own, other in zip(gates, gates[::-1], strict=True)
-        )
-
-    writes_become(patcher, gates=change)
+    traded(patcher, "momentum")
 
 
 @mutant("gates of parameters")
 def parameters_trade_forgetting(patcher: pytest.MonkeyPatch) -> None:
-    def change(gates: tuple[Gates, ...]) -> tuple[Gates, ...]:
-        return tuple(own._replace(log_keep=other.log_keep) for own, other in zip(gates, gates[::-1], strict=True))
-
-    writes_become(patcher, gates=change)
+    traded(patcher, "keep")
 
 
 @mutant("gates of parameters")
 def forgetting_is_momentum(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(log_keep=gates.log_momentum[0]))
+    gates_become(patcher, lambda gates: gates._replace(factors=gates.factors | {"keep": gates.factors["momentum"][:1]}))
 
 
 @mutant(*PAPER_CASES, "paper, mixing tokens")
 def channels_are_forgotten_in_reverse(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(log_keep=gates.log_keep.flip(1)))
+    factor_becomes(patcher, "keep", lambda log: log.flip(2))
 
 
 @mutant(*PAPER_CASES, "paper, mixing tokens")
 def channels_are_forgotten_on_average(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(
-        patcher,
-        lambda gates: gates._replace(log_keep=gates.log_keep.mean(dim=1, keepdim=True).expand_as(gates.log_keep)),
-    )
+    factor_becomes(patcher, "keep", lambda log: log.mean(dim=2, keepdim=True).expand_as(log))
 
 
 @mutant("paper, square")
@@ -170,19 +179,18 @@ def rows_are_forgotten_not_columns(patcher: pytest.MonkeyPatch) -> None:
         scale = original(scale, weights)
         return scale.mT if scale.ndim == 3 else scale
 
-    for module in (scaled_sum, single):
-        wrapped(patcher, module, "along", change)
+    wrapped(patcher, scale, "along", change)
 
 
 @mutant("paper")
 def channels_forget_what_comes_later_too(patcher: pytest.MonkeyPatch) -> None:
     """What is stored is forgotten from the start of its block on, not from its own chunk on."""
 
-    def change(original: Any, gates: Gates) -> Any:
-        found = original(gates)
+    def change(original: Any, self: Engine, gates: Gates) -> Any:
+        found = original(self, gates)
         return found._replace(surprise=found.surprise * found.initial.unsqueeze(-1))
 
-    wrapped(patcher, engine_module, "unroll_channels", change)
+    wrapped(patcher, Engine, "shares", change)
 
 
 @mutant(*PAPER_CASES)

@@ -8,50 +8,61 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.mutants.breaking import complement, gates_become, mutant, wrapped
-from titans_pytorch.fast_weights import general
-from titans_pytorch.fast_weights.rules import recurrence
+from tests.mutants.breaking import complement, equations_become, factor_becomes, gates_become, mutant, wrapped
+from titans_pytorch.fast_weights import engine
+from titans_pytorch.fast_weights.interface import Carry
+from titans_pytorch.fast_weights.rules import gates as gate_values
+from titans_pytorch.fast_weights.rules import rule as rule_module
+from titans_pytorch.fast_weights.rules.gates import Gates
+from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
+from titans_pytorch.fast_weights.rules.titans import Titans
 from titans_pytorch.memory import gates as gates_module
+
+# the gates
 
 
 @mutant("plain", "spectral")
 def decay_is_its_complement(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(log_keep=complement(gates.log_keep)))
+    factor_becomes(patcher, "keep", complement)
 
 
 @mutant("plain", "read apart")
 def nothing_is_forgotten(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(log_keep=gates.log_keep * 0))
+    factor_becomes(patcher, "keep", torch.zeros_like)
 
 
 @mutant("plain")
 def momentum_is_its_complement(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(log_momentum=complement(gates.log_momentum)))
+    factor_becomes(patcher, "momentum", complement)
 
 
 @mutant("plain", "general")
 def momentum_is_ignored(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(log_momentum=gates.log_momentum - 50))
+    factor_becomes(patcher, "momentum", lambda log: log - 50)
 
 
 @mutant("rich")
 def orders_of_momentum_trade_gates(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(log_momentum=gates.log_momentum.flip(0)))
+    factor_becomes(patcher, "momentum", lambda log: log.flip(0))
+
+
+def shares_become(patcher: pytest.MonkeyPatch, change: Any) -> None:
+    gates_become(patcher, lambda gates: gates._replace(shares={"combine": change(gates.shares["combine"])}))
 
 
 @mutant("rich")
 def orders_are_combined_equally(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(combine=torch.full_like(gates.combine, 1 / len(gates.combine))))
+    shares_become(patcher, lambda shares: torch.full_like(shares, 1 / len(shares)))
 
 
 @mutant("rich")
 def the_zeroth_order_comes_last(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(combine=gates.combine.roll(1, 0)))
+    shares_become(patcher, lambda shares: shares.roll(1, 0))
 
 
 @mutant("plain")
 def gates_belong_to_the_next_chunk(patcher: pytest.MonkeyPatch) -> None:
-    gates_become(patcher, lambda gates: gates._replace(log_keep=gates.log_keep.roll(-1, -1)))
+    factor_becomes(patcher, "keep", lambda log: log.roll(-1, -1))
 
 
 @mutant("plain", "general")
@@ -62,14 +73,12 @@ def products_of_gates_include_their_own(patcher: pytest.MonkeyPatch) -> None:
         first = torch.nn.functional.pad(log_gates, (1, 0)).exp()
         return original(log_gates) * first.unsqueeze(-2)
 
-    for module in (recurrence, general):
-        if hasattr(module, "products"):
-            wrapped(patcher, module, "products", change)
+    wrapped(patcher, gate_values, "products", change)
 
 
 @mutant("plain")
 def the_gates_triangle_is_upside_down(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, recurrence, "products", lambda original, log_gates: original(log_gates).mT)
+    wrapped(patcher, gate_values, "products", lambda original, log_gates: original(log_gates).mT)
 
 
 @mutant("rich")
@@ -82,3 +91,70 @@ def gates_see_the_mean_not_the_pool(patcher: pytest.MonkeyPatch) -> None:
 def the_pool_sees_masked_tokens(patcher: pytest.MonkeyPatch) -> None:
     for pool in (gates_module.AveragePool, gates_module.AttentionPool):
         wrapped(patcher, pool, "forward", lambda original, self, x, is_stored=None: original(self, x))
+
+
+# the rule's equations, and their closed form
+
+
+@mutant("paper, one chunk a batch", "plain", "spectral", "general")
+def the_step_is_forgotten_too(patcher: pytest.MonkeyPatch) -> None:
+    """(1 - alpha) (M + S) in place of (1 - alpha) M + S"""
+    equations_become(
+        patcher,
+        "retain",
+        lambda original, self, weights, step, gates, start: gates.keep * rule_module.summed(weights + step),
+    )
+
+
+@mutant("paper, one chunk a batch", "plain", "general")
+def momentum_forgets_the_new_surprise_too(patcher: pytest.MonkeyPatch) -> None:
+    """eta (S + u) in place of eta S + u"""
+
+    def change(original: Any, self: Titans, momenta: Any, surprise: Any, gates: Any) -> Any:
+        if not momenta:
+            return original(self, momenta, surprise, gates)
+        moved = rule_module.summed(gates["momentum"][0] * rule_module.summed(momenta[0] + surprise))
+        return moved, (moved, *momenta[1:])
+
+    equations_become(patcher, "move", change)
+
+
+@mutant("paper, one chunk a batch", "plain", "rich", "general")
+def momentum_is_dropped_between_blocks(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Carry, after: Any) -> Carry:
+        carry = original(self, after)
+        return carry._replace(momenta={name: tuple(m * 0 for m in each) for name, each in carry.momenta.items()})
+
+    wrapped(patcher, Carry, "with_memories", change)
+
+
+@mutant("rich")
+def the_closed_form_hands_higher_orders_down(patcher: pytest.MonkeyPatch) -> None:
+    """Instead of lower ones up."""
+
+    def change(original: Any, self: Titans, gates: Gates) -> Any:
+        found = original(self, gates)
+        return found._replace(last_past=found.last_past.transpose(0, 1))
+
+    wrapped(patcher, Titans, "coefficients", change)
+
+
+@mutant("rich, one chunk a batch", "rich")
+def a_chunk_without_anything_to_store_moves_the_memory(patcher: pytest.MonkeyPatch) -> None:
+    """It hands what moves on to the weights."""
+
+    def change(original: Any, *args: Any) -> Any:
+        return original(*args).map(lambda gates: gates._replace(is_stored=None))
+
+    wrapped(patcher, gates_module.GateLayers, "gates", change)
+
+
+@mutant("spectral")
+def steps_are_made_orthogonal_before_momentum(patcher: pytest.MonkeyPatch) -> None:
+    """Each surprise in place of what they add up to."""
+
+    def change(original: Any, rule: Any, memory: Any, surprise: Tensor, gates: Any) -> Any:
+        surprise = orthogonalised(surprise) if surprise.ndim == 4 else surprise
+        return original(rule.rule, memory, surprise, gates)
+
+    wrapped(patcher, engine, "by_products", change)

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.mutants.breaking import mutant, with_gate, wrapped
-from titans_pytorch import neural_memory
-from titans_pytorch.fast_weights import general
-from titans_pytorch.fast_weights import renewal as limits
+from titans_pytorch.fast_weights import renewal
 from titans_pytorch.fast_weights.engine import Engine
-from titans_pytorch.fast_weights.rules import orthogonal as spectral
-from titans_pytorch.memory import schedule
+from titans_pytorch.fast_weights.rules import orthogonal
+from titans_pytorch.memory import core, plan
 from titans_pytorch.memory.projections import MultiheadRMSNorm, Projections
 from titans_pytorch.memory.reading import Reader
 from titans_pytorch.neural_memory import NeuralMemory
@@ -70,13 +68,13 @@ def the_base_is_never_renewed(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("rich")
 def the_transition_is_not_gated(patcher: pytest.MonkeyPatch) -> None:
-    for module in (neural_memory, limits):
+    for module in (core, renewal):
         wrapped(patcher, module, "renewed", lambda original, carry, gate, *args: original(carry, None, *args))
 
 
 @mutant("grown")
 def growth_is_not_limited(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(limits, "limit_growth", lambda weights, limit: weights)
+    patcher.setattr(renewal, "limit_growth", lambda weights, limit: weights)
 
 
 @mutant("plain", "rich")
@@ -84,7 +82,7 @@ def batches_begin_a_chunk_late(patcher: pytest.MonkeyPatch) -> None:
     def change(original: Any, layout: Any, start: int, end: int) -> Any:
         return [(first + 1, last + 1, renews) for first, last, renews in original(layout, start - 1, end - 1)]
 
-    wrapped(patcher, schedule, "batches", change)
+    wrapped(patcher, plan, "batches", change)
 
 
 # reading
@@ -103,12 +101,12 @@ def reads_come_a_chunk_late(patcher: pytest.MonkeyPatch) -> None:
 
 
 def shifted_reads(patcher: pytest.MonkeyPatch, shift: int) -> None:
-    def change(original: Any, self: Engine, block: Any, queries: Tensor, rows: Any, slow: Any) -> Tensor:
-        if isinstance(rows, slice):
-            rows = torch.arange(rows.start, rows.stop)
+    def change(original: Any, self: Engine, block: Any, queries: Tensor, entries: Any, slow: Any) -> Tensor:
+        if isinstance(entries, slice):
+            entries = torch.arange(entries.start, entries.stop)
         if block.num_chunks:
-            rows = (rows + shift).clamp(0, block.num_chunks)
-        return original(self, block, queries, rows, slow)
+            entries = (entries + shift).clamp(0, block.num_chunks)
+        return original(self, block, queries, entries, slow)
 
     wrapped(patcher, Engine, "read", change)
 
@@ -116,7 +114,9 @@ def shifted_reads(patcher: pytest.MonkeyPatch, shift: int) -> None:
 @mutant("read apart")
 def reading_chunks_are_storing_chunks(patcher: pytest.MonkeyPatch) -> None:
     patcher.setattr(
-        Reader, "rows", lambda self, plan: (torch.arange(plan.first_group, plan.last_group) - plan.first_chunk).clamp(0)
+        Reader,
+        "entries",
+        lambda self, plan: (torch.arange(plan.first_group, plan.last_group) - plan.first_chunk).clamp(0),
     )
 
 
@@ -162,12 +162,12 @@ def waiting_tokens_are_dropped_between_calls(patcher: pytest.MonkeyPatch) -> Non
 
 @mutant("spectral")
 def steps_are_not_orthogonal(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(general, "orthogonalised", lambda t: t)
+    patcher.setattr(orthogonal, "orthogonalised", lambda t: t)
 
 
 @mutant("spectral")
 def one_newton_schulz_iteration_less(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(spectral, "NUM_ITERATIONS", 4)
+    patcher.setattr(orthogonal, "NUM_ITERATIONS", 4)
 
 
 @mutant("lookahead and views")

@@ -9,32 +9,33 @@ import torch
 
 from tests.mutants.breaking import mutant, wrapped, writes_become
 from titans_pytorch.fast_weights import engine as engine_module
-from titans_pytorch.fast_weights import taps
+from titans_pytorch.fast_weights import surprises as surprises_module
 from titans_pytorch.fast_weights.engine import Engine
+from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.memory.projections import Projections
 
 
 @mutant("plain", "general")
 def climbs_instead_of_descending(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, engine_module, "steps_of", lambda original, found, *args: negated(original(found, *args)))
+    wrapped(patcher, engine_module, "surprises_of", lambda original, found, *args: negated(original(found, *args)))
 
 
-def negated(surprises: taps.Surprises) -> taps.Surprises:
-    factors = {name: taps.Factors(-f.left, f.right) for name, f in surprises.factors.items()}
-    return taps.Surprises(factors, {name: -t for name, t in surprises.tensors.items()})
+def negated(surprises: Surprises) -> Surprises:
+    factors = {name: Factors(-f.left, f.right) for name, f in surprises.factors.items()}
+    return Surprises(factors, {name: -t for name, t in surprises.tensors.items()})
 
 
 @mutant("plain")
 def left_and_right_factors_swap(patcher: pytest.MonkeyPatch) -> None:
     """Of square matrices, which shapes cannot tell apart."""
 
-    def swapped(f: taps.Factors) -> taps.Factors:
-        return taps.Factors(f.right, f.left) if f.left.shape == f.right.shape else taps.Factors(f.left * 1.01, f.right)
+    def swapped(f: Factors) -> Factors:
+        return Factors(f.right, f.left) if f.left.shape == f.right.shape else Factors(f.left * 1.01, f.right)
 
     wrapped(
         patcher,
         engine_module,
-        "steps_of",
+        "surprises_of",
         lambda original, found, *args: original(
             found._replace(factors={n: swapped(f) for n, f in found.factors.items()}), *args
         ),
@@ -46,7 +47,7 @@ def vectors_are_not_surprised(patcher: pytest.MonkeyPatch) -> None:
     wrapped(
         patcher,
         engine_module,
-        "steps_of",
+        "surprises_of",
         lambda original, found, *args: original(
             found._replace(tensors={n: t * 0 for n, t in found.tensors.items()}), *args
         ),
@@ -55,7 +56,7 @@ def vectors_are_not_surprised(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("plain")
 def rates_are_ignored(patcher: pytest.MonkeyPatch) -> None:
-    writes_become(patcher, rates=lambda rates: tuple(torch.full_like(rate, 0.2) for rate in rates))
+    writes_become(patcher, rates=lambda rates: rates.map(lambda rate: torch.full_like(rate, 0.2)))
 
 
 @mutant("plain")
@@ -75,12 +76,12 @@ def writes_of_a_token_trade_values(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("rich")
 def the_norm_of_gradients_is_not_limited(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(engine_module, "smooth_limit", lambda norm, limit: torch.ones_like(norm))
+    patcher.setattr(surprises_module, "smooth_limit", lambda norm, limit: torch.ones_like(norm))
 
 
 @mutant("rich")
 def gradients_are_clipped_hard(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(engine_module, "smooth_limit", lambda norm, limit: (limit / norm.clamp(min=1e-9)).clamp(max=1.0))
+    patcher.setattr(surprises_module, "smooth_limit", lambda norm, limit: (limit / norm.clamp(min=1e-9)).clamp(max=1.0))
 
 
 @mutant("rich")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.support.oracle import OracleOutput, oracle
+from tests.support.oracle import Layer, OracleOutput, oracle
 from tests.support.streams import disturbed
 from titans_pytorch import NeuralMemory, memory_models
+from titans_pytorch.fast_weights.rules.registry import RuleOptions
+from titans_pytorch.fast_weights.rules.rule import Rule
 
 DIM_HEAD = 4
 
@@ -102,6 +105,15 @@ OPTIONS: dict[str, list[Any]] = {
 
 
 @dataclass(frozen=True)
+class RuleUnderTest:
+    """A rule of somebody's own, and the oracle's way to say the same."""
+
+    make: Callable[[], Rule]
+    layer: type[Layer]
+    orders: int = 0  # of momentum, in the final state
+
+
+@dataclass(frozen=True)
 class Case:
     """One drawn configuration with everything that is fed."""
 
@@ -113,6 +125,7 @@ class Case:
     has_mask: bool
     has_store_seq: bool
     engine: str | None = field(default=None)
+    rule: RuleUnderTest | None = field(default=None)
 
 
 @st.composite
@@ -162,11 +175,23 @@ def legal(chosen: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+OF_TITANS = RuleOptions.__dataclass_fields__
+"""Options that configure the rule of Titans"""
+
+
+def with_rule(case: Case, rule: RuleUnderTest) -> Case:
+    """A drawn configuration with another rule, and so without the options of that of Titans."""
+    options = {name: value for name, value in case.options.items() if name not in OF_TITANS}
+    return replace(case, options=options, rule=rule)
+
+
 def build(case: Case, **changes: Any) -> NeuralMemory:
     """The memory of a case in float64, every parameter moved away from where it starts."""
     torch.manual_seed(case.seed)
     options = case.options | changes
     activation = None if options["activation"] is None else nn.SiLU()
+    if case.rule is not None:
+        options["rule"] = case.rule.make()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         memory = NeuralMemory(
@@ -206,6 +231,8 @@ def by_oracle(
     """The same by the oracle, on the same parameters."""
     options = {name: value for name, value in case.options.items() if name not in ("model", "activation")} | changes
     options["activation"] = None if case.options["activation"] is None else nn.SiLU()
+    if case.rule is not None:
+        options |= {"momentum": case.rule.orders > 0, "momentum_order": max(case.rule.orders, 1)}
     parameters = dict(memory.named_parameters())
     return oracle(
         parameters,
@@ -214,8 +241,9 @@ def by_oracle(
         store_seq=fed.store_seq,
         store_mask=fed.mask,
         prev_updates=prev_updates,
+        layer_kind=None if case.rule is None else case.rule.layer,
         **options,
     )
 
 
-__all__ = ["MODELS", "OPTIONS", "Case", "Fed", "build", "by_oracle", "cases", "inputs"]
+__all__ = ["MODELS", "OPTIONS", "Case", "Fed", "RuleUnderTest", "build", "by_oracle", "cases", "inputs", "with_rule"]

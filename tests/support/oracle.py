@@ -372,16 +372,17 @@ def oracle(
     store_mask: Tensor | None = None,
     prev_updates: Weights | None = None,
     ttt_batch_size: int | None = None,
+    layer_kind: type[Layer] | None = None,
     **options,
 ) -> OracleOutput:
     """What NeuralMemory answers to a whole sequence, from a fresh state.
 
     parameters: a state_dict; model: see `memory_model`; seq: (b t m), or views of queries, keys and values (3 b t m);
     store_seq: (b t m), with views (2 b t m); store_mask: (b t); prev_updates: the `updates` of the previous layer
-    (r n+1 ...); options: the arguments of NeuralMemory.
+    (r n+1 ...); layer_kind: a `Layer` with another rule; options: the arguments of NeuralMemory.
     """
     options = Options(**options)
-    layer = Layer(parameters, model, options)
+    layer = (layer_kind or Layer)(parameters, model, options)
     has_views, heads = options.qkv_receives_diff_views, options.heads
     batch_size = options.batch_size if ttt_batch_size is None else ttt_batch_size
     queries = seq[0] if has_views else seq
