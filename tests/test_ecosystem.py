@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from tests.support.streams import randn
 from titans_pytorch import MemoryAttention, NeuralMemory
@@ -74,6 +75,19 @@ def test_built_without_storage_and_loaded(name: str) -> None:
 
 def loss_of(built: nn.Module, seq: Tensor) -> Tensor:
     return built(seq)[0].square().mean()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_activation_checkpointing_of_either_kind_changes_no_gradient(name: str, use_reentrant: bool) -> None:
+    """transformers and torchtune checkpoint whole blocks; the non-reentrant kind refuses to unpack a tensor twice."""
+    built, seq = memory(name), tokens().requires_grad_()
+    wanted = [seq, *built.parameters()]
+    expected = torch.autograd.grad(loss_of(built, seq), wanted, allow_unused=True)
+    again = checkpoint(loss_of, built, seq, use_reentrant=use_reentrant)
+    again.backward()
+    for parameter, gradient in zip(wanted, expected, strict=True):
+        assert_close(parameter.grad, gradient, rtol=0, atol=0)
 
 
 # copies and checkpoints

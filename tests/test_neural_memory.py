@@ -11,8 +11,16 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.support.configurations import MODELS
-from tests.support.streams import randn
-from titans_pytorch import MemoryAttention, MemoryMLP, MemorySwiGluMLP, NeuralMemory, NeuralMemState, mem_state_detach
+from tests.support.streams import in_pieces, randn
+from titans_pytorch import (
+    MemoryAttention,
+    MemoryMLP,
+    MemorySwiGluMLP,
+    NeuralMemory,
+    NeuralMemState,
+    losses,
+    mem_state_detach,
+)
 from titans_pytorch.neural_memory import AssocScan
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
@@ -411,3 +419,32 @@ def test_the_given_model_is_never_run_with_its_own_weights(name: str) -> None:
             p.fill_(torch.nan)
     seq = randn(2, 7, 4)
     assert torch.equal(one(seq)[0], other(seq)[0])
+
+
+def test_looking_ahead_in_chunks_of_one_token_only_forgets() -> None:
+    """No token has a next one in its chunk: w = (1 - alpha) w at every token, and nothing is reported."""
+    with pytest.warns(UserWarning, match="only forgets"):
+        built = NeuralMemory(6, 1, store_with_lookahead_value=True, init_decay_bias=0.0).double()
+    retrieved, state, (loss, rates) = built(randn(2, 5, 6), return_surprises=True)
+    for name, initial in built.init_weights(2).items():
+        assert_close(state.current[name], initial * 0.5**5)
+        assert not state.momenta[name].any()
+    assert loss.shape == rates.shape == (2, 1, 0)
+    assert_close(in_pieces(built, randn(2, 5, 6), [1, 3, 1])[0], retrieved)
+
+
+def test_losses_have_names() -> None:
+    torch.manual_seed(0)
+    summed = NeuralMemory(6, 2, summed_loss=True).double()
+    seq = randn(1, 9, 6)
+    for options in (dict(loss="sse"), dict(store_memory_loss_fn=losses.summed_squared_error)):
+        torch.manual_seed(0)
+        assert torch.equal(NeuralMemory(6, 2, **options).double()(seq)[0], summed(seq)[0])
+    torch.manual_seed(0)
+    assert not torch.equal(NeuralMemory(6, 2, loss="mse").double()(seq)[0], summed(seq)[0])
+    with pytest.raises(ValueError, match="loss must be one of 'mse', 'sse', got 'huber'"):
+        NeuralMemory(6, loss="huber")
+    with pytest.raises(ValueError, match="loss and summed_loss exclude each other"):
+        NeuralMemory(6, loss="mse", summed_loss=True)
+    with pytest.raises(ValueError, match="must be new, got 'mse'"):
+        losses.register_loss("mse", losses.mean_squared_error)

@@ -95,7 +95,7 @@ class CallPlan(NamedTuple):
         """What will be done, in a sentence."""
         num_blocks = sum(block.num_chunks > 0 for span in self.spans for block in span)
         return (
-            f"{self.num_chunks} chunks in {num_blocks} blocks and {len(self.spans)} spans, "
+            f"{self.num_chunks} chunks in {num_blocks} blocks, {len(self.spans)} span(s), "
             f"{'recomputed in the backward pass' if self.recomputes else 'kept for the backward pass'}, "
             f"blocks {'kept' if self.keeps_blocks else 'made again'} for whoever looks at them"
         )
