@@ -8,6 +8,7 @@ from tests.mutants import papers, recurrences, streams, surprises  # noqa: F401 
 from tests.mutants.breaking import MUTANTS
 from tests.mutants.cases import CASES
 from tests.test_exactness import check
+from titans_pytorch import NeuralMemory
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -15,16 +16,34 @@ def test_the_library_as_it_is_passes(name: str) -> None:
     check(CASES[name])
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mutant that crashes is broken itself, and says nothing about the tests: only a comparison that fails counts."""
-    patch, cases = MUTANTS[name]
-    patch(monkeypatch)
-    survived = []
-    for case_name in cases:
+def survived(cases: tuple[str, ...]) -> list[str]:
+    """Cases that a mutant lives through. One that crashes is broken itself: only a comparison that fails notices it."""
+    living = []
+    for name in cases:
         try:
-            check(CASES[case_name])
+            check(CASES[name])
         except AssertionError:
             continue
-        survived.append(case_name)
-    assert not survived, f"lives through {survived}"
+        living.append(name)
+    return living
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch, cases = MUTANTS[name]
+    patch(monkeypatch)
+    assert not survived(cases), "a mutant lives"
+
+
+@pytest.mark.parametrize("crash", [RuntimeError, ValueError, IndexError])
+def test_a_mutant_that_crashes_is_not_caught(crash: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashes(*args: object, **kwargs: object) -> None:
+        raise crash("not an answer")
+
+    monkeypatch.setattr(NeuralMemory, "forward", crashes)
+    with pytest.raises(crash, match="not an answer"):
+        survived(("plain",))
+
+
+def test_a_mutant_that_changes_nothing_lives() -> None:
+    assert survived(("plain",)) == ["plain"]
