@@ -72,8 +72,8 @@ def attend_in_windows(
 ) -> Tensor:
     """Attention of the last n of the tokens to the prefix, which all see, and to the windows before them.
 
-    First the queries that see what was kept from before, then all whole windows at once, each with as many tokens before
-    it as its queries see.
+    First the queries that see what was kept from before, then all whole windows at once, each with as many tokens
+    before it as its queries see.
 
     q: (b h n d), tokens: (b h t d), which begin where a window does or hold what the first query sees;
     prefix: (b or 1, h p d) -> (b h n e)
