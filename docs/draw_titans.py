@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from titans_pytorch.titans.masks import context_mask, sliding_mask
+from titans_pytorch.attention.masks import context_mask, window_mask
 
 TOKENS, PERSISTENT, WINDOW, CHUNK = 12, 2, 4, 2
 HERE = torch.device("cpu")
@@ -27,10 +27,10 @@ NAMES = list(COLORS)
 def by_attention(sees: str) -> np.ndarray:
     """Who is seen by attention: (token, [persistent | token]), and by way of h, for segments."""
     if sees == "sliding":
-        return sliding_mask(TOKENS, TOKENS, PERSISTENT, WINDOW, HERE).numpy()
+        return window_mask(TOKENS, TOKENS, PERSISTENT, WINDOW - 1, True, HERE).numpy()
     seen = np.zeros((TOKENS, PERSISTENT + TOKENS), dtype=bool)
     seen[:, :PERSISTENT] = True
-    mask = context_mask(WINDOW, WINDOW, PERSISTENT, WINDOW, HERE).numpy()[:, PERSISTENT + WINDOW :]
+    mask = context_mask(WINDOW, WINDOW, PERSISTENT, HERE).numpy()[:, PERSISTENT + WINDOW :]
     for start in range(0, TOKENS, WINDOW):
         seen[start : start + WINDOW, PERSISTENT + start : PERSISTENT + start + WINDOW] = mask
     return seen

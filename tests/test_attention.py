@@ -10,8 +10,10 @@ from torch.testing import assert_close
 
 from titans_pytorch import audit
 from titans_pytorch.attention.flex import create_mac_block_mask
-from titans_pytorch.attention.masks import may_attend
-from titans_pytorch.attention.segmented import SegmentedAttention, attend
+from titans_pytorch.attention.key_values import KeyValues
+from titans_pytorch.attention.masks import KeptMasks, may_attend
+from titans_pytorch.attention.segmented import SegmentedAttention
+from titans_pytorch.attention.windowed import attend
 
 DIM, HEADS = 8, 2
 KINDS = [
@@ -59,7 +61,7 @@ def stream(attention: torch.nn.Module, piece: Tensor, cache: object) -> tuple[Te
 def test_windows_at_once_equal_token_by_token(kwargs: dict[str, object], count: int) -> None:
     attention = build(**kwargs)
     q, k, v = torch.randn(3, 2, HEADS, count, 4, dtype=torch.float64)
-    assert_close(attention.densely(q, k, v), naively(attention, q, k, v))
+    assert_close(attention.by_windows(q, KeyValues(k, v)), naively(attention, q, k, v))
 
 
 @pytest.mark.parametrize("kwargs", KINDS)
@@ -99,9 +101,33 @@ def test_sliding_costs_no_more_than_two_windows_per_query(monkeypatch: pytest.Mo
         products.append(q.shape[:-1].numel() * k.shape[2])
         return attend(q, k, v, mask, **kwargs)
 
-    monkeypatch.setattr("titans_pytorch.attention.segmented.attend", counted)
+    monkeypatch.setattr("titans_pytorch.attention.windowed.attend", counted)
     build(segment_len=8, sliding=True)(torch.randn(1, 800, DIM, dtype=torch.float64))
     assert sum(products) <= HEADS * 800 * 2 * 8
+
+
+def test_one_token_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> Tensor:
+        raise AssertionError("decoding makes no mask")
+
+    for kwargs in KINDS:
+        attention = build(**kwargs)
+        _, (_, cache) = attention(torch.randn(1, 6, DIM, dtype=torch.float64))
+        with monkeypatch.context() as patcher:
+            patcher.setattr("titans_pytorch.attention.windowed.window_mask", refused)
+            attention(torch.randn(1, 1, DIM, dtype=torch.float64), cache=cache)
+
+
+def test_masks_are_kept_up_to_a_number_of_bytes() -> None:
+    masks, built = KeptMasks(max_bytes=100), []
+
+    def get(key: str, size: int) -> None:
+        masks.get(key, lambda: built.append(key) or torch.ones(size, dtype=torch.bool))
+        assert masks.num_bytes == sum(mask.nbytes for mask in masks.masks.values()) <= 100
+
+    for key, size in (("a", 40), ("b", 40), ("a", 40), ("c", 40), ("b", 40), ("huge", 101), ("b", 40)):
+        get(key, size)
+    assert built == ["a", "b", "c", "b", "huge"]
 
 
 @pytest.mark.parametrize("persistent", [0, 3])

@@ -11,7 +11,8 @@ import torch
 from tests.support.reference import Reference
 from tests.support.titans_configurations import build, build_backbone, random_ids, random_inputs
 from tests.test_titans import in_pieces
-from titans_pytorch.titans import attention, gate, mixers
+from titans_pytorch.attention import windowed
+from titans_pytorch.titans import gate, mixers
 from titans_pytorch.titans.state import SegmentState
 
 TOKENS = 9
@@ -121,7 +122,9 @@ def the_window_is_not_carried(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("mag", equals_its_equations)
 def the_window_is_one_token_longer(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, attention, "sliding_mask", lambda original, i, j, p, window, d: original(i, j, p, window + 1, d))
+    wrapped(
+        patcher, windowed, "window_mask", lambda original, i, j, p, window, *rest: original(i, j, p, window + 1, *rest)
+    )
 
 
 @mutant("lmm", equals_its_equations)

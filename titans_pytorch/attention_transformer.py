@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.attention.rotary import RotaryEmbedding
-from titans_pytorch.attention.segmented import attend_causally
+from titans_pytorch.attention.windowed import attend_causally
 from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.mac.layer import feed_forward

@@ -12,7 +12,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.attention.flex import create_mac_block_mask, flex_attention
-from titans_pytorch.attention.segmented import AttnIntermediates, KeyValueCache, SegmentedAttention
+from titans_pytorch.attention.key_values import KeyValueCache
+from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
 from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.mac.cache import LayerCache, MACCache, at_rest
 from titans_pytorch.mac.layer import Parts, Passed, ViewSelector, feed_forward

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titans_pytorch.attention.rotary import RotaryEmbedding
-from titans_pytorch.attention.segmented import attend_causally
+from titans_pytorch.attention.windowed import attend_causally
 from titans_pytorch.checks import tensor_checks, value_checks
 
 

@@ -10,11 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, device
 
-from titans_pytorch.attention.segmented import KeyValueCache
+from titans_pytorch.attention.key_values import KeyValueCache, KeyValues
 from titans_pytorch.mac.cache import MACCache
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.state import NeuralMemState, ReadingGroup, Updates
-from titans_pytorch.titans.attention import KeyValues
 from titans_pytorch.titans.state import LayerState, SegmentState, TitansState
 
 FORMAT, VERSION = "titans_pytorch.state", 1

@@ -6,56 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from titans_pytorch.attention.flex import create_mac_block_mask, flex_backend
-from titans_pytorch.attention.masks import may_attend
+from titans_pytorch.attention.key_values import KeyValueCache, KeyValues, joined
 from titans_pytorch.attention.rotary import RotaryEmbedding
+from titans_pytorch.attention.windowed import Windows, attend_in_windows
 from titans_pytorch.checks import tensor_checks, value_checks
 
 ATTEND_OPTIONS = {"dropout": (int, float), "scale": (int, float, type(None)), "flash": (bool,)}
 FlexFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class KeyValueCache(NamedTuple):
-    """What later tokens may still see: at most one window of keys (turned by their position) and values."""
-
-    keys: Tensor  # (b h t d)
-    values: Tensor  # (b h t d)
-    num_seen: int  # position of the next token
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> KeyValueCache:
-        """fn of both tensors, whose first axis is the batch."""
-        return KeyValueCache(fn(self.keys), fn(self.values), self.num_seen)
-
-
 class AttnIntermediates(NamedTuple):
     value_residual: Tensor  # (b h n d)  the layer's own values, before any mixing
     cached_key_values: KeyValueCache
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None = None, dropout: float = 0.0
-) -> Tensor:
-    """q: (b h i d), k: (b h j d), v: (b h j e), mask: (i j) of who sees whom, None: all -> (b h i e)"""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-
-
-def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every query sees all keys up to its own; queries are the last of the tokens that keys belong to.
-
-    q: (b h i d), k: (b h j d), v: (b h j e), j >= i -> (b h i e)
-    """
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    if num_queries == 1:
-        return attend(q, k, v, None)
-    if num_queries == num_keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    positions = torch.arange(num_keys, device=q.device)
-    return attend(q, k, v, may_attend(positions[-num_queries:, None], positions, window=num_keys, sliding=True))
 
 
 class SegmentedAttention(nn.Module):
@@ -99,6 +66,7 @@ class SegmentedAttention(nn.Module):
         options = dict(attend_kwargs or {})
         self.dim, self.heads, self.sliding = dim, heads, sliding
         self.window = segment_len + num_longterm_mem_tokens
+        self.windows = Windows(self.window, lookback=self.window if sliding else None)
         self.scale, self.dropout = options.get("scale"), float(options.get("dropout", 0.0))
         self.use_flex_attn = use_flex_attn and self.scale is None and self.dropout == 0
 
@@ -140,68 +108,36 @@ class SegmentedAttention(nn.Module):
             v = v.lerp(value_residual, self.to_learned_v_mix(normed))
         q, k = self.rotary_emb(torch.stack((q, k)), start)
 
+        if self.persistent_memory.shape[2] == 0 and torch.is_grad_enabled():  # every parameter must have a gradient
+            v = v + self.persistent_memory.sum()
+        tokens = KeyValues(k, v)
         if self.takes_flex(seq, flex_attn_fn, disable_flex_attn, cache):
-            out = self.flexibly(q, k, v, flex_attn_fn)
-            next_cache = self.kept(k, v, start + seq.shape[1])
+            out = self.by_flex_attention(q, tokens, flex_attn_fn)
         else:
-            if cache is not None:
-                k, v = torch.cat((cache.keys, k), dim=2), torch.cat((cache.values, v), dim=2)
-            out = self.densely(q, k, v)
-            next_cache = self.kept(k, v, start + seq.shape[1])
+            tokens = tokens if cache is None else joined(cache.key_values, tokens)
+            out = self.by_windows(q, tokens)
+        next_cache = self.kept(tokens, start + seq.shape[1])
         out = self.to_out(rearrange(out, "b h n d -> b n (h d)"))
         out = out if output_gating is None else out * output_gating
         return out, AttnIntermediates(own_values, next_cache)
 
     # ---- the dense path
 
-    def densely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: (b h n d), the last of the tokens of k, v: (b h t d), which begin where a window does -> (b h n d)
+    def by_windows(self, q: Tensor, tokens: KeyValues) -> Tensor:
+        """Attention of the last n of the tokens, which begin where a window does.  q: (b h n d) -> (b h n d)"""
+        dropout = self.dropout if self.training else 0.0
+        return attend_in_windows(q, tokens, self.prefix(tokens), self.windows, scale=self.scale, dropout=dropout)
 
-        First the queries that still see what was kept from before, then whole windows at once.
-        """
-        num_kept, window = k.shape[2] - q.shape[2], self.window
-        lookback = window if self.sliding else 0
-        num_first = min(q.shape[2], window if self.sliding else window - num_kept)
-        stop = num_kept + num_first
-        first = self.among(q[:, :, :num_first], k[:, :, :stop], v[:, :, :stop])
-        if num_first == q.shape[2]:
-            return first
+    def prefix(self, tokens: KeyValues) -> KeyValues | None:
+        """The persistent memories as keys and values that all sequences share, in the dtypes of tokens.  (1 h p d)"""
+        if self.persistent_memory.shape[2] == 0:
+            return None
+        keys, values = self.persistent_memory.unsqueeze(1)
+        return KeyValues(keys.to(tokens.keys.dtype), values.to(tokens.values.dtype))
 
-        batch, rest = q.shape[0], q.shape[2] - num_first
-        padding = (0, 0, 0, -rest % window)
-        fold, unfold = "b h (w i) d -> (b w) h i d", "(b w) h i d -> b h (w i) d"
-        queries = rearrange(F.pad(q[:, :, num_first:], padding), fold, i=window)
-        keys, values = (
-            rearrange(
-                F.pad(x[:, :, stop - lookback :], padding).unfold(2, lookback + window, window),
-                "b h w d j -> (b w) h j d",
-            )
-            for x in (k, v)
-        )
-        return torch.cat((first, rearrange(self.among(queries, keys, values), unfold, b=batch)[:, :, :rest]), dim=2)
-
-    def among(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries that are the last of these keys' tokens, and the persistent memories.  -> as q"""
-        num_queries, num_keys, persistent = q.shape[2], k.shape[2], self.persistent_memory.shape[2]
-        positions = torch.arange(-persistent, num_keys, device=q.device)
-        queries = torch.arange(num_keys - num_queries, num_keys, device=q.device)
-        mask = may_attend(queries[:, None], positions, window=self.window, sliding=self.sliding)
-        k, v = self.with_persistent(k, v)
-        return attend(q, k, v, mask, scale=self.scale, dropout=self.dropout if self.training else 0.0)
-
-    def with_persistent(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(b h t d) -> (b h P+t d)"""
-        if self.persistent_memory.shape[2] == 0:  # it still takes part, as every parameter must have a gradient
-            return k, v + self.persistent_memory.sum() if torch.is_grad_enabled() else v
-        pk, pv = repeat(self.persistent_memory, "kv h p d -> kv b h p d", b=k.shape[0])
-        return torch.cat((pk.to(k.dtype), k), dim=2), torch.cat((pv.to(v.dtype), v), dim=2)
-
-    def kept(self, k: Tensor, v: Tensor, num_seen: int) -> KeyValueCache:
+    def kept(self, tokens: KeyValues, num_seen: int) -> KeyValueCache:
         """What the next token may see: the window before it, or its aligned window as far as that is filled."""
-        most = self.window if self.sliding else num_seen % self.window
-        start = max(k.shape[2] - most, 0)
-        keys, values = (x if start == 0 else x[:, :, start:].clone() for x in (k, v))
-        return KeyValueCache(keys, values, num_seen)
+        return KeyValueCache(*tokens.last(self.window if self.sliding else num_seen % self.window), num_seen)
 
     # ---- FlexAttention
 
@@ -210,12 +146,16 @@ class SegmentedAttention(nn.Module):
             return False
         return flex_attn_fn is not None or (self.use_flex_attn and seq.is_cuda)
 
-    def flexibly(self, q: Tensor, k: Tensor, v: Tensor, flex_attn_fn: FlexFn | None) -> Tensor:
+    def by_flex_attention(self, q: Tensor, tokens: KeyValues, flex_attn_fn: FlexFn | None) -> Tensor:
+        """Attention of all tokens of a sequence.  q: (b h n d) -> (b h n d)"""
         if flex_attn_fn is None:
             persistent = self.persistent_memory.shape[2]
             block_mask = create_mac_block_mask(q.shape[2], self.window, persistent, self.sliding, device=q.device)
             flex_attn_fn = flex_backend(block_mask)
-        return flex_attn_fn(q, *self.with_persistent(k, v))
+        prefix = self.prefix(tokens)
+        if prefix is not None:
+            tokens = joined(prefix.map(lambda x: x.expand(q.shape[0], -1, -1, -1)), tokens)
+        return flex_attn_fn(q, *tokens)
 
     # ---- what comes in
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.attention.segmented import KeyValueCache
+from titans_pytorch.attention.key_values import KeyValueCache
 from titans_pytorch.memory.state import NeuralMemState, Updates
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from titans_pytorch.attention.key_values import KeyValues, joined
+from titans_pytorch.attention.masks import context_mask, window_mask
 from titans_pytorch.attention.rotary import turned
-from titans_pytorch.attention.segmented import attend
+from titans_pytorch.attention.windowed import attend
 from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.neural_memory import NeuralMemory
-from titans_pytorch.titans.attention import Attention, KeyValues, attend_sliding, joined
+from titans_pytorch.titans.attention import Attention, attend_sliding
 from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.gate import Gate
-from titans_pytorch.titans.masks import context_mask, sliding_mask
 from titans_pytorch.titans.memory import lookback_of, make_memory
 from titans_pytorch.titans.norm import RMSNorm
 from titans_pytorch.titans.state import LayerState, SegmentState
@@ -129,8 +130,7 @@ class MemoryAsContext(AttentionMixer):
             h, segment = self.read_before(self.memory, x, segment)  # eq. (21)
             context = joined(segment.context, attention.keys_values(h, attention.turns(place, count)))
             segment = segment._replace(context=context)
-        sees = context_mask if context is not None else sliding_mask
-        mask = sees(count, offset + count, num_persistent, self.window, x.device)
+        mask = self.mask(count, offset + count, num_persistent, context is not None, x.device)
         keys_values = joined(state.prefix, context, recent)  # eq. (22)
         q = attention.queries(x)
         y = attention.out(attend(turned(q, q.shape[-1], *turns), *keys_values, mask))  # eq. (23)
@@ -145,6 +145,16 @@ class MemoryAsContext(AttentionMixer):
         if memory is not None and segment is not None:
             segment = SegmentState(None, memory.states[0], segment.tail)
         return output, LayerState(memory, state.prefix, None, segment)
+
+    def mask(
+        self, num_queries: int, num_tokens: int, num_persistent: int, has_context: bool, device: torch.device
+    ) -> Tensor | None:
+        """Who sees whom in a segment so far; None for a single token, which sees all of it.  -> (i j)"""
+        if num_queries == 1:
+            return None
+        if has_context:
+            return context_mask(num_queries, num_tokens, num_persistent, device)
+        return window_mask(num_queries, num_tokens, num_persistent, self.window, True, device)
 
     def read_before(self, memory: NeuralMemory, x: Tensor, segment: SegmentState) -> tuple[Tensor, SegmentState]:
         """What the memory knew of these tokens before their segment.  -> h (b n dim), where the segment is then"""

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from titans_pytorch.attention.key_values import KeyValues
 from titans_pytorch.fast_weights.interface import Weights
 from titans_pytorch.mac.cache import at_rest
 from titans_pytorch.memory.state import NeuralMemState
-from titans_pytorch.titans.attention import KeyValues
 
 TensorFn = Callable[[Tensor], Tensor]
 
