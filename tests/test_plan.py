@@ -129,5 +129,5 @@ def test_another_kind_of_device_has_costs_of_its_own(monkeypatch: pytest.MonkeyP
 
 def test_a_memory_says_how_it_will_run_a_call() -> None:
     memory = NeuralMemory(8, chunk_size=4, batch_size=8)
-    found = memory.plan(memory.layout, batch=2, first_token=1, num_tokens=40, first_chunk=0)
+    found = memory.plan(batch=2, num_tokens=40)
     assert found.explain().startswith("10 chunks in 5 blocks, 1 span(s)")

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from tests.test_toy_rule import TowardsStart
 from titans_pytorch.fast_weights.blocks.dense import Evolved, by_products, chunk_by_chunk
+from titans_pytorch.fast_weights.blocks.factored import scaled_over_chunks, summed_over_chunks
 from titans_pytorch.fast_weights.blocks.scan import by_scan
-from titans_pytorch.fast_weights.blocks.summed import scaled_over_chunks, summed_over_chunks
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
 from titans_pytorch.fast_weights.rules.rule import Memory, Rule, from_unit_vectors

@@ -257,7 +257,7 @@ def test_updates_are_differentiable() -> None:
 
 
 def test_nobody_builds_weights_unless_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from titans_pytorch.fast_weights.blocks.summed import SummedBlock
+    from titans_pytorch.fast_weights.blocks.factored import SummedBlock
 
     built, seen = memory(mem_model_norm_add_residual=False), []
     materialise = SummedBlock.materialise

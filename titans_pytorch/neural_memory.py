@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast, overload
 
-import torch
 from assoc_scan import AssocScan
-from einops import rearrange
 from torch import Tensor, nn
 
 from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.fast_weights.blocks.dense import DenseBlock
 from titans_pytorch.fast_weights.blocks.still import StillBlock
 from titans_pytorch.fast_weights.engine import EngineName
-from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
-from titans_pytorch.fast_weights.interface import Block, Carry, LossFn, Weights
+from titans_pytorch.fast_weights.interface import Carry, LossFn, Weights
 from titans_pytorch.fast_weights.rules.registry import RuleOptions, rule_of
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.losses import mean_squared_error
+from titans_pytorch.memory.call import LossAndRates, PreviousWeights, advance, plan_of, read_block
 from titans_pytorch.memory.core import MemoryCore, MemoryOptions
 from titans_pytorch.memory.options import (
     GateOptions,
@@ -29,27 +27,23 @@ from titans_pytorch.memory.options import (
     RenewalOptions,
     check_scan,
     loss_of,
+    without_effect,
 )
 from titans_pytorch.memory.paper import paper_options
-from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout, plan_call
+from titans_pytorch.memory.plan import CallPlan, Layout
 from titans_pytorch.memory.projections import StoredTokens
-from titans_pytorch.memory.reading import Reader
 from titans_pytorch.memory.state import (
     NeuralMemState,
     QueryTail,
-    ReadingGroup,
     Updates,
     mem_state_detach,
     outside_inference,
 )
-from titans_pytorch.memory.streaming import Moment, Report, Stored, Stream
 from titans_pytorch.pretrained import Pretrained
 
 __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
 
 DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
-LossAndRates = tuple[Tensor, Tensor]
-"""Unweighted loss and step size of every write, (b h writes) each"""
 
 
 class NeuralMemory(Pretrained, MemoryCore):
@@ -246,7 +240,7 @@ class NeuralMemory(Pretrained, MemoryCore):
         store_seq: Tensor | None = ...,
         state: NeuralMemState | None = ...,
         detach_mem_state: bool = ...,
-        prev_weights: NeuralMemState | Mapping[str, Tensor] | None = ...,
+        prev_weights: PreviousWeights = ...,
         store_mask: Tensor | None = ...,
         return_surprises: Literal[False] = ...,
         ttt_batch_size: int | None = ...,
@@ -259,7 +253,7 @@ class NeuralMemory(Pretrained, MemoryCore):
         store_seq: Tensor | None = ...,
         state: NeuralMemState | None = ...,
         detach_mem_state: bool = ...,
-        prev_weights: NeuralMemState | Mapping[str, Tensor] | None = ...,
+        prev_weights: PreviousWeights = ...,
         store_mask: Tensor | None = ...,
         *,
         return_surprises: Literal[True],
@@ -272,7 +266,7 @@ class NeuralMemory(Pretrained, MemoryCore):
         store_seq: Tensor | None = None,
         state: NeuralMemState | None = None,
         detach_mem_state: bool = False,
-        prev_weights: NeuralMemState | Mapping[str, Tensor] | None = None,
+        prev_weights: PreviousWeights = None,
         store_mask: Tensor | None = None,
         return_surprises: bool = False,
         ttt_batch_size: int | None = None,
@@ -302,7 +296,8 @@ class NeuralMemory(Pretrained, MemoryCore):
         if store_mask is not None:
             tensor_checks.check_mask("store_mask", store_mask, queries.shape[:2])
         new, layout = StoredTokens(keys, values, store_mask), self.layout_of(ttt_batch_size)
-        retrieved, state, surprises = self.advance(queries, new, state, prev_weights, layout)
+        retrieved, state, surprises = advance(self, queries, new, state, prev_weights, layout)
+        retrieved = cast(Tensor, retrieved)  # something was read
         state = state.detach() if detach_mem_state else state
         return (retrieved, state, surprises) if return_surprises else (retrieved, state)
 
@@ -312,7 +307,7 @@ class NeuralMemory(Pretrained, MemoryCore):
         weights: Weights | None = None,
         past_state: tuple[Weights, Weights] | None = None,
         seq_index: int = 0,
-        prev_weights: NeuralMemState | Mapping[str, Tensor] | None = None,
+        prev_weights: PreviousWeights = None,
         mask: Tensor | None = None,
         return_surprises: bool = True,
     ) -> tuple[Updates, NeuralMemState] | tuple[Updates, NeuralMemState, LossAndRates]:
@@ -333,7 +328,7 @@ class NeuralMemory(Pretrained, MemoryCore):
             tensor_checks.check_past_state(past_state)
             state = state._replace(states=past_state)
         new = StoredTokens(keys, values, mask)
-        _, state, surprises = self.advance(None, new, state, prev_weights, self.layout)
+        _, state, surprises = advance(self, None, new, state, prev_weights, self.layout)
         return (state.updates, state, surprises) if return_surprises else (state.updates, state)
 
     def retrieve_memories(self, seq: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -350,7 +345,7 @@ class NeuralMemory(Pretrained, MemoryCore):
         last_group = seq.shape[1] // self.layout.retrieve_chunk
         tensor_checks.check_enough_chunks(num_chunks, self.layout.weight_index(last_group))
         weights = {name: outside_inference(weight) for name, weight in weights.items()}
-        return self.read_block(seq, DenseBlock(weights, Carry({}, {}, {}, {})), None)[0]
+        return read_block(self, seq, DenseBlock(weights, Carry({}, {}, {}, {})), None)[0]
 
     def ask(
         self, tokens: Tensor, weights: Mapping[str, Tensor], tail: QueryTail | None = None
@@ -363,79 +358,12 @@ class NeuralMemory(Pretrained, MemoryCore):
         tokens = self.checked_tokens(tokens)
         self.check_weights(dict(weights), tokens.shape[0])
         weights = {name: outside_inference(weight) for name, weight in weights.items()}
-        return self.read_block(tokens, StillBlock(Carry(weights, weights, {}, {})), tail)
+        return read_block(self, tokens, StillBlock(Carry(weights, weights, {}, {})), tail)
 
-    def read_block(self, tokens: Tensor, block: Block, tail: QueryTail | None) -> tuple[Tensor, QueryTail]:
-        """Read weights that are there.  tokens: (b n dim) -> (b n dim), the next tail"""
-        num_read, convolution, group = QueryTail(0, None, ReadingGroup(None, None)) if tail is None else tail
-        layout, dtype, last = self.layout, self.weight_dtype, num_read + tokens.shape[1]
-        reader = Reader(self, self._engine, layout, tokens, num_read + 1, group, convolution, dtype)
-        groups = (num_read + 1) // layout.retrieve_chunk, last // layout.retrieve_chunk + 1
-        reader.read(block, BlockPlan(0, block.num_chunks, *groups, False))
-        reads, group = reader.finish()
-        return reads, QueryTail(last, reader.tail, group._replace(weights=None))
-
-    def advance(
-        self,
-        seq: Tensor | None,
-        new: StoredTokens,
-        state: NeuralMemState | None,
-        prev_weights: NeuralMemState | Mapping[str, Tensor] | None,
-        layout: Layout,
-    ) -> tuple[Any, NeuralMemState, LossAndRates]:
-        """Go on from a state.  seq: (b n dim), what is read; None: only store"""
-        batch, chunk, is_fresh = new.keys.shape[0], layout.store_chunk, state is None
-        state = self.init_state(batch) if state is None else self.checked_state(state, batch)
-        keys, values = (state.waiting, state.waiting) if self.num_views is None else state.waiting.unbind(0)
-        stored = Stored(StoredTokens(keys, values, state.cache_store_mask), new)
-        num_chunks, first_chunk = stored.num_tokens // chunk, state.seq_index // chunk
-        residual = self.checked_residual(prev_weights, first_chunk, num_chunks, batch)
-        first_token = state.num_seen + 1
-        stream = Stream(self, self._engine, self.renew, layout, residual, first_token, first_chunk)
-        moved = {} if is_fresh else {name: momenta.unbind(0) for name, momenta in state.momenta.items()}
-        start = self.init_weights(batch) if self.rule.uses_start else {}
-        moment = Moment(Carry(state.base, state.current, moved, start), state.group, state.tails)
-        plan = self.plan(layout, batch, first_token, new.keys.shape[1], first_chunk)
-        result = stream.run(plan, moment, seq, stored)
-
-        base, weights, orders, _ = result.moment.carry
-        has_moved = num_chunks > 0 and orders
-        momenta = {name: torch.stack(order) for name, order in orders.items()} if has_moved else state.momenta
-        rest = stored.select(num_chunks * chunk, stored.num_tokens)
-        after = NeuralMemState(
-            seq_index=state.seq_index + num_chunks * chunk,
-            weights=base,
-            cache_store_segment=rest.keys.clone() if self.num_views is None else torch.stack((rest.keys, rest.values)),
-            states=(weights, momenta),
-            updates=Updates(first_chunk, num_chunks, weights, result.blocks, result.replay),
-            cache_store_mask=rest.is_stored,
-            group=result.moment.group,
-            tails=result.moment.tails,
-        )
-        return result.reads, after, self.by_head(result.reports, batch)
-
-    def plan(self, layout: Layout, batch: int, first_token: int, num_tokens: int, first_chunk: int) -> CallPlan:
-        """How a call will be run; `explain()` says it in words."""
-        return plan_call(
-            layout,
-            self.sizes,
-            batch=batch,
-            first_token=first_token,
-            num_tokens=num_tokens,
-            first_chunk=first_chunk,
-            has_grad=torch.is_grad_enabled(),
-            can_recompute=plain_autograd_works(),
-            device=self.memory_model_parameters[0].device.type,
-        )
-
-    def by_head(self, reports: list[Report], batch: int) -> LossAndRates:
-        """Losses and rates of all writes.  (r n c) each -> (b h writes)"""
-        if not reports:
-            nothing = self.memory_model_parameters[0].new_zeros(batch, self.heads, 0)
-            return nothing, nothing
-        loss, rates = (torch.cat(parts, dim=1) for parts in zip(*reports, strict=True))
-        merge = "(b h) n c -> b h (n c)"
-        return rearrange(loss, merge, h=self.heads), rearrange(rates, merge, h=self.heads)
+    def plan(self, batch: int, num_tokens: int, state: NeuralMemState | None = None) -> CallPlan:
+        """How a call with so many tokens will be run; `explain()` says it in words."""
+        first_token, first_chunk = (1, 0) if state is None else (state.num_seen + 1, state.seq_index)
+        return plan_of(self, self.layout, batch, first_token, num_tokens, first_chunk // self.layout.store_chunk)
 
     def layout_of(self, ttt_batch_size: int | None) -> Layout:
         """How time is cut in a call that may have a batch size of its own."""
@@ -453,21 +381,6 @@ class NeuralMemory(Pretrained, MemoryCore):
     def check_weights(self, weights: Mapping[str, Tensor], batch: int, *chunks: int) -> None:
         """Weights that this module could have made."""
         tensor_checks.check_weights("weights", weights, self.weight_shapes(batch, *chunks), self.weight_dtype)
-
-
-def without_effect(rule: RuleOptions, layout: Layout, is_gated: bool, looks_ahead: bool) -> Iterator[str]:
-    """What the published package accepts and ignores."""
-    if rule.momentum_order > 1 and not rule.momentum:
-        yield f"momentum_order={rule.momentum_order} has no effect with momentum=False"
-    if rule.learned_combine_include_zeroth and not rule.learned_momentum_combine:
-        yield "learned_combine_include_zeroth=True has no effect with learned_momentum_combine=False"
-    if is_gated and layout.batch is None:
-        yield "gated_transition=True has no effect with batch_size=None (unless a call sets ttt_batch_size)"
-    if looks_ahead and layout.store_chunk == 1:
-        yield (
-            "store_with_lookahead_value=True stores nothing with a store chunk size of 1, as no token has a next one "
-            "in its chunk: the memory only forgets"
-        )
 
 
 def default_of(name: str) -> Any:

@@ -17,6 +17,7 @@ from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
 from titans_pytorch.fast_weights.rules.titans import Titans
 from titans_pytorch.memory import gates as gates_module
+from titans_pytorch.memory import pooling
 
 # the gates
 
@@ -83,13 +84,13 @@ def the_gates_triangle_is_upside_down(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("rich")
 def gates_see_the_mean_not_the_pool(patcher: pytest.MonkeyPatch) -> None:
-    mean = gates_module.AveragePool()
-    patcher.setattr(gates_module.AttentionPool, "forward", lambda self, *args: mean(*args))
+    mean = pooling.AveragePool()
+    patcher.setattr(pooling.AttentionPool, "forward", lambda self, *args: mean(*args))
 
 
 @mutant("rich", "attention", "general")
 def the_pool_sees_masked_tokens(patcher: pytest.MonkeyPatch) -> None:
-    for pool in (gates_module.AveragePool, gates_module.AttentionPool):
+    for pool in (pooling.AveragePool, pooling.AttentionPool):
         wrapped(patcher, pool, "forward", lambda original, self, x, is_stored=None: original(self, x))
 
 

@@ -19,7 +19,7 @@ from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
 from titans_pytorch.memory.plan import Layout, Representation, Sizes
-from titans_pytorch.memory.projections import NORM_GAIN, Projections
+from titans_pytorch.memory.projections import NORM_GAIN, Projections, StoredTokens
 from titans_pytorch.memory.state import NeuralMemState, Updates, restarted
 from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
 
@@ -70,7 +70,7 @@ class MemoryCore(Projections):
         initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in fast.values()]
         self.memory_model_parameters = nn.ParameterList(initial)
         self.transition_gate = nn.Parameter(torch.tensor(-5.0)) if options.renewal.is_gated else None
-        self._engine = Engine(
+        self.evolution = Engine(
             options.engine,
             form,
             traits,
@@ -90,7 +90,7 @@ class MemoryCore(Projections):
     @property
     def engine(self) -> EngineName:
         """How the weights evolve: factored (never built), dense or general."""
-        return self._engine.name
+        return self.evolution.name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,6 +144,11 @@ class MemoryCore(Projections):
         rows = torch.ones(batch, dtype=torch.bool, device=state.waiting.device) if rows is None else rows
         tensor_checks.check_mask("rows", rows, (batch,))
         return restarted(state, self.init_state(batch), rows, self.layout.store_chunk)
+
+    def waiting_tokens(self, state: NeuralMemState) -> StoredTokens:
+        """Tokens that wait for their chunk to be complete."""
+        keys, values = (state.waiting, state.waiting) if self.num_views is None else state.waiting.unbind(0)
+        return StoredTokens(keys, values, state.cache_store_mask)
 
     def renew(self, carry: Carry) -> Carry:
         """The memory where a new batch begins: its current weights become the base."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from titans_pytorch.checks import value_checks
 from titans_pytorch.fast_weights.interface import LossFn
+from titans_pytorch.fast_weights.rules.registry import RuleOptions
 from titans_pytorch.losses import LOSSES, mean_squared_error, summed_squared_error
+from titans_pytorch.memory.plan import Layout
 
 
 @dataclass(frozen=True)
@@ -160,4 +162,19 @@ def check_scan(use_accelerated_scan: bool) -> None:
             "use_accelerated_scan needs a CUDA device and the package accelerated-scan, "
             f"got CUDA {'available' if torch.cuda.is_available() else 'not available'} "
             f"and the package {'installed' if has_package else 'not installed'}"
+        )
+
+
+def without_effect(rule: RuleOptions, layout: Layout, is_gated: bool, looks_ahead: bool) -> Iterator[str]:
+    """What the published package accepts and ignores."""
+    if rule.momentum_order > 1 and not rule.momentum:
+        yield f"momentum_order={rule.momentum_order} has no effect with momentum=False"
+    if rule.learned_combine_include_zeroth and not rule.learned_momentum_combine:
+        yield "learned_combine_include_zeroth=True has no effect with learned_momentum_combine=False"
+    if is_gated and layout.batch is None:
+        yield "gated_transition=True has no effect with batch_size=None (unless a call sets ttt_batch_size)"
+    if looks_ahead and layout.store_chunk == 1:
+        yield (
+            "store_with_lookahead_value=True stores nothing with a store chunk size of 1, as no token has a next one "
+            "in its chunk: the memory only forgets"
         )

@@ -18,61 +18,12 @@ from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, Residual
 from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.pieces import Pieces, Stored
 from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout
-from titans_pytorch.memory.projections import ProjectedWrites, Projections, StoredTokens
+from titans_pytorch.memory.projections import ProjectedWrites, Projections
 from titans_pytorch.memory.reading import Reader
 from titans_pytorch.memory.recompute import recomputed
 from titans_pytorch.memory.state import ReadingGroup, Updates
-
-
-class Stored(NamedTuple):
-    """Everything to be stored, as two parts in time that are only joined where they are used."""
-
-    waiting: StoredTokens
-    new: StoredTokens
-
-    def select(self, start: int, stop: int) -> StoredTokens:
-        """Tokens start..stop, counted from the first that waits."""
-        num_waiting = self.waiting.keys.shape[1]
-
-        def part(waiting: Tensor, new: Tensor) -> Tensor:
-            before, after = waiting[:, start:stop], new[:, max(start - num_waiting, 0) : max(stop - num_waiting, 0)]
-            return after if before.shape[1] == 0 else torch.cat((before, after), dim=1)
-
-        keys = part(self.waiting.keys, self.new.keys)
-        same = self.new.values is self.new.keys
-        values = keys if same else part(self.waiting.values, self.new.values)
-        if self.waiting.is_stored is None and self.new.is_stored is None:
-            return StoredTokens(keys, values, None)
-        masks = (
-            torch.ones(t.keys.shape[:2], dtype=torch.bool, device=keys.device) if t.is_stored is None else t.is_stored
-            for t in (self.waiting, self.new)
-        )
-        return StoredTokens(keys, values, part(*masks))
-
-    @property
-    def num_tokens(self) -> int:
-        return self.waiting.keys.shape[1] + self.new.keys.shape[1]
-
-
-class Pieces:
-    """Pieces of a sequence (b t dim) that come one after another; without gradients they need no second copy."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens, self.num_filled = num_tokens, 0
-        self.parts: list[Tensor] = []
-
-    def add(self, piece: Tensor) -> None:
-        if torch.is_grad_enabled() or piece.shape[1] == self.num_tokens:
-            self.parts.append(piece)
-            return
-        if not self.parts:
-            self.parts.append(piece.new_empty(piece.shape[0], self.num_tokens, piece.shape[2]))
-        self.parts[0][:, self.num_filled : self.num_filled + piece.shape[1]] = piece
-        self.num_filled += piece.shape[1]
-
-    def joined(self) -> Tensor:
-        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=1)
 
 
 class Report(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.blocks.summed import SummedBlock
+from titans_pytorch.fast_weights.blocks.factored import SummedBlock
 from titans_pytorch.fast_weights.interface import Entries, record
 
 

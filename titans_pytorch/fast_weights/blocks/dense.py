@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.blocks.summed import scaled_over_chunks, summed_over_chunks
+from titans_pytorch.fast_weights.blocks.factored import scaled_over_chunks, summed_over_chunks
 from titans_pytorch.fast_weights.interface import Block, Carry, Entries, PerParameter, Weights, record
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.rule import Memory, Rule

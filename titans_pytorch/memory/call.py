@@ -1,0 +1,111 @@
+"""A call of a memory: from a state and new tokens to what is read and the next state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
+from titans_pytorch.fast_weights.interface import Block, Carry
+from titans_pytorch.memory.core import MemoryCore
+from titans_pytorch.memory.pieces import Stored
+from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout, plan_call
+from titans_pytorch.memory.projections import StoredTokens
+from titans_pytorch.memory.reading import Reader
+from titans_pytorch.memory.state import NeuralMemState, QueryTail, ReadingGroup, Updates
+from titans_pytorch.memory.streaming import CallResult, Moment, Report, Stream
+
+PreviousWeights = NeuralMemState | Mapping[str, Tensor] | None
+LossAndRates = tuple[Tensor, Tensor]
+"""Unweighted loss and step size of every write, (b h writes) each"""
+
+
+def advance(
+    memory: MemoryCore,
+    seq: Tensor | None,
+    new: StoredTokens,
+    state: NeuralMemState | None,
+    prev_weights: PreviousWeights,
+    layout: Layout,
+) -> tuple[Tensor | None, NeuralMemState, LossAndRates]:
+    """Go on from a state; None: a stream begins.  seq: (b n dim), what is read; None: only store"""
+    batch, chunk, is_fresh = new.keys.shape[0], layout.store_chunk, state is None
+    state = memory.init_state(batch) if state is None else memory.checked_state(state, batch)
+    stored = Stored(memory.waiting_tokens(state), new)
+    num_chunks, first_chunk = stored.num_tokens // chunk, state.seq_index // chunk
+    residual = memory.checked_residual(prev_weights, first_chunk, num_chunks, batch)
+    first_token = state.num_seen + 1
+    stream = Stream(memory, memory.evolution, memory.renew, layout, residual, first_token, first_chunk)
+    plan = plan_of(memory, layout, batch, first_token, new.keys.shape[1], first_chunk)
+    result = stream.run(plan, moment_of(memory, state, is_fresh), seq, stored)
+    rest = stored.select(num_chunks * chunk, stored.num_tokens)
+    after = state_after(state, result, rest, first_chunk, num_chunks, chunk)
+    return result.reads, after, by_head(memory, result.reports, batch)
+
+
+def moment_of(memory: MemoryCore, state: NeuralMemState, is_fresh: bool) -> Moment:
+    """Where the call begins."""
+    moved = {} if is_fresh else {name: momenta.unbind(0) for name, momenta in state.momenta.items()}
+    start = memory.init_weights(state.batch) if memory.rule.uses_start else {}
+    return Moment(Carry(state.base, state.current, moved, start), state.group, state.tails)
+
+
+def state_after(
+    before: NeuralMemState, result: CallResult, rest: StoredTokens, first_chunk: int, num_chunks: int, chunk: int
+) -> NeuralMemState:
+    """What the next call begins with.  rest: the tokens that wait for their chunk to be complete"""
+    base, weights, orders, _ = result.moment.carry
+    has_moved = num_chunks > 0 and orders
+    momenta = {name: torch.stack(order) for name, order in orders.items()} if has_moved else before.momenta
+    has_views = before.waiting.ndim == 4
+    return NeuralMemState(
+        seq_index=before.seq_index + num_chunks * chunk,
+        weights=base,
+        cache_store_segment=torch.stack((rest.keys, rest.values)) if has_views else rest.keys.clone(),
+        states=(weights, momenta),
+        updates=Updates(first_chunk, num_chunks, weights, result.blocks, result.replay),
+        cache_store_mask=rest.is_stored,
+        group=result.moment.group,
+        tails=result.moment.tails,
+    )
+
+
+def plan_of(
+    memory: MemoryCore, layout: Layout, batch: int, first_token: int, num_tokens: int, first_chunk: int
+) -> CallPlan:
+    """How a call will be run; `explain()` says it in words."""
+    return plan_call(
+        layout,
+        memory.sizes,
+        batch=batch,
+        first_token=first_token,
+        num_tokens=num_tokens,
+        first_chunk=first_chunk,
+        has_grad=torch.is_grad_enabled(),
+        can_recompute=plain_autograd_works(),
+        device=memory.memory_model_parameters[0].device.type,
+    )
+
+
+def read_block(memory: MemoryCore, tokens: Tensor, block: Block, tail: QueryTail | None) -> tuple[Tensor, QueryTail]:
+    """Read weights that are there.  tokens: (b n dim) -> (b n dim), the next tail"""
+    num_read, convolution, group = QueryTail(0, None, ReadingGroup(None, None)) if tail is None else tail
+    layout, last = memory.layout, num_read + tokens.shape[1]
+    reader = Reader(memory, memory.evolution, layout, tokens, num_read + 1, group, convolution, memory.weight_dtype)
+    groups = (num_read + 1) // layout.retrieve_chunk, last // layout.retrieve_chunk + 1
+    reader.read(block, BlockPlan(0, block.num_chunks, *groups, False))
+    reads, group = reader.finish()
+    return reads, QueryTail(last, reader.tail, group._replace(weights=None))
+
+
+def by_head(memory: MemoryCore, reports: list[Report], batch: int) -> LossAndRates:
+    """Losses and rates of all writes.  (r n c) each -> (b h writes)"""
+    if not reports:
+        nothing = memory.memory_model_parameters[0].new_zeros(batch, memory.heads, 0)
+        return nothing, nothing
+    loss, rates = (torch.cat(parts, dim=1) for parts in zip(*reports, strict=True))
+    merge = "(b h) n c -> b h (n c)"
+    return rearrange(loss, merge, h=memory.heads), rearrange(rates, merge, h=memory.heads)
