@@ -15,13 +15,13 @@ from tests.support.oracle import Layer, Weights
 from tests.test_exactness import check
 from titans_pytorch import MemoryAttention, NeuralMemory
 from titans_pytorch.fast_weights.rules import registry
-from titans_pytorch.fast_weights.rules.rule import Gate, Rule
+from titans_pytorch.fast_weights.rules.rule import GateSpec, Rule
 
 
 class TowardsStart(Rule):
     """Forgets towards the learned start instead of towards nothing, without momentum."""
 
-    gates = (*Rule.gates, Gate("keep", "to_decay_factor", "decay"))
+    gates = (*Rule.gates, GateSpec("keep", "to_decay_factor", "decay"))
     uses_start = True
 
     def retain(self, weights: Any, step: Any, gates: Any, start: Any) -> Any:

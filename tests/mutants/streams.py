@@ -14,7 +14,7 @@ from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.rules import orthogonal
 from titans_pytorch.memory import core, plan
 from titans_pytorch.memory.projections import MultiheadRMSNorm, Projections
-from titans_pytorch.memory.reading import Reader
+from titans_pytorch.memory.reading import SpanReader
 from titans_pytorch.neural_memory import NeuralMemory
 
 # masks
@@ -114,7 +114,7 @@ def shifted_reads(patcher: pytest.MonkeyPatch, shift: int) -> None:
 @mutant("read apart")
 def reading_chunks_are_storing_chunks(patcher: pytest.MonkeyPatch) -> None:
     patcher.setattr(
-        Reader,
+        SpanReader,
         "entries",
         lambda self, plan: (torch.arange(plan.first_group, plan.last_group) - plan.first_chunk).clamp(0),
     )
@@ -124,10 +124,10 @@ def reading_chunks_are_storing_chunks(patcher: pytest.MonkeyPatch) -> None:
 def the_first_group_begins_with_its_first_query(patcher: pytest.MonkeyPatch) -> None:
     """Not with a zero, which stands for the token before the first one."""
 
-    def change(original: Any, self: Reader, like: Tensor) -> Tensor:
+    def change(original: Any, self: SpanReader, like: Tensor) -> Tensor:
         return like[:, :1] if self.group.queries is None else original(self, like)
 
-    wrapped(patcher, Reader, "begun", change)
+    wrapped(patcher, SpanReader, "begun", change)
 
 
 @mutant("rich")

@@ -24,7 +24,7 @@ class Gradients(NamedTuple):
 
 
 def gradients(objective: Objective, inputs: list[Tensor], taps: list[Tensor]) -> Gradients:
-    """Of the objective with respect to its inputs and to what it taps.  taps: zeros, shaped as what is tapped"""
+    """Gradients of an objective, of its inputs and of what it taps.  taps: zeros, shaped as what is tapped"""
     return by_autograd(objective, inputs) if plain_autograd_works() else by_transform(objective, inputs, taps)
 
 

@@ -22,6 +22,6 @@ def smooth_limit(norm: Tensor, limit: float) -> Tensor:
 
 
 def total_norm(weights: Mapping[str, Tensor]) -> Tensor:
-    """Of all parameters of a row together; its gradient at zero is zero.  (r ...) -> (r)"""
+    """The norm of all parameters of a row together; its gradient at zero is zero.  (r ...) -> (r)"""
     norms = [torch.linalg.vector_norm(weight.reshape(len(weight), -1), dim=1) for weight in weights.values()]
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)

@@ -14,7 +14,7 @@ from titans_pytorch.memory.core import MemoryCore
 from titans_pytorch.memory.pieces import Stored
 from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout, plan_call
 from titans_pytorch.memory.projections import StoredTokens
-from titans_pytorch.memory.reading import Reader
+from titans_pytorch.memory.reading import SpanReader
 from titans_pytorch.memory.state import NeuralMemState, QueryTail, ReadingGroup, Updates
 from titans_pytorch.memory.streaming import CallResult, Moment, Report, Stream
 
@@ -94,7 +94,7 @@ def read_block(memory: MemoryCore, tokens: Tensor, block: Block, tail: QueryTail
     """Read weights that are there.  tokens: (b n dim) -> (b n dim), the next tail"""
     num_read, convolution, group = QueryTail(0, None, ReadingGroup(None, None)) if tail is None else tail
     layout, last = memory.layout, num_read + tokens.shape[1]
-    reader = Reader(memory, memory.evolution, layout, tokens, num_read + 1, group, convolution, memory.weight_dtype)
+    reader = SpanReader(memory, memory.evolution, layout, tokens, num_read + 1, group, convolution, memory.weight_dtype)
     groups = (num_read + 1) // layout.retrieve_chunk, last // layout.retrieve_chunk + 1
     reader.read(block, BlockPlan(0, block.num_chunks, *groups, False))
     reads, group = reader.finish()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from titans_pytorch.fast_weights.interface import PerParameter
 from titans_pytorch.fast_weights.rules.gates import KEEP, Gates
-from titans_pytorch.fast_weights.rules.rule import Gate, Rule
+from titans_pytorch.fast_weights.rules.rule import GateSpec, Rule
 from titans_pytorch.memory.options import GateOptions, ProjectionOptions
 from titans_pytorch.memory.pooling import AttentionPool, AveragePool
 
@@ -81,7 +81,7 @@ class GateLayers(nn.Module):
         self.to_layer_modulation = of_chunk(heads * len(fast)) if modulates else None
         self.to_learned_weight_residual_mix = of_chunk(heads) if mixes else None
 
-    def layer_of(self, gate: Gate, sizes: ProjectionOptions) -> nn.Module:
+    def layer_of(self, gate: GateSpec, sizes: ProjectionOptions) -> nn.Module:
         """(b n dim) -> (p o r n), or of channels (o r j n); of tokens (b n c dim) -> (p r n c u)"""
         dim, heads, bias = sizes.dim, sizes.heads, gate.bias
         p = len(self.parameter_names) if gate.varies == "parameter" else 1
@@ -113,7 +113,7 @@ class GateLayers(nn.Module):
         values = {gate.name: (gate, self.gate_values(gate, pooled, stored, dtype)) for gate in of_chunks}
         nan = self.each_head((poison.detach() * 0).sum(dim=-1).to(dtype))  # 0, or NaN
         if KEEP not in values:
-            values[KEEP] = (Gate(KEEP, "", "decay"), (torch.zeros_like(nan).unsqueeze(0),))
+            values[KEEP] = (GateSpec(KEEP, "", "decay"), (torch.zeros_like(nan).unsqueeze(0),))
         keep, logs = values[KEEP]
         values[KEEP] = (keep, tuple(log + (nan if log.ndim == 3 else nan.unsqueeze(1)) for log in logs))
 
@@ -127,7 +127,9 @@ class GateLayers(nn.Module):
         num = max(len(found) for _, found in values.values())
         return self.by_name([of_parameter(index) for index in range(num)])
 
-    def gate_values(self, gate: Gate, pooled: Tensor, stored: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def gate_values(
+        self, gate: GateSpec, pooled: Tensor, stored: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         """A gate of every chunk, for all parameters or for each.  -> (o r n), or of channels (o r j n)"""
         raw = finite(self.get_submodule(gate.layer)(pooled), dtype)
         if gate.kind == "share":

@@ -1,37 +1,44 @@
-"""What the paper (arXiv 2501.00663) turns on in a `NeuralMemory`; `docs/paper.md` says which equation is where."""
+"""The paper's memory (arXiv 2501.00663) as one preset; `docs/paper.md` says which equation is where.
+
+`NeuralMemory.paper` has all of it. The models of the family (`titans.memory`) share `FORM`, how tokens are projected
+and answers formed, and leave `RULE` out: one gate serves all parameters, and steps are measured by the mean loss, so that
+one size of step fits heads of any width. `memory_options` turns the rest on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from titans_pytorch.checks import value_checks
 
-PAPER: dict[str, Any] = dict(
-    qk_l2norm=True,
-    conv_size=4,
-    summed_loss=True,
-    per_parameter_gates=True,
-    channelwise_decay=True,
-    learned_norm_gain=True,
-    gated_output=True,
-    init_decay_bias=-4.0,  # about 0.02 of a memory is forgotten in a chunk
-)
+FORM: dict[str, Any] = dict(qk_l2norm=True, conv_size=4, learned_norm_gain=True, gated_output=True)
+RULE: dict[str, Any] = dict(summed_loss=True, per_parameter_gates=True, channelwise_decay=True)
 
-MAX_LR = 0.3
+MAX_STEP = 0.3
 """Largest step of the mean loss; the sum has as many times its gradient as there are features"""
 
+DECAY_BIAS = -4.0
+"""About 0.02 of a memory is forgotten in a chunk"""
 
-def paper_options(dim: int, heads: int, chunk_size: int | tuple[int, int], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a `NeuralMemory`, overridden."""
+
+def form_options(dim: int, heads: int, **overrides: Any) -> dict[str, Any]:
+    """Arguments of a `NeuralMemory` that projects and answers as the paper's."""
+    return FORM | dict(dim=dim, heads=heads, activation=nn.SiLU()) | overrides
+
+
+def paper_options(
+    dim: int, heads: int, chunk_size: int | tuple[int, int], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a `NeuralMemory` that is the paper's in every respect, but for what is overridden."""
     chunks = value_checks.check_chunk_size(chunk_size)
     value_checks.check_whole(dim=dim, heads=heads)
     dim_head = overrides.get("dim_head")
     if dim_head is None:
         value_checks.check_divides("heads", heads, "dim", dim)
         dim_head = dim // heads
-    options = PAPER | dict(batch_size=chunks[1], activation=nn.SiLU()) | overrides
-    max_lr = MAX_LR / dim_head if options["summed_loss"] else MAX_LR
-    given = dict(dim=dim, heads=heads, chunk_size=chunk_size, dim_head=dim_head)
-    return {"default_step_transform_max_lr": max_lr} | options | given
+    options = form_options(dim, heads) | RULE | dict(batch_size=chunks[1], init_decay_bias=DECAY_BIAS) | dict(overrides)
+    max_lr = MAX_STEP / dim_head if options["summed_loss"] else MAX_STEP
+    return {"default_step_transform_max_lr": max_lr} | options | dict(chunk_size=chunk_size, dim_head=dim_head)

@@ -12,7 +12,7 @@ from titans_pytorch.memory.projections import Projections
 from titans_pytorch.memory.state import ReadingGroup
 
 
-class Reader:
+class SpanReader:
     """Reads the tokens of a span (b t dim).  Positions are as in `memory.plan`.
 
     first_token: the position of the first of them; group: what was before them in its reading group;

@@ -21,7 +21,7 @@ from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.pieces import Pieces, Stored
 from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout
 from titans_pytorch.memory.projections import ProjectedWrites, Projections
-from titans_pytorch.memory.reading import Reader
+from titans_pytorch.memory.reading import SpanReader
 from titans_pytorch.memory.recompute import recomputed
 from titans_pytorch.memory.state import ReadingGroup, Updates
 
@@ -159,12 +159,12 @@ class Stream:
         tokens = stored.select(start * chunk, (start + num_chunks) * chunk)
         return self.layers.project_writes(tokens, chunk, dtype_of(moment.carry), moment.tails)
 
-    def reader(self, seq: Tensor, moment: Moment, span: Sequence[BlockPlan]) -> Reader:
+    def reader(self, seq: Tensor, moment: Moment, span: Sequence[BlockPlan]) -> SpanReader:
         """Whoever reads the span's tokens; the first span of a call begins with a group that may have begun earlier."""
         chunk, is_first = self.layout.retrieve_chunk, span[0].first_chunk == self.first_chunk
         start = 0 if is_first else max(span[0].first_group * chunk - self.first_token, 0)
         stop = min(max(span[-1].last_group * chunk - self.first_token, start), seq.shape[1])
-        reader = Reader(
+        reader = SpanReader(
             self.layers,
             self.engine,
             self.layout,

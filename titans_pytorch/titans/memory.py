@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
+from titans_pytorch.memory.paper import form_options
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.titans.config import TitansConfig
 
@@ -14,12 +11,12 @@ NEVER = -80.0
 
 
 def make_memory(config: TitansConfig) -> NeuralMemory:
-    options: dict[str, Any] = dict(activation=nn.SiLU(), gated_output=True, learned_norm_gain=True)
-    memory = NeuralMemory(
+    """Shaped as the paper's (`memory.paper`), with the sizes and switches of the config."""
+    options = form_options(
         config.dim,
+        config.num_memories,
         chunk_size=config.memory_chunk,
         batch_size=config.memory_refresh,
-        heads=config.num_memories,
         dim_head=config.dim // config.num_memories,
         conv_size=config.conv_size,
         qk_l2norm=config.qk_l2norm,
@@ -27,8 +24,8 @@ def make_memory(config: TitansConfig) -> NeuralMemory:
         default_step_transform_max_lr=config.max_step,
         init_decay_bias=config.decay_bias if config.decay else NEVER,
         default_model_kwargs=dict(depth=config.memory_depth, expansion_factor=config.memory_expansion),
-        **(options | dict(config.memory_options)),
     )
+    memory = NeuralMemory(**options | dict(config.memory_options))
     memory.init_as_association()
     if not config.decay:  # and it stays so
         memory.to_decay_factor.requires_grad_(False)

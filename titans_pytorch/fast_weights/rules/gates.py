@@ -74,7 +74,7 @@ class Gates(NamedTuple):
         return ChunkGates(values, None if self.is_stored is None else self.is_stored[:, chunk])
 
     def products(self, name: str) -> list[Tensor]:
-        """Of each of these gates, what is left after chunk j (row) of what was there at the start or came in chunk i.
+        """What each of these gates leaves after chunk j (row) of what was there at the start or came in chunk i.
 
         (... n+1 n+1), column 0 for the start; what comes in a chunk without anything to store is not counted.
         """

@@ -26,7 +26,7 @@ Term = Tensor | Sum | Zero
 """A tensor, or a sum that is not worked out yet"""
 
 
-class Gate(NamedTuple):
+class GateSpec(NamedTuple):
     """A gate that a rule asks for, made by a linear layer from each chunk (or token), for every head.
 
     kind: factor, a number between 0 and 1 that multiplies what is old; decay, the same made of a number that says what
@@ -105,7 +105,7 @@ class Rule:
     uses_start: whether `retain` looks at the learned start
     """
 
-    gates: tuple[Gate, ...] = (Gate("rate", "to_adaptive_step", kind="rate", per="token"),)
+    gates: tuple[GateSpec, ...] = (GateSpec("rate", "to_adaptive_step", kind="rate", per="token"),)
     num_momenta: int = 0
     transform: Callable[[Tensor], Tensor] | None = None
     is_linear: bool = True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.rules.gates import ChunkGates, Gates
-from titans_pytorch.fast_weights.rules.rule import Coefficients, Gate, Rule, Sums, Term
+from titans_pytorch.fast_weights.rules.rule import Coefficients, GateSpec, Rule, Sums, Term
 
 
 class Titans(Rule):
@@ -41,13 +41,13 @@ class Titans(Rule):
         self.num_momenta, self.num_combined = orders, num_combined
         own: Literal["memory", "parameter"] = "parameter" if per_parameter else "memory"
         gates = [
-            Gate("rate", "to_adaptive_step", "rate", "token", varies=own, bias=rate_bias),
-            Gate("keep", "to_decay_factor", "decay", varies="channel" if channelwise else own, bias=decay_bias),
+            GateSpec("rate", "to_adaptive_step", "rate", "token", varies=own, bias=rate_bias),
+            GateSpec("keep", "to_decay_factor", "decay", varies="channel" if channelwise else own, bias=decay_bias),
         ]
         if orders:
-            gates.append(Gate("momentum", "to_momentum", number=orders, varies=own, bias=momentum_bias))
+            gates.append(GateSpec("momentum", "to_momentum", number=orders, varies=own, bias=momentum_bias))
         if num_combined:
-            gates.append(Gate("combine", "to_learned_momentum_combine", "share", number=num_combined))
+            gates.append(GateSpec("combine", "to_learned_momentum_combine", "share", number=num_combined))
         self.gates = tuple(gates)
 
     def move(self, momenta: tuple[Term, ...], surprise: Term, gates: ChunkGates) -> tuple[Term, tuple[Term, ...]]:
