@@ -1,8 +1,8 @@
 """The paper's memory (arXiv 2501.00663) as one preset; `docs/paper.md` says which equation is where.
 
-`NeuralMemory.paper` has all of it. The models of the family (`titans.memory`) share `FORM`, how tokens are projected
-and answers formed, and leave `RULE` out: one gate serves all parameters, and steps are measured by the mean loss, so that
-one size of step fits heads of any width. `memory_options` turns the rest on.
+`NeuralMemory.paper` has all of it. The models of the family (`titans.memory`) share `FORM`: how tokens are projected
+and answers formed. They leave `RULE` out: one gate serves all parameters, and steps are measured by the mean loss, so
+that one size of step fits heads of any width. `memory_options` turns the rest on.
 """
 
 from __future__ import annotations
