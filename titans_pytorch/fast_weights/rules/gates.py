@@ -28,6 +28,12 @@ class ChunkGates:
         """As many as the rule has asked for; none where it has asked for none."""
         return self.values.get(name, [])
 
+    def stored(self, new: Tensor, old: Tensor | float) -> Tensor:
+        """What is there after the chunk: the new if it stores anything, else the old.  (r ...)"""
+        if self.is_stored is None:
+            return new
+        return torch.where(self.is_stored.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
     def acting_on(self, x: Tensor) -> ChunkGates:
         """Fit to multiply tensors shaped like x: while compiling plain tensors, as the compiler fuses for itself."""
         if not torch.compiler.is_compiling():
