@@ -17,6 +17,7 @@ from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
 from titans_pytorch.fast_weights.blocks.scan import by_scan
 from titans_pytorch.fast_weights.blocks.single import SingleBlock
 from titans_pytorch.fast_weights.blocks.still import StillBlock
+from titans_pytorch.fast_weights.closed_form import ClosedMLP, has_closed_form
 from titans_pytorch.fast_weights.interface import (
     Block,
     Carry,
@@ -58,8 +59,7 @@ class Engine:
         self.name = fitting(name, traits, rule)
         self.rule, self.max_grad_norm, self.mixes_tokens = rule, max_grad_norm, traits.mixes_tokens
         self.evolve: Evolve = by_scan if use_accelerated_scan and rule.is_linear else by_products
-        is_opaque = self.name == "general" or traits.uses is None
-        self.model = OpaqueModel(model, loss_fn) if is_opaque else TappedModel(model, traits.uses or (), loss_fn)
+        self.model = runner(self.name, model, traits, loss_fn)
 
     def store(self, carry: Carry, writes: Writes, residual: Residual | None = None) -> tuple[Block, Tensor]:
         """A block of chunks, all surprised at the base.  -> the block, the loss of every write (r n c)"""
@@ -100,6 +100,18 @@ class Engine:
     def read(self, block: Block, queries: Tensor, entries: Entries, slow: Weights) -> Tensor:
         """queries: (r g k d), entries: the entry of the block that each group reads, slow: (r d) -> (r g k d)"""
         return self.model.read(block, queries, entries, slow)
+
+
+Runner = OpaqueModel | TappedModel | ClosedMLP
+
+
+def runner(name: EngineName, model: nn.Module, traits: ModelTraits, loss_fn: LossFn) -> Runner:
+    """Whoever runs the memory model: by the gradient that is known, by its products, or as it is."""
+    if name == "general" or traits.uses is None:
+        return OpaqueModel(model, loss_fn)
+    if has_closed_form(model, loss_fn):
+        return ClosedMLP(model, loss_fn)
+    return TappedModel(model, traits.uses, loss_fn)
 
 
 def fitting(name: EngineName | None, traits: ModelTraits, rule: Rule) -> EngineName:
