@@ -15,7 +15,7 @@ from titans_pytorch.attention.flex import create_mac_block_mask, flex_attention
 from titans_pytorch.attention.key_values import KeyValueCache
 from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
 from titans_pytorch.checks import tensor_checks, value_checks
-from titans_pytorch.mac.cache import LayerCache, MACCache, at_rest
+from titans_pytorch.mac.cache import LayerCache, MACCache
 from titans_pytorch.mac.layer import Parts, Passed, ViewSelector, feed_forward
 from titans_pytorch.mac.positions import AxialPositions, Lengthened
 from titans_pytorch.mac.residual_streams import SINKHORN_ITERATIONS, expand
@@ -234,7 +234,7 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         befores = [None] * len(self.layers) if cache is None else cache.layers(self.have_memory)
         for layer, before in zip(self.layers, befores, strict=True):
             streams, passed, after = layer(streams, passed, before, disable_flex_attn)
-            kept.append(after if after.memory is None else after._replace(memory=at_rest(after.memory)))
+            kept.append(after if after.memory is None else after._replace(memory=after.memory.at_rest()))
         hidden = self.lengthened.drop(streams.sum(dim=2), num_before, count)
         return hidden, MACCache.of(num_before + count, kept)
 

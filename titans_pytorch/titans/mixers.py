@@ -115,7 +115,7 @@ class MemoryAsContext(AttentionMixer):
         if self.memory is None:
             return LayerState(prefix=prefix)
         memory = self.memory.init_state(batch)
-        return LayerState(memory, prefix, None, SegmentState(None, memory.states[0], None))
+        return LayerState(memory, prefix, None, SegmentState(None, memory.current, None))
 
     def in_segment(self, x: Tensor, start: int, state: LayerState) -> tuple[Tensor, LayerState]:
         """The next tokens of one segment."""
@@ -143,7 +143,7 @@ class MemoryAsContext(AttentionMixer):
         if offset + count < self.window:
             return output, LayerState(memory, state.prefix, recent, segment)
         if memory is not None and segment is not None:
-            segment = SegmentState(None, memory.states[0], segment.tail)
+            segment = SegmentState(None, memory.current, segment.tail)
         return output, LayerState(memory, state.prefix, None, segment)
 
     def mask(

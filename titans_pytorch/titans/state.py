@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from titans_pytorch.attention.key_values import KeyValues
 from titans_pytorch.fast_weights.interface import Weights
-from titans_pytorch.mac.cache import at_rest
+from titans_pytorch.memory.rows import Chosen, check_joinable, detached, joined, moved, num_chosen, selected
 from titans_pytorch.memory.state import NeuralMemState
-
-TensorFn = Callable[[Tensor], Tensor]
 
 
 class SegmentState(NamedTuple):
-    """Of MAC: where the stream is in its segment."""
+    """Where a stream is in its segment, for the memory as context."""
 
     context: KeyValues | None  # of what was read for the segment's tokens so far, h; None: no token yet
     before: Weights  # (b·h ...)  the memory before the segment
@@ -25,7 +22,7 @@ class SegmentState(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """Of one block; what its mixer has no use for is None."""
+    """What one block keeps; parts that its mixer has no use for are None."""
 
     memory: NeuralMemState | None = None
     prefix: KeyValues | None = None  # of the persistent tokens
@@ -34,66 +31,41 @@ class LayerState(NamedTuple):
 
     @property
     def parts(self) -> frozenset[str]:
-        """What of it every state of such a model has."""
+        """The parts that every state of such a model has."""
         found = {"memory": self.memory, "prefix": self.prefix, "segment": self.segment}
         return frozenset(name for name, part in found.items() if part is not None)
 
     def at_rest(self) -> LayerState:
-        """Without what would keep the whole call that returned it alive."""
-        return self if self.memory is None else self._replace(memory=at_rest(self.memory))
+        """A state without what would keep the whole call that returned it alive."""
+        return self if self.memory is None else self._replace(memory=self.memory.at_rest())
 
 
 class TitansState(NamedTuple):
-    """All blocks after `num_tokens` tokens."""
+    """What all blocks keep after `num_tokens` tokens."""
 
     num_tokens: int
     batch: int
     layers: tuple[LayerState, ...]
 
     def detach(self) -> TitansState:
-        """Cut from the graph of what came before, for truncated backpropagation through time."""
-        return self._map(lambda t: t.detach(), lambda t: t.detach(), lambda memory: memory.detach())
+        """A state that is cut from the graph of what came before, for truncated backpropagation through time."""
+        return detached(self)
 
     def to(self, *args: Any, **kwargs: Any) -> TitansState:
         """Move to another device; the arguments of `torch.Tensor.to`."""
-        return self._map(
-            lambda t: t.to(*args, **kwargs), lambda t: t.to(*args, **kwargs), lambda memory: memory.to(*args, **kwargs)
-        )
+        return moved(self, *args, **kwargs)
 
-    def select(self, rows: Tensor | slice | list[int]) -> TitansState:
+    def select(self, rows: Chosen) -> TitansState:
         """The sequences with these numbers, in this order and as often as named: a beam search's next beams."""
-
-        def of_heads(weight: Tensor) -> Tensor:
-            return weight.unflatten(0, (self.batch, -1))[rows].flatten(0, 1)
-
-        selected = self._map(lambda t: t[rows], of_heads, lambda memory: memory.select(rows))
-        return selected._replace(batch=len(torch.arange(self.batch)[rows]))
+        return selected(self, rows, self.batch)._replace(batch=num_chosen(rows, self.batch))
 
     def repeat(self, times: int) -> TitansState:
         """Every sequence `times` times in a row: (b) -> (b times)"""
         return self.select([row for row in range(self.batch) for _ in range(times)])
 
-    def _map(
-        self, tensors: TensorFn, weights: TensorFn, memories: Callable[[NeuralMemState], NeuralMemState]
-    ) -> TitansState:
-        """fn of tensors whose first axis is the batch, of weights (b·h ...) and of memories."""
-
-        def pairs(given: KeyValues | None) -> KeyValues | None:
-            return None if given is None else given.map(tensors)
-
-        def segment(given: SegmentState | None) -> SegmentState | None:
-            if given is None:
-                return None
-            before = {name: weights(weight) for name, weight in given.before.items()}
-            return SegmentState(pairs(given.context), before, None if given.tail is None else tensors(given.tail))
-
-        layers = (
-            LayerState(
-                None if layer.memory is None else memories(layer.memory),
-                pairs(layer.prefix),
-                pairs(layer.recent),
-                segment(layer.segment),
-            )
-            for layer in self.layers
-        )
-        return self._replace(layers=tuple(layers))
+    @staticmethod
+    def join(states: Sequence[TitansState]) -> TitansState:
+        """One batch of the sequences of several states that have seen equally many tokens, the inverse of `select`."""
+        check_joinable(TitansState, states, lambda state: state.num_tokens)
+        batch = sum(state.batch for state in states)
+        return joined([state._replace(batch=batch) for state in states])
