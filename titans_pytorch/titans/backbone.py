@@ -5,27 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from titans_pytorch.checks import tensor_checks, value_checks
+from titans_pytorch.layers.feed_forward import SwiGLU
+from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.mixers import MIXERS
-from titans_pytorch.titans.norm import RMSNorm
 from titans_pytorch.titans.state import LayerState, TitansState
-
-
-class SwiGLU(nn.Module):
-    """(... dim) -> (... dim)"""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.to_hidden = nn.Linear(dim, 2 * hidden, bias=False)
-        self.to_out = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gates = self.to_hidden(x).chunk(2, dim=-1)
-        return self.to_out(F.silu(gates) * x)
 
 
 class Block(nn.Module):

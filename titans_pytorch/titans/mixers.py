@@ -13,13 +13,13 @@ from titans_pytorch.attention.key_values import KeyValues, joined
 from titans_pytorch.attention.masks import context_mask, window_mask
 from titans_pytorch.attention.rotary import turned
 from titans_pytorch.attention.windowed import attend
+from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.titans.attention import Attention, attend_sliding
 from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.gate import Gate
 from titans_pytorch.titans.memory import lookback_of, make_memory
-from titans_pytorch.titans.norm import RMSNorm
 from titans_pytorch.titans.state import LayerState, SegmentState
 
 
