@@ -100,8 +100,9 @@ def test_the_loss_is_that_of_the_next_token_and_has_named_parts() -> None:
 
 
 def test_the_width_of_feed_forward_networks_can_be_given() -> None:
-    plain, given = build(ff_mult=3.0), build(ff_mult=1.0, ff_hidden=16)
-    assert plain.config.ff_width == given.config.ff_width == 16
+    plain, given = build(), build(ff_hidden=10)  # int(8 · 2 · 2/3)
+    assert plain.config.ff_width == given.config.ff_width == 10
+    assert build(ff_hidden=7).layers[0].ff[1].out_features == 2 * 7
     ids = random_ids(2, 6)
     given.load_state_dict(plain.state_dict())
     assert torch.equal(given(ids), plain(ids))

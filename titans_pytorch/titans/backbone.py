@@ -15,7 +15,9 @@ from titans_pytorch.titans.mixers import MIXERS
 from titans_pytorch.titans.state import LayerState, TitansState
 
 
-class Block(nn.Module):
+class TitansBlock(nn.Module):
+    """A mixer and a feed-forward network, each with a norm before it and a residual connection around it."""
+
     def __init__(self, variant: Variant, config: TitansConfig) -> None:
         super().__init__()
         self.mixer = MIXERS[variant](config)
@@ -51,8 +53,8 @@ class TitansBackbone(Pretrained, nn.Module):
         if not isinstance(config, TitansConfig):
             raise TypeError(f"config must be a TitansConfig, got {type(config).__name__}")
         self.variant, self.config = variant, config
-        blocks = [Block(variant, config) for _ in range(config.depth)]
-        self.blocks, self.parts = nn.ModuleList(blocks), blocks[0].mixer.parts
+        blocks = [TitansBlock(variant, config.of_block(number)) for number in range(1, config.depth + 1)]
+        self.blocks, self.parts = nn.ModuleList(blocks), [block.mixer.parts for block in blocks]
         self.norm = RMSNorm(config.dim)
 
     def forward(self, x: Tensor, state: TitansState | None = None) -> Read:
@@ -69,11 +71,15 @@ class TitansBackbone(Pretrained, nn.Module):
         return Read(self.norm(x), TitansState(start + x.shape[1], x.shape[0], tuple(layers)))
 
     def check_state(self, state: TitansState, batch: int) -> None:
+        """Refuse a state of another kind of model or of another number of sequences."""
         if not isinstance(state, TitansState):
             raise TypeError(f"state must be a TitansState, got {type(state).__name__}")
         tensor_checks.check_batch("state", state.batch, batch)
         if len(state.layers) != len(self.blocks):
             raise ValueError(f"state must be of this model's {len(self.blocks)} blocks, got {len(state.layers)}")
-        if (got := state.layers[0].parts) != self.parts:
-            expected, found = (", ".join(sorted(parts)) or "nothing" for parts in (self.parts, got))
-            raise ValueError(f"state must be of a model like this one, with {expected}, got one with {found}")
+        for number, (layer, parts) in enumerate(zip(state.layers, self.parts, strict=True), start=1):
+            if layer.parts != parts:
+                expected, found = (", ".join(sorted(each)) or "nothing" for each in (parts, layer.parts))
+                raise ValueError(
+                    f"state must be of a model like this one, with {expected} in block {number}, got one with {found}"
+                )

@@ -6,6 +6,8 @@ Equations are numbered as in arXiv 2501.00663; what the paper leaves open is in 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ class Mixer(nn.Module):
 
     @property
     def parts(self) -> frozenset[str]:
-        """Of its states."""
+        """Names of what every state of this mixer holds."""
         return frozenset(() if self.memory is None else ("memory",))
 
     @property
@@ -223,7 +225,7 @@ class MemoryAlone(Mixer):
 
     def __init__(self, config: TitansConfig) -> None:
         if not config.memory:
-            config = config.with_options(num_persistent=0)
+            config = replace(config, num_persistent=0)
         super().__init__(config)
 
     def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
