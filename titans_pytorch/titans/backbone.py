@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,22 +10,22 @@ from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.layers.feed_forward import SwiGLU
 from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.titans.config import TitansConfig, Variant
+from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.mixers import MIXERS
-from titans_pytorch.titans.state import LayerState, TitansState
+from titans_pytorch.titans.state import TitansState, parts_of, resting
 
 
 class TitansBlock(nn.Module):
     """A mixer and a feed-forward network, each with a norm before it and a residual connection around it."""
 
-    def __init__(self, variant: Variant, config: TitansConfig) -> None:
+    def __init__(self, variant: str, config: TitansConfig) -> None:
         super().__init__()
         self.mixer = MIXERS[variant](config)
         self.mixer_norm = nn.Identity() if self.mixer.is_idle else RMSNorm(config.dim)
         self.ff_norm, self.ff = RMSNorm(config.dim), SwiGLU(config.dim, config.hidden)
 
-    def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
-        mixed, state = self.mixer(self.mixer_norm(x), start, state)
+    def forward(self, x: Tensor, start: int, state: Any) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer(self.mixer_norm(x), start, self.mixer.own_state(state))
         x = x + mixed
         return x + self.ff(self.ff_norm(x)), state
 
@@ -44,10 +44,10 @@ class TitansBackbone(Pretrained, nn.Module):
         outputs, state = backbone(torch.randn(2, 1000, 64))             # (2 1000 64)
         more, state = backbone(torch.randn(2, 7, 64), state)            # goes on at any token
 
-    variant: mac, mag, mal or lmm: the memory as context, as gate, as layer, or alone
+    variant: mac, mag, mal or lmm: the memory as context, as gate, as layer, or alone; or a name of `register_mixer`
     """
 
-    def __init__(self, variant: Variant, config: TitansConfig) -> None:
+    def __init__(self, variant: str, config: TitansConfig) -> None:
         super().__init__()
         value_checks.check_choice("variant", variant, tuple(MIXERS))
         if not isinstance(config, TitansConfig):
@@ -67,7 +67,7 @@ class TitansBackbone(Pretrained, nn.Module):
         layers = []
         for number, block in enumerate(self.blocks):
             x, layer = block(x, start, None if state is None else state.layers[number])
-            layers.append(layer.at_rest())
+            layers.append(resting(layer))
         return Read(self.norm(x), TitansState(start + x.shape[1], x.shape[0], tuple(layers)))
 
     def check_state(self, state: TitansState, batch: int) -> None:
@@ -78,8 +78,8 @@ class TitansBackbone(Pretrained, nn.Module):
         if len(state.layers) != len(self.blocks):
             raise ValueError(f"state must be of this model's {len(self.blocks)} blocks, got {len(state.layers)}")
         for number, (layer, parts) in enumerate(zip(state.layers, self.parts, strict=True), start=1):
-            if layer.parts != parts:
-                expected, found = (", ".join(sorted(each)) or "nothing" for each in (parts, layer.parts))
+            if (got := parts_of(layer)) != parts:
+                expected, found = (", ".join(sorted(each)) or "nothing" for each in (parts, got))
                 raise ValueError(
                     f"state must be of a model like this one, with {expected} in block {number}, got one with {found}"
                 )
