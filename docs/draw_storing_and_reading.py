@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
-
 from titans_pytorch.memory.schedule import Layout, plan_blocks
 
 TOKENS, CHUNK, BATCH = 18, 4, 8

@@ -32,13 +32,8 @@ from titans_pytorch.memory.options import (
 from titans_pytorch.memory.paper import paper_options
 from titans_pytorch.memory.plan import CallPlan, Layout
 from titans_pytorch.memory.projections import StoredTokens
-from titans_pytorch.memory.state import (
-    NeuralMemState,
-    QueryTail,
-    Updates,
-    mem_state_detach,
-    outside_inference,
-)
+from titans_pytorch.memory.rows import outside_inference
+from titans_pytorch.memory.state import NeuralMemState, QueryTail, Updates, mem_state_detach
 from titans_pytorch.pretrained import Pretrained
 
 __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
