@@ -7,6 +7,9 @@ general    each chunk's gradient and weights are built      (any other model)
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.surprises import Surprises, surprises_of
 from titans_pytorch.fast_weights.taps import TappedModel
 
+BlockShares = PerParameter[Shares] | None
 EngineName = Literal["factored", "dense", "general"]
 
 
@@ -61,25 +65,49 @@ class Engine:
         self.evolve: Evolve = by_scan if use_accelerated_scan and rule.is_linear else by_products
         self.model = runner(self.name, model, traits, loss_fn)
 
-    def store(self, carry: Carry, writes: Writes, residual: Residual | None = None) -> tuple[Block, Tensor]:
-        """A block of chunks, all surprised at the base.  -> the block, the loss of every write (r n c)"""
+    def store(
+        self, carry: Carry, writes: Writes, residual: Residual | None = None, shares: BlockShares = None
+    ) -> tuple[Block, Tensor]:
+        """A block of chunks, all surprised at the base.  -> the block, the loss of every write (r n c)
+
+        shares: what the block's weights are sums of, if that is known (`shares_of_blocks`)
+        """
         gradients, loss = self.gradients(carry.base, writes, residual)
         surprises = surprises_of(gradients, writes, self.max_grad_norm)
         with full_precision(loss):
-            return self.block(carry, surprises, writes), loss
+            return self.block(carry, surprises, writes, shares), loss
 
-    def block(self, carry: Carry, surprises: Surprises, writes: Writes) -> Block:
+    def block(self, carry: Carry, surprises: Surprises, writes: Writes, shares: BlockShares) -> Block:
         """The weights over the chunks of a block."""
         if self.name != "factored":
             return build(self.rule, carry, surprises, writes.gates, self.evolve)
         if writes.num_chunks == 1:
             return SingleBlock(carry, surprises, writes.gates, self.rule)
         kind = FactoredBlock if writes.gates.any.channels is None else ChannelBlock
-        return kind(carry, surprises, writes.gates.map(self.shares))
+        return kind(carry, surprises, writes.gates.map(self.shares) if shares is None else shares)
 
     def shares(self, gates: Gates) -> Shares:
         """What the weights after each chunk are sums of."""
         return self.rule.coefficients(gates).shares()
+
+    def shares_of_blocks(self, gates: PerParameter[Gates], sizes: list[int]) -> list[BlockShares]:
+        """What the weights of blocks of so many chunks are sums of, equal blocks at once; None: not of that kind."""
+        found: list[BlockShares] = []
+        first = 0
+        for size, equal in groupby(sizes):
+            num = len(list(equal))
+            if self.name != "factored" or size == 1:
+                found += [None] * num
+            else:
+                of_all = gates.map(partial(self.equal_shares, slice(first, first + num * size), num))
+                found += [of_all.map(itemgetter(i)) for i in range(num)]
+            first += num * size
+        return found
+
+    def equal_shares(self, chunks: slice, num_blocks: int, gates: Gates) -> list[Shares]:
+        """What the weights of blocks of equal length are sums of."""
+        with full_precision(gates.like):
+            return self.shares(gates.select(chunks).blocks(num_blocks)).blocks(num_blocks)
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
         """Gradients of each chunk's loss, every parameter's weighted by its own rates if it has some."""

@@ -14,7 +14,7 @@ from titans_pytorch.memory.state import NeuralMemState
 
 
 class SegmentState(NamedTuple):
-    """Where a stream is in its segment, for the memory as context."""
+    """Where a sequence is in the segment of a MAC block."""
 
     context: KeyValues | None  # of what was read for the segment's tokens so far, h; None: no token yet
     before: Weights  # (b·h ...)  the memory before the segment
@@ -22,22 +22,23 @@ class SegmentState(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """What one block keeps; parts that its mixer has no use for are None."""
+    """The state of any block as files hold it that were written before every mixer had a state of its own."""
 
     memory: NeuralMemState | None = None
-    prefix: KeyValues | None = None  # of the persistent tokens
-    recent: KeyValues | None = None  # of the window before the next token, or of its segment so far
+    prefix: KeyValues | None = None
+    recent: KeyValues | None = None
     segment: SegmentState | None = None
 
-    @property
-    def parts(self) -> frozenset[str]:
-        """The parts that every state of such a model has."""
-        found = {"memory": self.memory, "prefix": self.prefix, "segment": self.segment}
-        return frozenset(name for name, part in found.items() if part is not None)
 
-    def at_rest(self) -> LayerState:
-        """A state without what would keep the whole call that returned it alive."""
-        return self if self.memory is None else self._replace(memory=self.memory.at_rest())
+def parts_of(state: Any) -> frozenset[str]:
+    """Names of what a state of a block holds in all of its tokens, as far as a mixer has it."""
+    return frozenset(name for name in ("memory", "prefix", "segment") if getattr(state, name, None) is not None)
+
+
+def resting(state: Any) -> Any:
+    """The state of a block without what would keep the whole call that returned it alive."""
+    memory = getattr(state, "memory", None)
+    return state if memory is None else state._replace(memory=memory.at_rest())
 
 
 class TitansState(NamedTuple):
@@ -45,7 +46,7 @@ class TitansState(NamedTuple):
 
     num_tokens: int
     batch: int
-    layers: tuple[LayerState, ...]
+    layers: tuple[Any, ...]  # the state of each block, of its mixer's State
 
     def detach(self) -> TitansState:
         """A state that is cut from the graph of what came before, for truncated backpropagation through time."""

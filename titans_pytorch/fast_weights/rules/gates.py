@@ -74,6 +74,17 @@ class Gates(NamedTuple):
         shares = {name: value[..., chunks] for name, value in self.shares.items()}
         return Gates(factors, shares, None if self.is_stored is None else self.is_stored[:, chunks])
 
+    def blocks(self, num: int) -> Gates:
+        """So many equal blocks, as if each had rows of its own.  (... r bn) -> (... b·r n)"""
+
+        def folded(x: Tensor, axis: int) -> Tensor:
+            split = x.unflatten(-1, (num, -1)).movedim(-2, axis)
+            return split.flatten(axis, axis + 1)
+
+        factors = {name: folded(value, 1) for name, value in self.factors.items()}
+        shares = {name: folded(value, 1) for name, value in self.shares.items()}
+        return Gates(factors, shares, None if self.is_stored is None else folded(self.is_stored, 0))
+
     def of_chunk(self, chunk: int) -> ChunkGates:
         values = {name: [Scale(log) for log in logs[..., chunk].exp()] for name, logs in self.factors.items()}
         values |= {name: [Scale(share) for share in shares[..., chunk]] for name, shares in self.shares.items()}

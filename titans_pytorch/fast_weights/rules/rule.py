@@ -13,7 +13,7 @@ subclass, and register it in `rules` or hand it to `NeuralMemory(rule=...)`. doc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -93,6 +93,15 @@ class Shares(NamedTuple):
     surprise: Tensor  # (... n+1 n)  of the surprises of its chunks
     last_past: Tensor  # (o o ...)  in the last momenta, of the momenta before it
     last_surprise: Tensor  # (o ... n)  in the last momenta, of its surprises
+
+    def blocks(self, num: int) -> list[Shares]:
+        """Shares of each of so many blocks, computed as one with more rows.  (... b·r ...) -> (... r ...) each"""
+
+        def unfolded(x: Tensor | None, axis: int) -> Sequence[Tensor | None]:
+            return [None] * num if x is None else x.unflatten(axis, (num, -1)).unbind(axis)
+
+        axes = (0, 1, 0, 0, 2, 1)  # of the rows
+        return [Shares(*each) for each in zip(*map(unfolded, self, axes), strict=True)]
 
 
 class Rule:
