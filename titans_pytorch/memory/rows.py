@@ -1,14 +1,15 @@
 """One way to visit every tensor of a state together with the axis along which its sequences lie.
 
-A state is a tree of named tuples, tuples, dicts, tensors and plain values. Along its row axis a tensor has an entry for
-each sequence, (b), or for each head of each sequence, (b·h), heads fastest. That is the first axis, unless the class
-of a named tuple declares another with `rows_along`. A class with a field that follows from the others puts it in order
-in a method `settled`, which is called when all fields are new.
+A state is a tree of named tuples, tuples, dicts of tensors, tensors and plain values. Along its row axis a tensor has
+an entry for each sequence, (b), or for each head of each sequence, (b·h), heads fastest. That is the first axis, unless
+the class of a named tuple declares another with `rows_along`. A class with a field that follows from the others puts it
+in order in a method `settled`, which is called when all fields are new.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,19 +19,19 @@ Tree = TypeVar("Tree")
 Kind = TypeVar("Kind", bound=type)
 
 Axis = int | tuple[int, ...]
-"""A row axis, counted from the end if it is negative; of a tuple, one for each element"""
+"""A row axis, counted from the end if it is negative; for a tuple, the axis of each element"""
 
 Chosen = Tensor | slice | Sequence[int]
 """Some sequences of a batch, as an index"""
 
-DECLARED: dict[type, dict[str, Axis]] = {}
+DECLARED: dict[type, tuple[Axis, ...]] = {}
 
 
 def rows_along(**axes: Axis) -> Callable[[Kind], Kind]:
     """Declare the fields of a named tuple whose sequences do not lie along the first axis."""
 
     def declare(kind: Kind) -> Kind:
-        DECLARED[kind] = axes
+        DECLARED[kind] = tuple(axes.get(name, 0) for name in kind.__annotations__)
         return kind
 
     return declare
@@ -38,39 +39,30 @@ def rows_along(**axes: Axis) -> Callable[[Kind], Kind]:
 
 def map_rows(fn: Callable[..., Tensor], *trees: Tree) -> Tree:
     """A tree like the given ones, of fn(row axis, a tensor of the first tree, its counterparts in the others)."""
-    return cast(Tree, visited(fn, trees, 0))
+    return cast(Tree, visited(fn, 0, *trees))
 
 
-def visited(fn: Callable[..., Tensor], trees: tuple[Any, ...], axis: Axis) -> Any:
+def visited(fn: Callable[..., Tensor], axis: Axis, tree: Any, *others: Any) -> Any:
     """What `map_rows` makes of trees whose row axis is known."""
-    tree = trees[0]
-    if len(trees) > 1:
-        check_alike(trees)
+    if others:
+        check_alike(tree, others)
     if isinstance(tree, Tensor):
-        return fn(axis % tree.ndim if isinstance(axis, int) else axis, *trees)
+        return fn(axis, tree, *others)
     if isinstance(tree, dict):
-        return {name: visited(fn, tuple(each[name] for each in trees), axis) for name in tree}
+        return {name: fn(axis, tensor, *(other[name] for other in others)) for name, tensor in tree.items()}
     if not isinstance(tree, tuple):
         return tree
-    new = [visited(fn, each, inner) for each, inner in zip(zip(*trees, strict=True), axes_of(tree, axis), strict=True)]
-    if not hasattr(tree, "_fields"):
-        return tuple(new)
-    named = type(tree)(*new)
-    return named.settled() if hasattr(named, "settled") else named
+    kind: Any = type(tree)
+    if kind is tuple:
+        axes = axis if isinstance(axis, tuple) else repeat(axis)
+        return tuple(map(visited, repeat(fn), axes, tree, *others))
+    new = kind(*map(visited, repeat(fn), DECLARED.get(kind, repeat(0)), tree, *others))
+    return new.settled() if hasattr(kind, "settled") else new
 
 
-def axes_of(tree: tuple[Any, ...], axis: Axis) -> Iterable[Axis]:
-    """The row axis of each element of a tuple."""
-    if hasattr(tree, "_fields"):
-        declared = DECLARED.get(type(tree), {})
-        return [declared.get(name, 0) for name in tree._fields]
-    return axis if isinstance(axis, tuple) else (axis,) * len(tree)
-
-
-def check_alike(trees: tuple[Any, ...]) -> None:
+def check_alike(first: Any, others: tuple[Any, ...]) -> None:
     """Trees of one form, with equal numbers; what tensors hold does not matter."""
-    first = trees[0]
-    for tree in trees[1:]:
+    for tree in others:
         is_alike = type(tree) is type(first)
         if is_alike and isinstance(tree, dict):
             is_alike = tree.keys() == first.keys()
@@ -114,8 +106,9 @@ def selected(state: Tree, rows: Chosen, batch: int) -> Tree:
     """The sequences with these numbers, of the `batch` of a state."""
 
     def pick(axis: int, t: Tensor) -> Tensor:
-        split = t.unflatten(axis, (batch, -1)).movedim(axis, 0)
-        return split[rows].movedim(0, axis).flatten(axis, axis + 1)
+        axis %= t.ndim
+        split = t.unflatten(axis, (batch, -1))
+        return split[(slice(None),) * axis + (rows,)].flatten(axis, axis + 1)
 
     return map_rows(pick, state)
 
@@ -135,7 +128,7 @@ def joined(states: Sequence[Tree]) -> Tree:
     """One batch of the sequences of several states of one module."""
 
     def cat(axis: int, *parts: Tensor) -> Tensor:
-        if len({(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) > 1:
+        if len({part.select(axis, 0).shape for part in parts}) > 1:
             raise not_alike(*(f"a tensor {(*part.shape,)}" for part in parts))
         return torch.cat(parts, dim=axis)
 

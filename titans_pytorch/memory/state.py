@@ -258,6 +258,6 @@ def restarted(state: NeuralMemState, fresh: NeuralMemState, rows: Tensor) -> Neu
 
     def mixed(axis: int, new: Tensor, old: Tensor) -> Tensor:
         marked = rows.repeat_interleave(old.shape[axis] // state.batch)
-        return torch.where(marked.reshape(-1, *[1] * (old.ndim - 1 - axis)), new, old)
+        return torch.where(marked.reshape(-1, *[1] * (old.ndim - 1 - axis % old.ndim)), new, old)
 
     return map_rows(mixed, fresh, state)
