@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests import mac_configurations, titans_configurations
+from tests.support import mac_configurations, titans_configurations
 from titans_pytorch import causal_lm
 from titans_pytorch.attention_transformer import AttentionTransformer
 from titans_pytorch.causal_lm import CausalLM, next_token_loss

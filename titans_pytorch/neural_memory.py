@@ -378,9 +378,9 @@ class NeuralMemory(Pretrained, MemoryCore):
         tensor_checks.check_weights("weights", weights, self.weight_shapes(batch, *chunks), self.weight_dtype)
 
 
-def default_of(name: str) -> Any:
+def _default_of(name: str) -> Any:
     """What an argument of `NeuralMemory` is if it is not given."""
     return inspect.signature(NeuralMemory.__init__).parameters[name].default
 
 
-DEFAULT_RULE = RuleOptions(**{name: default_of(name) for name in RuleOptions.__dataclass_fields__})
+DEFAULT_RULE = RuleOptions(**{name: _default_of(name) for name in RuleOptions.__dataclass_fields__})
