@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import titans_pytorch
 from tests.support.streams import randn
 from titans_pytorch.auditing.audit import AuditReport, audit, stream_with_state
 
@@ -398,3 +403,21 @@ def test_wrong_arguments_are_named(module: nn.Module, given: Tensor, options: di
 def test_a_function_is_not_a_module() -> None:
     with pytest.raises(TypeError, match="module must be"):
         audit(torch.tanh, inputs())  # type: ignore[arg-type]
+
+
+def test_the_function_hides_no_module() -> None:
+    """`from titans_pytorch import audit` is the function, and there is no module of that name."""
+    assert titans_pytorch.audit is audit
+    assert importlib.util.find_spec("titans_pytorch.audit") is None
+    assert importlib.import_module("titans_pytorch.auditing.audit").audit is audit
+
+
+def test_the_version_is_that_of_the_project_and_the_public_names_are_sorted() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    package = Path(titans_pytorch.__file__).read_text()
+    (version,) = re.findall(r'^version = "(.*)"', project, flags=re.MULTILINE)
+    assert f'__version__ = "{version}"' in package  # for a checkout that is not installed
+    assert re.fullmatch(r"\d+\.\d+\.\d+\w*", titans_pytorch.__version__)
+    names = [name for name in titans_pytorch.__all__ if not name.startswith("__")]
+    assert names == sorted(names)
+    assert all(hasattr(titans_pytorch, name) for name in titans_pytorch.__all__)

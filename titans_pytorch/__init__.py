@@ -1,5 +1,7 @@
 """Memory that is learned at test time: the public names."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.auditing.audit import audit
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
@@ -25,6 +27,11 @@ from titans_pytorch.titans import (
     TitansState,
 )
 
+try:
+    __version__ = version("titans-pytorch")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0.6.0"
+
 __all__ = [
     "FactorizedMemoryMLP",
     "GatedResidualMemoryMLP",
@@ -46,6 +53,7 @@ __all__ = [
     "TitansMAG",
     "TitansMAL",
     "TitansState",
+    "__version__",
     "audit",
     "load_state",
     "mem_state_detach",

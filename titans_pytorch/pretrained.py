@@ -24,6 +24,7 @@ from titans_pytorch.public_names import (
 )
 
 ARGUMENTS = "_constructor_arguments"
+Json = bool | int | float | str | None | list["Json"] | dict[str, "Json"]
 
 
 class Described:
@@ -76,7 +77,7 @@ class Pretrained(Described, PyTorchModelHubMixin):
         return model.eval()
 
 
-def described(value: Any) -> Any:
+def described(value: Any) -> Json:
     """JSON for an argument, with public names; what cannot be described is left to whoever loads it."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -115,7 +116,7 @@ def _printed(module: nn.Module) -> dict[str, Any]:
     return {keyword.arg: ast.literal_eval(keyword.value) for keyword in keywords if keyword.arg is not None}
 
 
-def rebuilt(name: str, value: Any) -> Any:
+def rebuilt(name: str, value: Json) -> object:
     """The argument that `described` has described."""
     if isinstance(value, list):
         return tuple(rebuilt(name, each) for each in value)
@@ -124,9 +125,10 @@ def rebuilt(name: str, value: Any) -> Any:
     if "to_be_passed" in value:
         raise ValueError(f"{name} must be passed to from_pretrained, it was saved with {value['to_be_passed']}")
     if value.keys() == {"named"}:
-        return named(value["named"], name)
-    if "class" in value and "arguments" in value:
-        return class_of(value["class"], name)(**rebuilt(name, value["arguments"]))
+        return named(str(value["named"]), name)
+    if "class" in value and isinstance(arguments := value.get("arguments"), dict):
+        kind = class_of(str(value["class"]), name)
+        return kind(**{key: rebuilt(f"{name}[{key!r}]", each) for key, each in arguments.items()})
     return {key: rebuilt(f"{name}[{key!r}]", each) for key, each in value.items()}
 
 

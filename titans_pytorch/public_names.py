@@ -78,7 +78,7 @@ def state_kind(name: str) -> type:
     raise ValueError(f"a kind of state must be one of {listed(known)}, got {name!r}")
 
 
-def named(name: str, argument: str = "name") -> Any:
+def named(name: str, argument: str = "name") -> object:
     """The function or other object, no class, with a public name."""
     found = NAMED.get(str(name))
     if found is None or isinstance(found, type):

@@ -57,6 +57,7 @@ def check_ids(name: str, ids: Any, num_tokens: int | None, at_least: int) -> Non
 
 
 def check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
+    """mask: boolean, with a value for every token"""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a boolean tensor, got {got}")
@@ -65,11 +66,13 @@ def check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_same_tokens(name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """What is stored has as many sequences and tokens as what is read."""
     if tuple(given) != tuple(expected):
         raise ValueError(f"{name} must have the batch and length of seq, {tuple(expected)}, got {tuple(given)}")
 
 
 def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
+    """A tensor has exactly this shape."""
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
     if tuple(given.shape) != tuple(shape):
@@ -91,6 +94,7 @@ def check_weights(name: str, weights: Any, shapes: dict[str, tuple[int, ...]], d
 
 
 def check_batch(name: str, given: int, expected: int) -> None:
+    """What is kept of earlier tokens is of as many sequences as the input."""
     if given != expected:
         raise ValueError(f"{name} must be of the input's batch size {expected}, got one of {given}")
 
@@ -111,6 +115,7 @@ def check_waiting(segment: Tensor, *, views: int | None, dim: int, chunk: int) -
 
 
 def check_enough_chunks(given: int, needed: int) -> None:
+    """Weights over time reach to the last chunk that is read."""
     if given < needed:
         raise ValueError(
             f"weights must hold the memory after {needed} chunks to read this sequence, got {given} chunks"
@@ -127,6 +132,7 @@ def checked_trajectory(name: str, weights: Any, names: Iterable[str]) -> Mapping
 
 
 def check_past_state(past_state: Any) -> None:
+    """A published past state is a pair."""
     if not isinstance(past_state, (tuple, list)) or len(past_state) != 2:
         raise TypeError(f"past_state must be a pair (weights, momenta), got {type(past_state).__name__}")
 

@@ -40,6 +40,7 @@ def check_number(**values: float | None) -> None:
 
 
 def check_at_least(name: str, given: Any, smallest: int, what: str) -> None:
+    """A whole number is not below another, which is named by what it is."""
     if isinstance(given, bool) or not isinstance(given, int):
         raise TypeError(f"{name} must be a whole number, got {given!r}")
     if given < smallest:
@@ -47,19 +48,16 @@ def check_at_least(name: str, given: Any, smallest: int, what: str) -> None:
 
 
 def check_even(**sizes: int) -> None:
+    """Every given number of features falls into pairs."""
     for name, size in sizes.items():
         if size % 2:
             raise ValueError(f"{name} must be even, since features are turned in pairs, got {size}")
 
 
 def check_multiple(name: str, size: int | None, chunk: int) -> None:
+    """A number of tokens consists of whole chunks of storing; None is left alone."""
     if size is not None and size % chunk != 0:
         raise ValueError(f"{name} must be a multiple of the store chunk size {chunk}, got {size}")
-
-
-def check_divides(name: str, size: int, whole_name: str, whole: int) -> None:
-    if whole % size:
-        raise ValueError(f"{whole_name} must be a multiple of {name} ({size}), got {whole}; or give dim_head")
 
 
 def check_chunk_size(chunk_size: Any) -> tuple[int, int]:
@@ -100,11 +98,13 @@ def check_layers(name: str, given: Any, depth: int) -> tuple[int, ...]:
 
 
 def check_choice(name: str, given: Any, allowed: tuple[Any, ...]) -> None:
+    """A value is one of a few."""
     if given not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}")
 
 
 def check_switches(**switches: Any) -> None:
+    """Every given value is True or False."""
     for name, given in switches.items():
         if not isinstance(given, bool):
             raise TypeError(f"{name} must be True or False, got {given!r}")
@@ -114,18 +114,6 @@ def check_exclusive(**options: bool) -> None:
     """At most one of them is chosen."""
     if len(chosen := [name for name, is_chosen in options.items() if is_chosen]) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other, got both: choose one")
-
-
-def check_needed(option: str, is_on: bool, **needed: bool) -> None:
-    for name, is_given in needed.items():
-        if is_on and not is_given:
-            raise ValueError(f"{option} needs {name}=True, got {name}={is_given}")
-
-
-def check_not_supported(**options: Any) -> None:
-    for name, value in options.items():
-        if value:
-            raise ValueError(f"{name} is not supported, got {value!r}, allowed is False")
 
 
 def check_callable(**functions: Callable[..., Any] | None) -> None:

@@ -56,7 +56,8 @@ class MACConfig:
         value_checks.check_whole(num_residual_streams=self.num_residual_streams, ff_hidden=self.ff_hidden)
         value_checks.check_counts(num_longterm_mem_tokens=self.num_longterm_mem_tokens)
         value_checks.check_positive(ff_mult=self.ff_mult)
-        value_checks.check_not_supported(neural_memory_add_value_residual=self.neural_memory_add_value_residual)
+        if given := self.neural_memory_add_value_residual:
+            raise ValueError(f"neural_memory_add_value_residual is not supported, got {given!r}, allowed is False")
         value_checks.check_layers("neural_memory_layers", self.neural_memory_layers, self.depth)
         value_checks.check_reserved("neural_memory_kwargs", self.neural_memory_kwargs, SET_BY_THE_TRANSFORMER)
 

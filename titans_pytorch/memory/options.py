@@ -114,9 +114,10 @@ class ModelOptions:
         value_checks.check_switches(
             mem_model_norm_add_residual=self.has_residual_norm, per_head_learned_parameters=self.is_per_head
         )
-        value_checks.check_needed(
-            "learned_norm_gain", self.has_learned_gain, mem_model_norm_add_residual=self.has_residual_norm
-        )
+        if self.has_learned_gain and not self.has_residual_norm:
+            raise ValueError(
+                "learned_norm_gain needs mem_model_norm_add_residual=True, got mem_model_norm_add_residual=False"
+            )
         if self.model is not None and not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
 

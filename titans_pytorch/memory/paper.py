@@ -37,7 +37,8 @@ def paper_options(
     value_checks.check_whole(dim=dim, heads=heads)
     dim_head = overrides.get("dim_head")
     if dim_head is None:
-        value_checks.check_divides("heads", heads, "dim", dim)
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of heads ({heads}), got {dim}; or give dim_head")
         dim_head = dim // heads
     options = form_options(dim, heads) | RULE | dict(batch_size=chunks[1], init_decay_bias=DECAY_BIAS) | dict(overrides)
     max_lr = MAX_STEP / dim_head if options["summed_loss"] else MAX_STEP
