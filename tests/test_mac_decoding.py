@@ -167,7 +167,7 @@ def test_the_loss_of_pieces_is_that_of_the_whole() -> None:
 def test_a_prompt_may_be_fed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build(num_longterm_mem_tokens=1), random_ids(2, 20)
     expected = model.sample(ids, 26, **GREEDY)
-    monkeypatch.setattr("titans_pytorch.mac_transformer.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("titans_pytorch.causal_lm.PREFILL_TOKENS", 7)
     assert torch.equal(model.sample(ids, 26, use_cache=True, **GREEDY), expected)
     with torch.no_grad():
         _, cache = model(ids[:, :15], return_cache=True)

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from tests.support.mac_configurations import NUM_TOKENS, SEGMENT, build
 from titans_pytorch import MemoryMLP, audit
-from titans_pytorch.mac.positions import AxialPositions, Lengthened
+from titans_pytorch.mac.axial import AxialPositions
+from titans_pytorch.mac.lengthened import Lengthened
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
 
 
@@ -96,6 +97,27 @@ def test_the_loss_is_that_of_the_next_token_and_has_named_parts() -> None:
     assert_close(loss, expected)
     assert parts._asdict() == {"next_token": loss}
     assert_close(model(ids.int(), return_loss=True), expected)
+
+
+def test_the_width_of_feed_forward_networks_can_be_given() -> None:
+    plain, given = build(), build(ff_hidden=10)  # int(8 · 2 · 2/3)
+    assert plain.config.ff_width == given.config.ff_width == 10
+    assert build(ff_hidden=7).layers[0].ff[1].out_features == 2 * 7
+    ids = random_ids(2, 6)
+    given.load_state_dict(plain.state_dict())
+    assert torch.equal(given(ids), plain(ids))
+    with pytest.raises(ValueError, match="ff_hidden must be positive, got 0"):
+        build(ff_hidden=0)
+
+
+def test_parts_of_a_layer_are_named_and_stand_where_published_checkpoints_have_them() -> None:
+    model = build(neural_memory_layers=(1,))
+    first, second = model.layers[0], model.layers[1]
+    assert first.memory is first[4]
+    assert first.ff is first[6]
+    assert second.memory is None
+    assert second.attention is second[5]
+    assert first.view_selector is None
 
 
 def test_an_embedding_of_ones_own_may_take_anything() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.support.streams import disturbed
-from titans_pytorch.mac.residual_streams import doubly_stochastic, expand, open_branch
+from titans_pytorch.mac.residual_streams import doubly_stochastic, expand, make_connection, make_expansion, open_branch
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -42,3 +42,21 @@ def test_rows_and_columns_sum_to_one() -> None:
     assert_close(mixing.sum(-1), torch.ones(3, 4, dtype=torch.float64))
     assert_close(mixing.sum(-2), torch.ones(3, 4, dtype=torch.float64), rtol=1e-4, atol=1e-4)
     assert doubly_stochastic(torch.full((4, 4), -1e4)).isfinite().all()
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_package_still_has_the_parameters_that_are_computed_with(writes: bool) -> None:
+    connection = make_connection(3, dim=6, number=1, writes=writes)
+    expected = {
+        "norm.gamma": (6,),
+        "static_alpha": (3, 4),
+        "dynamic_alpha_fn": (1, 6, 4),
+        "pre_branch_scale": (1,),
+        "residual_scale": (1,),
+    }
+    if writes:
+        expected |= {"static_beta": (3,), "dynamic_beta_fn": (6,), "h_post_scale": ()}
+    assert {name: tuple(parameter.shape) for name, parameter in connection.named_parameters()} == expected
+    assert connection.add_branch_out_to_residual is writes
+    assert connection.static_alpha[1 % 3, 0] == 1  # the stream that this branch reads first
+    assert make_expansion(3, dim=6).stream_embed.shape == (3, 6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -330,12 +331,42 @@ def test_the_trainer_calls_the_same_model(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_presets_have_the_size_they_are_named_after(variant: str, size: str) -> None:
-    config = preset(size, variant)
+    config = TitansConfig.preset(size, variant)
+    assert config == preset(size, variant)
     assert (config.depth, config.dim, config.heads) == SIZES[size][1:]
-    one = TitansBackbone(variant, config.with_options(depth=1))  # type: ignore[arg-type]
+    one = TitansBackbone(variant, replace(config, depth=1))  # type: ignore[arg-type]
     block = sum(p.numel() for p in one.blocks.parameters())
     count = config.depth * block + 2 * PAPER_TOKENS * config.dim + config.dim
     assert abs(count / SIZES[size].parameters - 1) < 0.03
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_some_blocks_may_have_no_memory(variant: str, tmp_path: Path) -> None:
+    model, ids = build(variant, depth=3, memory_layers=(2,)), random_ids(2, 13)
+    assert [block.mixer.memory is not None for block in model.backbone.blocks] == [False, True, False]
+    whole, _ = model(ids)
+    assert_close(in_pieces(model, ids, (5, 1, 7))[0], whole)
+
+    bare = build(variant, depth=3, memory=False)  # a block without a memory is as in a model that has none
+    for number in (0, 2):
+        names = [set(each.backbone.blocks[number].state_dict()) for each in (model, bare)]
+        assert names[0] == names[1]
+    with pytest.raises(ValueError, match="in block 2, got one with"):
+        model(ids, bare(ids)[1])
+
+    _, state = model(ids[:, :6])
+    save_state(state, tmp_path / "state.safetensors")
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    assert loaded.config == model.config
+    assert_close(loaded(ids[:, 6:], load_state(tmp_path / "state.safetensors"))[0], whole[:, 6:])
+
+
+def test_all_blocks_have_a_memory_unless_it_is_said() -> None:
+    named, unsaid = (build_backbone("mag", memory_layers=layers).state_dict() for layers in ((1, 2), None))
+    assert all(torch.equal(value, named[name]) for name, value in unsaid.items())
+    with pytest.raises(ValueError, match="memory_layers must hold numbers from 1 to the depth 2, got 3"):
+        config_of("plain", memory_layers=(1, 3))
 
 
 def test_switches_reach_the_memory() -> None:

@@ -11,9 +11,10 @@ import torch
 from tests.support.reference import Reference
 from tests.support.titans_configurations import build, build_backbone, random_ids, random_inputs
 from tests.test_titans import in_pieces
+from titans_pytorch import NeuralMemory
 from titans_pytorch.attention import windowed
-from titans_pytorch.titans import gate, mixers
-from titans_pytorch.titans.state import SegmentState
+from titans_pytorch.titans import gate
+from titans_pytorch.titans.mixers import mac, mag, mal, mixer
 
 TOKENS = 9
 
@@ -55,7 +56,7 @@ def what_was_read_for_later_tokens_is_seen(patcher: pytest.MonkeyPatch) -> None:
         mask[:, num_persistent : num_persistent + num_tokens] = True
         return mask
 
-    wrapped(patcher, mixers, "context_mask", change)
+    wrapped(patcher, mac, "context_mask", change)
 
 
 @mutant("mac", equals_its_equations)
@@ -64,7 +65,7 @@ def the_context_is_read_from_the_current_memory(patcher: pytest.MonkeyPatch) -> 
         segment = state.segment._replace(before=self.memory.init_weights(len(x)))
         return original(self, x, start, state._replace(segment=segment))
 
-    wrapped(patcher, mixers.MemoryAsContext, "in_segment", change)
+    wrapped(patcher, mac.MemoryAsContext, "in_segment", change)
 
 
 @mutant("mac", equals_its_equations)
@@ -83,7 +84,7 @@ def the_gate_reads_after_the_whole_segment(patcher: pytest.MonkeyPatch) -> None:
         finally:
             del self.__dict__["memory"]
 
-    wrapped(patcher, mixers.MemoryAsContext, "in_segment", change)
+    wrapped(patcher, mac.MemoryAsContext, "in_segment", change)
 
 
 @mutant("mac", streams)
@@ -93,15 +94,12 @@ def the_memory_before_the_segment_is_forgotten(patcher: pytest.MonkeyPatch) -> N
             state = state._replace(segment=state.segment._replace(before=state.memory.states[0]))
         return original(self, x, start, state)
 
-    wrapped(patcher, mixers.MemoryAsContext, "forward", change)
+    wrapped(patcher, mac.MemoryAsContext, "forward", change)
 
 
 @mutant("mac", streams)
 def queries_forget_the_tokens_before(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, self: Any, memory: Any, x: Any, segment: SegmentState) -> Any:
-        return original(self, memory, x, segment._replace(tail=None))
-
-    wrapped(patcher, mixers.MemoryAsContext, "read_before", change)
+    wrapped(patcher, NeuralMemory, "ask", lambda original, self, x, weights, tail: original(self, x, weights))
 
 
 @mutant("mag", streams)
@@ -109,7 +107,7 @@ def the_memory_is_not_carried(patcher: pytest.MonkeyPatch) -> None:
     def change(original: Any, self: Any, x: Any, start: int, state: Any) -> Any:
         return original(self, x, start, None if state is None else state._replace(memory=self.begin(x).memory))
 
-    wrapped(patcher, mixers.MemoryAsGate, "forward", change)
+    wrapped(patcher, mag.MemoryAsGate, "forward", change)
 
 
 @mutant("mal", streams)
@@ -117,7 +115,7 @@ def the_window_is_not_carried(patcher: pytest.MonkeyPatch) -> None:
     def change(original: Any, self: Any, x: Any, start: int, state: Any) -> Any:
         return original(self, x, start, None if state is None else state._replace(recent=None))
 
-    wrapped(patcher, mixers.MemoryAsLayer, "forward", change)
+    wrapped(patcher, mal.MemoryAsLayer, "forward", change)
 
 
 @mutant("mag", equals_its_equations)
@@ -129,7 +127,7 @@ def the_window_is_one_token_longer(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("lmm", equals_its_equations)
 def the_memory_does_not_see_persistent_tokens(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(mixers.Mixer, "remember", lambda self, first: (first, None))
+    patcher.setattr(mixer.Mixer, "remember", lambda self, first: (first, None))
 
 
 @mutant("mag", equals_its_equations)
@@ -139,7 +137,7 @@ def the_gate_swaps_its_sides(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("mal", equals_its_equations)
 def attention_sees_the_input(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, mixers.MemoryAsLayer, "normed", lambda original, self, read, x: original(self, x, x))
+    wrapped(patcher, mal.MemoryAsLayer, "normed", lambda original, self, read, x: original(self, x, x))
 
 
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])

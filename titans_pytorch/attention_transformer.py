@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, overload
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from titans_pytorch.attention.key_values import KeyValues, joined
 from titans_pytorch.attention.rotary import RotaryEmbedding
 from titans_pytorch.attention.windowed import attend_causally
-from titans_pytorch.checks import tensor_checks, value_checks
-from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
-from titans_pytorch.mac.layer import feed_forward
-from titans_pytorch.nested_attention import NestedAttention
+from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.checks import value_checks
+from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention, ImplicitMLPCache
+from titans_pytorch.layers.feed_forward import feed_forward, hidden_width
+from titans_pytorch.nested_attention import NestedAttention, NestedCache
 from titans_pytorch.pretrained import Pretrained
 
+BlockCache = ImplicitMLPCache | NestedCache | KeyValues
+BlockCaches = tuple[BlockCache, ...]
 KINDS = ("implicit-mlp", "nested", "full")
-
-
-class FullCache(NamedTuple):
-    keys: Tensor  # (b h t d), turned by their position
-    values: Tensor  # (b h t d)
 
 
 class FullAttention(nn.Module):
@@ -40,30 +37,48 @@ class FullAttention(nn.Module):
         self.query_norm, self.key_norm = nn.RMSNorm(dim_head), nn.RMSNorm(dim_head)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def forward(self, tokens: Tensor, cache: FullCache | None = None, return_kv_cache: bool = False) -> Any:
+    @overload
+    def forward(
+        self, tokens: Tensor, cache: KeyValues | None = ..., return_kv_cache: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, tokens: Tensor, cache: KeyValues | None = ..., *, return_kv_cache: Literal[True]
+    ) -> tuple[Tensor, KeyValues]: ...
+
+    @overload
+    def forward(
+        self, tokens: Tensor, cache: KeyValues | None = ..., return_kv_cache: bool = ...
+    ) -> Tensor | tuple[Tensor, KeyValues]: ...
+
+    def forward(
+        self, tokens: Tensor, cache: KeyValues | None = None, return_kv_cache: bool = False
+    ) -> Tensor | tuple[Tensor, KeyValues]:
         """tokens: (b n dim), a whole sequence or the next piece of one -> (b n dim), and if asked for the cache"""
         start = 0 if cache is None else cache.keys.shape[2]
         split = "b n (three h d) -> three b h n d"
         q, k, v = rearrange(self.to_qkv(self.norm(tokens)), split, three=3, h=self.heads)
         q, k = self.rotary_embed(self.query_norm(q), start), self.rotary_embed(self.key_norm(k), start)
-        if cache is not None:
-            k, v = torch.cat((cache.keys, k), dim=2), torch.cat((cache.values, v), dim=2)
-        out = self.to_out(rearrange(attend_causally(q, k, v), "b h n d -> b n (h d)"))
-        return (out, FullCache(k, v)) if return_kv_cache else out
+        tokens_so_far = joined(cache, KeyValues(k, v))
+        out = self.to_out(rearrange(attend_causally(q, *tokens_so_far), "b h n d -> b n (h d)"))
+        return (out, tokens_so_far) if return_kv_cache else out
 
 
-class Block(nn.Module):
+class AttentionBlock(nn.Module):
+    """Attention and a feed-forward network, each with a residual connection."""
+
     def __init__(self, attention: nn.Module, ff: nn.Module) -> None:
         super().__init__()
         self.attention, self.ff = attention, ff
 
-    def forward(self, x: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, cache: BlockCache | None = None) -> tuple[Tensor, BlockCache]:
         attended, cache = self.attention(x, cache=cache, return_kv_cache=True)
         x = x + attended
         return x + self.ff(x), cache
 
 
-class AttentionTransformer(Pretrained, nn.Module):
+class AttentionTransformer(Pretrained, CausalLM[BlockCaches]):
     """A language model of blocks of attention and feed-forward networks.
 
     Args:
@@ -101,22 +116,47 @@ class AttentionTransformer(Pretrained, nn.Module):
 
         self.num_tokens = num_tokens
         self.token_emb = nn.Embedding(num_tokens, dim)
-        self.layers = nn.ModuleList(Block(attend(), feed_forward(dim, ff_mult)) for _ in range(depth))
+        width = hidden_width(dim, ff_mult)
+        self.layers = nn.ModuleList(AttentionBlock(attend(), feed_forward(dim, width)) for _ in range(depth))
         self.norm = nn.RMSNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
 
+    @overload
     def forward(
-        self, ids: Tensor, return_loss: bool = False, cache: tuple[Any, ...] | None = None, return_cache: bool = False
-    ) -> Any:
+        self,
+        ids: Tensor,
+        return_loss: bool = ...,
+        cache: BlockCaches | None = ...,
+        return_cache: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, ids: Tensor, return_loss: bool = ..., cache: BlockCaches | None = ..., *, return_cache: Literal[True]
+    ) -> tuple[Tensor, BlockCaches]: ...
+
+    @overload
+    def forward(
+        self, ids: Tensor, return_loss: bool = ..., cache: BlockCaches | None = ..., return_cache: bool = ...
+    ) -> Tensor | tuple[Tensor, BlockCaches]: ...
+
+    def forward(
+        self, ids: Tensor, return_loss: bool = False, cache: BlockCaches | None = None, return_cache: bool = False
+    ) -> Tensor | tuple[Tensor, BlockCaches]:
         """ids: (b n) -> logits (b n num_tokens), or the loss; with return_cache (that, what the next piece needs)"""
-        tensor_checks.check_ids("ids", ids, self.num_tokens, 2 if return_loss else 1)
-        if cache is not None and len(cache) != len(self.layers):
-            raise ValueError(f"cache must be of this model's {len(self.layers)} layers, got {len(cache)}")
-        x, kept = self.token_emb(ids[:, :-1] if return_loss else ids), []
+        answer, after = (self.loss_and_state if return_loss else self.logits_and_state)(ids, cache)
+        return (answer, after) if return_cache else answer
+
+    def hidden_states(self, ids: Tensor, state: BlockCaches | None = None) -> tuple[Tensor, BlockCaches]:
+        """All layers.  ids: (b n) -> (b n dim) before the last norm, and what the next piece needs"""
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"cache must be of this model's {len(self.layers)} layers, got {len(state)}")
+        x, kept = self.token_emb(ids), []
         for i, layer in enumerate(self.layers):
-            x, after = layer(x, None if cache is None else cache[i])
+            x, after = layer(x, None if state is None else state[i])
             kept.append(after)
-        answer = self.to_logits(self.norm(x))
-        if return_loss:
-            answer = F.cross_entropy(answer.flatten(0, 1), ids[:, 1:].flatten().long())
-        return (answer, tuple(kept)) if return_cache else answer
+        return x, tuple(kept)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(... dim), before the last norm -> (... num_tokens)"""
+        return self.to_logits(self.norm(hidden))

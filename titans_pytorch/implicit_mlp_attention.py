@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from einops import rearrange
@@ -66,7 +66,24 @@ class ImplicitMLPAttention(nn.Module):
             nn.init.dirac_(self.talking_heads.weight)
         self.to_out = nn.Linear(heads * hiddens[-1], dim, bias=False)
 
-    def forward(self, tokens: Tensor, cache: ImplicitMLPCache | None = None, return_kv_cache: bool = False) -> Any:
+    @overload
+    def forward(
+        self, tokens: Tensor, cache: ImplicitMLPCache | None = ..., return_kv_cache: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, tokens: Tensor, cache: ImplicitMLPCache | None = ..., *, return_kv_cache: Literal[True]
+    ) -> tuple[Tensor, ImplicitMLPCache]: ...
+
+    @overload
+    def forward(
+        self, tokens: Tensor, cache: ImplicitMLPCache | None = ..., return_kv_cache: bool = ...
+    ) -> Tensor | tuple[Tensor, ImplicitMLPCache]: ...
+
+    def forward(
+        self, tokens: Tensor, cache: ImplicitMLPCache | None = None, return_kv_cache: bool = False
+    ) -> Tensor | tuple[Tensor, ImplicitMLPCache]:
         """tokens: (b n dim), a whole sequence or the next piece of one -> (b n dim), and if asked for the cache"""
         tensor_checks.check_tokens("tokens", tokens, dim=self.dim, dtype=self.to_out.weight.dtype)
         if cache is not None:

@@ -1,27 +1,27 @@
-"""The transformer around the memory: memory as context (MAC) of arXiv 2501.00663."""
+"""The published package's transformer around the memory, which is not the MAC of the paper: that one is `TitansMAC`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from titans_pytorch.attention.flex import create_mac_block_mask, flex_attention
 from titans_pytorch.attention.key_values import KeyValueCache
 from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
-from titans_pytorch.checks import tensor_checks, value_checks
+from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.checks import tensor_checks
+from titans_pytorch.mac.axial import AxialPositions, Factors
 from titans_pytorch.mac.cache import LayerCache, MACCache, at_rest
-from titans_pytorch.mac.layer import Parts, Passed, ViewSelector, feed_forward
-from titans_pytorch.mac.positions import AxialPositions, Lengthened
-from titans_pytorch.mac.residual_streams import SINKHORN_ITERATIONS, expand
-from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.mac.config import MACConfig
+from titans_pytorch.mac.layer import MACLayer, Passed
+from titans_pytorch.mac.lengthened import Lengthened
+from titans_pytorch.mac.residual_streams import expand, make_expansion
 from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.sampling import evaluating, filter_arguments, generate, min_p_filter
+from titans_pytorch.sampling import min_p_filter
 
 __all__ = [
     "AttnIntermediates",
@@ -34,18 +34,6 @@ __all__ = [
     "min_p_filter",
 ]
 
-PREFILL_TOKENS = 16384
-"""Tokens of a prompt that are read at once"""
-
-SET_BY_THE_TRANSFORMER = (
-    "dim",
-    "chunk_size",
-    "batch_size",
-    "model",
-    "qkv_receives_diff_views",
-    "accept_weight_residual",
-)
-
 
 class LossBreakdown(NamedTuple):
     """The parts that a loss is the sum of."""
@@ -53,8 +41,14 @@ class LossBreakdown(NamedTuple):
     next_token: Tensor
 
 
-class MemoryAsContextTransformer(Pretrained, nn.Module):
-    """A language model that attends to a window and remembers what is behind it.
+Answer = Tensor | tuple[Tensor, LossBreakdown]
+
+
+class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
+    """A language model that attends to a window and remembers what is behind it, in the published package's design.
+
+    It is NOT the paper's "memory as context" (MAC), in spite of its name: here a memory's answer is added to the
+    residual streams or gates the attention. The paper's MAC, whose attention sees that answer, is `TitansMAC`.
 
         model = MemoryAsContextTransformer(num_tokens=256, dim=256, depth=2, segment_len=128)
         loss = model(torch.randint(0, 256, (1, 1024)), return_loss=True)
@@ -74,7 +68,7 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         neural_memory_batch_size: tokens after which memories take surprises at their current weights
         neural_memory_qkv_receives_diff_views: memories see mixes of all that earlier layers saw
         dim_head, heads: of attention
-        ff_mult: width of feed-forward networks
+        ff_mult: width of feed-forward networks over dim, see ff_hidden
         num_residual_streams: hyper-connection streams
         neural_memory_model: what memories consist of; every one has its own copy
         neural_memory_kwargs: further arguments of `NeuralMemory`
@@ -83,6 +77,7 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         sliding_window_attn: every token sees the window before it, not only its own
         neural_mem_weight_residual: surprises are taken with weights of the previous memory mixed in
         token_emb: instead of `nn.Embedding(num_tokens, dim)`, any module from ids to (b n dim)
+        ff_hidden: hidden features of feed-forward networks; None: 2/3 ff_mult dim
     """
 
     def __init__(
@@ -110,73 +105,94 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         sliding_window_attn: bool = False,
         neural_mem_weight_residual: bool = False,
         token_emb: nn.Module | None = None,
+        ff_hidden: int | None = None,
     ) -> None:
         super().__init__()
-        value_checks.check_whole(num_tokens=num_tokens, dim=dim, depth=depth, segment_len=segment_len)
-        value_checks.check_whole(neural_memory_segment_len=neural_memory_segment_len)
-        value_checks.check_whole(num_residual_streams=num_residual_streams)
-        value_checks.check_counts(num_longterm_mem_tokens=num_longterm_mem_tokens)
-        value_checks.check_positive(ff_mult=ff_mult)
-        value_checks.check_not_supported(neural_memory_add_value_residual=neural_memory_add_value_residual)
-        memory_layers = value_checks.check_layers("neural_memory_layers", neural_memory_layers, depth)
-        memory_kwargs = value_checks.check_reserved(
-            "neural_memory_kwargs", neural_memory_kwargs, SET_BY_THE_TRANSFORMER
-        )
         if token_emb is not None and not isinstance(token_emb, nn.Module):
             raise TypeError(f"token_emb must be an nn.Module, got {type(token_emb).__name__}")
-
+        self.config = MACConfig(
+            num_tokens=num_tokens,
+            dim=dim,
+            depth=depth,
+            segment_len=segment_len,
+            neural_memory_segment_len=neural_memory_segment_len,
+            neural_mem_gate_attn_output=neural_mem_gate_attn_output,
+            neural_memory_add_value_residual=neural_memory_add_value_residual,
+            num_longterm_mem_tokens=num_longterm_mem_tokens,
+            num_persist_mem_tokens=num_persist_mem_tokens,
+            neural_memory_batch_size=neural_memory_batch_size,
+            neural_memory_qkv_receives_diff_views=neural_memory_qkv_receives_diff_views,
+            dim_head=dim_head,
+            heads=heads,
+            ff_mult=ff_mult,
+            num_residual_streams=num_residual_streams,
+            neural_memory_model=neural_memory_model,
+            neural_memory_kwargs=neural_memory_kwargs,
+            neural_memory_layers=neural_memory_layers,
+            use_flex_attn=use_flex_attn,
+            sliding_window_attn=sliding_window_attn,
+            neural_mem_weight_residual=neural_mem_weight_residual,
+            ff_hidden=ff_hidden,
+        )
         self.num_tokens, self.dim = num_tokens, dim
         self.lengthened = Lengthened(segment_len, num_longterm_mem_tokens)
-        chunk = neural_memory_segment_len or segment_len + num_longterm_mem_tokens
         self.has_own_embedding = token_emb is not None
         self.token_emb = nn.Embedding(num_tokens, dim) if token_emb is None else token_emb
-        self.axial_pos_emb = AxialPositions(dim, chunk)
+        self.axial_pos_emb = AxialPositions(dim, self.config.memory_chunk)
         self.longterm_mems = nn.Parameter(torch.randn(num_longterm_mem_tokens, dim) * 0.02)
-        connect, self.expand_streams, _ = mc_get_init_and_expand_reduce_stream_functions(
-            num_residual_streams,
-            dim=dim,
-            add_stream_embed=True,
-            disable=num_residual_streams == 1,
-            sinkhorn_iters=SINKHORN_ITERATIONS,
-        )
-        self.needs_views = neural_memory_qkv_receives_diff_views
-        parts = Parts(
-            connect=connect,
-            memory=partial(
-                NeuralMemory,
-                dim=dim,
-                chunk_size=chunk,
-                batch_size=neural_memory_batch_size,
-                model=neural_memory_model,
-                **memory_kwargs,
-            ),
-            attention=partial(
-                SegmentedAttention,
-                dim,
-                segment_len,
-                num_persist_mem_tokens=num_persist_mem_tokens,
-                num_longterm_mem_tokens=num_longterm_mem_tokens,
-                dim_head=dim_head,
-                heads=heads,
-                sliding=sliding_window_attn,
-                use_flex_attn=use_flex_attn,
-            ),
-            ff=partial(feed_forward, dim, ff_mult),
-            selector=partial(ViewSelector, dim),
-        )
-        first_memory = min(memory_layers, default=None)
-        self.layers = nn.ModuleList(
-            parts.layer(
-                number,
-                has_memory=number in memory_layers,
-                has_views=self.needs_views and number > 1,
-                mixes_weights=neural_mem_weight_residual and number != first_memory,
-                gates_attention=neural_mem_gate_attn_output,
-            )
-            for number in range(1, depth + 1)
-        )
+        self.expand_streams = make_expansion(num_residual_streams, dim)
+        self.layers = nn.ModuleList(MACLayer(self.config, number) for number in range(1, depth + 1))
         self.norm = nn.RMSNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
+
+    @overload
+    def forward(
+        self,
+        ids: Tensor,
+        return_loss: bool = ...,
+        return_loss_breakdown: Literal[False] = ...,
+        disable_flex_attn: bool = ...,
+        cache: MACCache | None = ...,
+        return_cache: Literal[False] = ...,
+        factorized_pos_emb: Factors | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        ids: Tensor,
+        return_loss: bool = ...,
+        return_loss_breakdown: Literal[False] = ...,
+        disable_flex_attn: bool = ...,
+        cache: MACCache | None = ...,
+        *,
+        return_cache: Literal[True],
+        factorized_pos_emb: Factors | None = ...,
+    ) -> tuple[Tensor, MACCache]: ...
+
+    @overload
+    def forward(
+        self,
+        ids: Tensor,
+        return_loss: bool,
+        return_loss_breakdown: Literal[True],
+        disable_flex_attn: bool = ...,
+        cache: MACCache | None = ...,
+        return_cache: Literal[False] = ...,
+        factorized_pos_emb: Factors | None = ...,
+    ) -> tuple[Tensor, LossBreakdown]: ...
+
+    @overload
+    def forward(
+        self,
+        ids: Tensor,
+        return_loss: bool = ...,
+        return_loss_breakdown: bool = ...,
+        disable_flex_attn: bool = ...,
+        cache: MACCache | None = ...,
+        return_cache: bool = ...,
+        factorized_pos_emb: Factors | None = ...,
+    ) -> Answer | tuple[Answer, MACCache]: ...
 
     def forward(
         self,
@@ -186,8 +202,8 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         disable_flex_attn: bool = False,
         cache: MACCache | None = None,
         return_cache: bool = False,
-        factorized_pos_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Any:
+        factorized_pos_emb: Factors | None = None,
+    ) -> Answer | tuple[Answer, MACCache]:
         """Logits or the loss of a sequence, or of its next piece.
 
         Args:
@@ -201,42 +217,51 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
 
         Returns: logits (b n num_tokens), or the loss, or (loss, parts); with return_cache (that, cache)
         """
-        self.check_ids("ids", ids, at_least=2 if return_loss else 1)
         if return_loss_breakdown and not return_loss:
             raise ValueError("return_loss_breakdown needs return_loss=True, got False")
-        fed = ids[:, :-1] if return_loss else ids
-        hidden, next_cache = self.hidden(fed, cache, disable_flex_attn, factorized_pos_emb)
-        answer: Any = self.to_logits(self.norm(hidden))
-        if return_loss:
-            answer = F.cross_entropy(answer.flatten(0, 1), ids[:, 1:].flatten().long())
-            answer = (answer, LossBreakdown(answer)) if return_loss_breakdown else answer
+        answer_and_state = self.loss_and_state if return_loss else self.logits_and_state
+        only, next_cache = answer_and_state(
+            ids, cache, disable_flex_attn=disable_flex_attn, factorized_pos_emb=factorized_pos_emb
+        )
+        answer: Answer = (only, LossBreakdown(only)) if return_loss_breakdown else only
         return (answer, next_cache) if return_cache else answer
 
-    def hidden(
+    def hidden_states(
         self,
         ids: Tensor,
-        cache: MACCache | None = None,
+        state: MACCache | None = None,
         disable_flex_attn: bool = False,
-        factorized_pos_emb: tuple[Tensor, Tensor] | None = None,
+        factorized_pos_emb: Factors | None = None,
     ) -> tuple[Tensor, MACCache]:
         """All layers.  ids: (b n) -> (b n dim) before the last norm, and what the next piece needs"""
-        if cache is not None:
-            self.check_cache(cache, ids.shape[0])
-        num_before, count = 0 if cache is None else cache.num_tokens, ids.shape[1]
+        if state is not None:
+            self.check_cache(state, ids.shape[0])
+        num_before, count = 0 if state is None else state.num_tokens, ids.shape[1]
         embedded = self.token_emb(ids)
         tensor_checks.check_shape("what token_emb gives", embedded, (*ids.shape[:2], self.dim))
         x = self.lengthened.insert(embedded, self.longterm_mems, num_before)
         x = x + self.axial_pos_emb(self.lengthened.length(num_before), x.shape[1], factorized_pos_emb)
         streams = expand(self.expand_streams, x)
-        passed = Passed(seen=() if self.needs_views else None)
+        passed = Passed(seen=() if self.config.neural_memory_qkv_receives_diff_views else None)
         kept: list[LayerCache] = []
         befores: Sequence[LayerCache | None]
-        befores = [None] * len(self.layers) if cache is None else cache.layers(self.have_memory)
+        befores = [None] * len(self.layers) if state is None else state.layers(self.have_memory)
         for layer, before in zip(self.layers, befores, strict=True):
             streams, passed, after = layer(streams, passed, before, disable_flex_attn)
             kept.append(after if after.memory is None else after._replace(memory=at_rest(after.memory)))
         hidden = self.lengthened.drop(streams.sum(dim=2), num_before, count)
         return hidden, MACCache.of(num_before + count, kept)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(... dim), before the last norm -> (... num_tokens)"""
+        return self.to_logits(self.norm(hidden))
+
+    def reader(self, state: MACCache | None, num_tokens: int | None) -> Callable[..., tuple[Tensor, MACCache]]:
+        """`hidden_states` with embedded positions for so many tokens after those of the cache."""
+        if num_tokens is None:
+            return self.hidden_states
+        length = self.lengthened.length(num_tokens + (0 if state is None else state.num_tokens))
+        return partial(self.hidden_states, factorized_pos_emb=self.axial_pos_emb.factors(length))
 
     @torch.no_grad()
     def sample(
@@ -260,33 +285,33 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
         repeats it, and where all rows have it sampling ends; generator: makes samples reproducible;
         cache: of tokens that were fed before the prompt (and do not count)
         """
-        self.check_ids("prompt", prompt)
-        value_checks.check_at_least("seq_len", seq_len, prompt.shape[1], "the length of the prompt")
-        with evaluating(self):
-            return generate(
-                Decoder(self, cache, use_cache or cache is not None, seq_len),
-                prompt,
-                seq_len - prompt.shape[1],
-                temperature=temperature,
-                filter_fn=filter_fn,
-                filter_kwargs=filter_arguments(filter_fn, filter_kwargs),
-                stop_token=stop_token,
-                generator=generator,
-                show_progress=show_progress,
-            )
+        return self.continued(
+            prompt,
+            seq_len,
+            cache,
+            uses_state=use_cache or cache is not None,
+            temperature=temperature,
+            filter_fn=filter_fn,
+            filter_kwargs=filter_kwargs,
+            stop_token=stop_token,
+            generator=generator,
+            show_progress=show_progress,
+        )
 
     @property
     def have_memory(self) -> list[bool]:
-        """Which layers do."""
+        """Which layers have a memory."""
         return [layer.memory is not None for layer in self.layers]
 
     # ---- what comes in
 
     def check_ids(self, name: str, ids: Tensor, at_least: int = 1) -> None:
+        """Refuse what are not ids of this vocabulary; an embedding of the user's knows itself what it takes."""
         in_range = None if self.has_own_embedding else self.num_tokens
         tensor_checks.check_ids(name, ids, in_range, at_least)
 
     def check_cache(self, cache: MACCache, batch: int) -> None:
+        """Refuse a cache of another model or another number of sequences."""
         if not isinstance(cache, MACCache):
             raise TypeError(f"cache must be a MACCache, got {type(cache).__name__}")
         wanted = (len(self.layers), sum(self.have_memory))
@@ -302,26 +327,3 @@ class MemoryAsContextTransformer(Pretrained, nn.Module):
                 raise ValueError(
                     f"cache must be of this model at position {position}, layer {number} is at {window.num_seen}"
                 )
-
-
-class Decoder:
-    """New tokens in, logits of the token after them out; with the cache or without, the same ones."""
-
-    def __init__(
-        self, model: MemoryAsContextTransformer, cache: MACCache | None, uses_cache: bool, num_new: int
-    ) -> None:
-        self.model, self.cache, self.uses_cache = model, cache, uses_cache
-        self.fed: Tensor | None = None
-        num_tokens = num_new + (0 if cache is None else cache.num_tokens)
-        self.positions = model.axial_pos_emb.factors(model.lengthened.length(num_tokens))
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """(b n) -> (b num_tokens)"""
-        if self.uses_cache:
-            for piece in ids.split(PREFILL_TOKENS, dim=1):
-                hidden, self.cache = self.model.hidden(piece, self.cache, factorized_pos_emb=self.positions)
-        else:
-            self.fed = ids if self.fed is None else torch.cat((self.fed, ids), dim=1)
-            hidden, _ = self.model.hidden(self.fed, factorized_pos_emb=self.positions)
-        logits: Tensor = self.model.to_logits(self.model.norm(hidden[:, -1]))
-        return logits

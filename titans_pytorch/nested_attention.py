@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from einops import rearrange
@@ -14,7 +14,7 @@ from titans_pytorch.checks import tensor_checks, value_checks
 
 
 class NestedCache(NamedTuple):
-    """Of all tokens so far, keys turned by their position."""
+    """Keys (turned by their position) and values of all tokens so far."""
 
     keys: Tensor  # (3 b h t d)
     values: Tensor  # (3 b h t d)
@@ -52,7 +52,24 @@ class NestedAttention(nn.Module):
         self.nested_key_norm = nn.RMSNorm(dim_head) if keys_rmsnorm else nn.Identity()
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, tokens: Tensor, cache: NestedCache | None = None, return_kv_cache: bool = False) -> Any:
+    @overload
+    def forward(
+        self, tokens: Tensor, cache: NestedCache | None = ..., return_kv_cache: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, tokens: Tensor, cache: NestedCache | None = ..., *, return_kv_cache: Literal[True]
+    ) -> tuple[Tensor, NestedCache]: ...
+
+    @overload
+    def forward(
+        self, tokens: Tensor, cache: NestedCache | None = ..., return_kv_cache: bool = ...
+    ) -> Tensor | tuple[Tensor, NestedCache]: ...
+
+    def forward(
+        self, tokens: Tensor, cache: NestedCache | None = None, return_kv_cache: bool = False
+    ) -> Tensor | tuple[Tensor, NestedCache]:
         """tokens: (b n dim), a whole sequence or the next piece of one -> (b n dim), and if asked for the cache"""
         tensor_checks.check_tokens("tokens", tokens, dim=self.dim, dtype=self.to_out.weight.dtype)
         if cache is not None:

@@ -39,18 +39,9 @@ def top_p_filter(logits: Tensor, p: float = 0.9) -> Tensor:
     return logits.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), -math.inf)
 
 
-def filter_arguments(filter_fn: Callable[..., Tensor], given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a filter is called with: what the caller gave, or the default of `sample`."""
-    if not callable(filter_fn):
-        raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
-    if given is None:
-        return dict(min_p=0.1) if filter_fn is min_p_filter else {}
-    return dict(given)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and then as it was."""
+    """A model in eval mode, and afterwards as it was."""
     was_training = model.training
     model.eval()
     try:
@@ -82,13 +73,19 @@ def draw(
     *,
     temperature: float,
     filter_fn: Callable[..., Tensor],
-    filter_kwargs: dict[str, Any],
+    filter_kwargs: Mapping[str, Any] | None = None,
     stop_token: int | None = None,
     generator: Generator | None = None,
     show_progress: bool = False,
 ) -> Iterator[Tensor]:
-    """Up to `count` tokens (b 1) after a prompt (b n), as they come; see `generate`."""
-    fed = prompt
+    """Up to `count` tokens (b 1) after a prompt (b n), one by one as they are drawn.
+
+    temperature: 0 is greedy; filter_fn: (logits, **filter_kwargs) -> logits with removed tokens at -inf; stop_token:
+    after which a row only repeats it, and where all rows have it drawing ends; generator: makes it reproducible
+    """
+    if not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
+    fed, filter_kwargs = prompt, filter_kwargs or {}
     stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in _progress(count, show_progress):
         logits = filter_fn(next_logits(fed), **filter_kwargs)

@@ -13,18 +13,25 @@ from torch import Tensor, device
 from titans_pytorch.attention.key_values import KeyValueCache, KeyValues
 from titans_pytorch.mac.cache import MACCache
 from titans_pytorch.memory.convolution import Tails
-from titans_pytorch.memory.state import NeuralMemState, ReadingGroup, Updates
+from titans_pytorch.memory.state import NeuralMemState, QueryTail, ReadingGroup, Updates
+from titans_pytorch.titans.mixers import MIXERS
+from titans_pytorch.titans.mixers.mac import Segment
 from titans_pytorch.titans.state import LayerState, SegmentState, TitansState
 
 FORMAT, VERSION = "titans_pytorch.state", 1
 KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
-        *(NeuralMemState, ReadingGroup, Tails),
+        *(NeuralMemState, ReadingGroup, Tails, QueryTail),
         *(MACCache, KeyValueCache),
-        *(TitansState, LayerState, SegmentState, KeyValues),
+        *(TitansState, LayerState, SegmentState, Segment, KeyValues),
     )
 }
+
+
+def kinds() -> dict[str, Any]:
+    """Everything that has a name in a file, with the states of all mixers there are by now."""
+    return KINDS | {mixer.State.__name__: mixer.State for mixer in MIXERS.values()}
 
 
 def save_state(state: NeuralMemState | MACCache | TitansState, path: str | Path) -> None:
@@ -59,7 +66,7 @@ def _layout(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(tree, Updates):
         return {"next_chunk": tree.first_chunk + tree.num_chunks}
-    if type(tree).__name__ in KINDS:
+    if type(tree).__name__ in kinds():
         return {"kind": type(tree).__name__, "fields": _each(tree._asdict().items(), name, tensors)}
     if isinstance(tree, dict):
         return {"dict": _each(tree.items(), name, tensors)}
@@ -85,4 +92,4 @@ def _restored(layout: Any, file: Any) -> Any:
     fields = {key: _restored(each, file) for key, each in more[0][1].items()}
     if content == NeuralMemState.__name__:
         fields["updates"] = Updates(fields["updates"], 0, fields["states"][0], [])
-    return KINDS[content](**fields)
+    return kinds()[content](**fields)

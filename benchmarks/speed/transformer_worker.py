@@ -61,10 +61,10 @@ def decoding(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, An
     cache, rows = None, []
     for context in workload["contexts"]:
         while (seen := 0 if cache is None else cache.num_tokens) < context:
-            _, cache = model.hidden(ids[:, : min(4096, context - seen)], cache)
+            _, cache = model.hidden_states(ids[:, : min(4096, context - seen)], cache)
         start = time.perf_counter()
         for i in range(128):
-            hidden, cache = model.hidden(ids[:, i : i + 1], cache)
+            hidden, cache = model.hidden_states(ids[:, i : i + 1], cache)
             model.to_logits(model.norm(hidden)).argmax(dim=-1)
         per_token = 1e3 * (time.perf_counter() - start) / 128
         rows.append({"context": context, "ms_per_token": per_token, "peak_bytes": high_water()})

@@ -63,7 +63,7 @@ def masked_tokens_are_attended(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("plain", "rich")
 def the_base_is_never_renewed(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, NeuralMemory, "renew", lambda original, self, carry: carry)
+    wrapped(patcher, NeuralMemory, "renewal", lambda original, self, batch: lambda carry: carry)
 
 
 @mutant("rich")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.mutants.breaking import mutant, wrapped, writes_become
+from titans_pytorch.fast_weights import closed_form
 from titans_pytorch.fast_weights import engine as engine_module
 from titans_pytorch.fast_weights import surprises as surprises_module
 from titans_pytorch.fast_weights.engine import Engine
@@ -96,9 +97,10 @@ def modulation_is_assigned_in_reverse(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("rich", "general")
 def the_residual_is_ignored(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(
-        patcher, Engine, "store", lambda original, self, carry, writes, residual=None: original(self, carry, writes)
-    )
+    def change(original: Any, self: Engine, carry: Any, writes: Any, residual: Any, *more: Any) -> Any:
+        return original(self, carry, writes, None, *more)
+
+    wrapped(patcher, Engine, "store", change)
 
 
 @mutant("rich", "general")
@@ -113,3 +115,34 @@ def the_last_key_is_not_dropped(patcher: pytest.MonkeyPatch) -> None:
         return original(self, *args)
 
     wrapped(patcher, Projections, "project_writes", change)
+
+
+# the gradient in closed form
+
+
+@mutant("plain", "paper", "rich")
+def the_norms_gradient_does_not_know_of_the_mean(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, closed_form, "norm_gradient", lambda original, of_normed, normed, x: original(
+        of_normed, normed, x) + of_normed.mean(dim=-1, keepdim=True) * 0.1)  # fmt: skip
+
+
+@mutant("plain", "paper", "rich")
+def the_norms_gradient_does_not_know_of_the_length(patcher: pytest.MonkeyPatch) -> None:
+    """What lies along the normed vector, which scaling would take away again, is left in."""
+    wrapped(patcher, closed_form, "norm_gradient", lambda original, of_normed, normed, x: original(
+        of_normed, normed * 0, x))  # fmt: skip
+
+
+@mutant("plain", "paper")
+def errors_do_not_pass_the_gain(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, closed_form, "norm_gradient", lambda original, of_normed, normed, x: original(
+        of_normed * 1.1, normed, x))  # fmt: skip
+
+
+@mutant("plain", "paper, square", "rich")
+def the_error_has_half_its_size(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, *args: Any) -> Any:
+        loss, error = original(*args)
+        return loss, error / 2
+
+    wrapped(patcher, closed_form.ClosedMLP, "loss_and_error", change)

@@ -7,6 +7,9 @@ general    each chunk's gradient and weights are built      (any other model)
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
 from titans_pytorch.fast_weights.blocks.scan import by_scan
 from titans_pytorch.fast_weights.blocks.single import SingleBlock
 from titans_pytorch.fast_weights.blocks.still import StillBlock
+from titans_pytorch.fast_weights.closed_form import ClosedMLP, has_closed_form
 from titans_pytorch.fast_weights.interface import (
     Block,
     Carry,
@@ -35,6 +39,7 @@ from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.surprises import Surprises, surprises_of
 from titans_pytorch.fast_weights.taps import TappedModel
 
+BlockShares = PerParameter[Shares] | None
 EngineName = Literal["factored", "dense", "general"]
 
 
@@ -58,28 +63,51 @@ class Engine:
         self.name = fitting(name, traits, rule)
         self.rule, self.max_grad_norm, self.mixes_tokens = rule, max_grad_norm, traits.mixes_tokens
         self.evolve: Evolve = by_scan if use_accelerated_scan and rule.is_linear else by_products
-        is_opaque = self.name == "general" or traits.uses is None
-        self.model = OpaqueModel(model, loss_fn) if is_opaque else TappedModel(model, traits.uses or (), loss_fn)
+        self.model = runner(self.name, model, traits, loss_fn)
 
-    def store(self, carry: Carry, writes: Writes, residual: Residual | None = None) -> tuple[Block, Tensor]:
-        """A block of chunks, all surprised at the base.  -> the block, the loss of every write (r n c)"""
+    def store(
+        self, carry: Carry, writes: Writes, residual: Residual | None = None, shares: BlockShares = None
+    ) -> tuple[Block, Tensor]:
+        """A block of chunks, all surprised at the base.  -> the block, the loss of every write (r n c)
+
+        shares: what the block's weights are sums of, if that is known (`shares_of_blocks`)
+        """
         gradients, loss = self.gradients(carry.base, writes, residual)
         surprises = surprises_of(gradients, writes, self.max_grad_norm)
         with full_precision(loss):
-            return self.block(carry, surprises, writes), loss
+            return self.block(carry, surprises, writes, shares), loss
 
-    def block(self, carry: Carry, surprises: Surprises, writes: Writes) -> Block:
+    def block(self, carry: Carry, surprises: Surprises, writes: Writes, shares: BlockShares) -> Block:
         """The weights over the chunks of a block."""
         if self.name != "factored":
             return build(self.rule, carry, surprises, writes.gates, self.evolve)
         if writes.num_chunks == 1:
             return SingleBlock(carry, surprises, writes.gates, self.rule)
         kind = FactoredBlock if writes.gates.any.channels is None else ChannelBlock
-        return kind(carry, surprises, writes.gates.map(self.shares))
+        return kind(carry, surprises, writes.gates.map(self.shares) if shares is None else shares)
 
     def shares(self, gates: Gates) -> Shares:
         """What the weights after each chunk are sums of."""
         return self.rule.coefficients(gates).shares()
+
+    def shares_of_blocks(self, gates: PerParameter[Gates], sizes: list[int]) -> list[BlockShares]:
+        """What the weights of blocks of so many chunks are sums of, equal blocks at once; None: not of that kind."""
+        found: list[BlockShares] = []
+        first = 0
+        for size, equal in groupby(sizes):
+            num = len(list(equal))
+            if self.name != "factored" or size == 1:
+                found += [None] * num
+            else:
+                of_all = gates.map(partial(self.equal_shares, slice(first, first + num * size), num))
+                found += [of_all.map(itemgetter(i)) for i in range(num)]
+            first += num * size
+        return found
+
+    def equal_shares(self, chunks: slice, num_blocks: int, gates: Gates) -> list[Shares]:
+        """What the weights of blocks of equal length are sums of."""
+        with full_precision(gates.like):
+            return self.shares(gates.select(chunks).blocks(num_blocks)).blocks(num_blocks)
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
         """Gradients of each chunk's loss, every parameter's weighted by its own rates if it has some."""
@@ -100,6 +128,18 @@ class Engine:
     def read(self, block: Block, queries: Tensor, entries: Entries, slow: Weights) -> Tensor:
         """queries: (r g k d), entries: the entry of the block that each group reads, slow: (r d) -> (r g k d)"""
         return self.model.read(block, queries, entries, slow)
+
+
+Runner = OpaqueModel | TappedModel | ClosedMLP
+
+
+def runner(name: EngineName, model: nn.Module, traits: ModelTraits, loss_fn: LossFn) -> Runner:
+    """Whoever runs the memory model: by the gradient that is known, by its products, or as it is."""
+    if name == "general" or traits.uses is None:
+        return OpaqueModel(model, loss_fn)
+    if has_closed_form(model, loss_fn):
+        return ClosedMLP(model, loss_fn)
+    return TappedModel(model, traits.uses, loss_fn)
 
 
 def fitting(name: EngineName | None, traits: ModelTraits, rule: Rule) -> EngineName:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from titans_pytorch.attention.segmented import SegmentedAttention
+from titans_pytorch.layers.feed_forward import feed_forward
 from titans_pytorch.mac.cache import LayerCache
-from titans_pytorch.mac.residual_streams import open_branch
+from titans_pytorch.mac.config import MACConfig
+from titans_pytorch.mac.residual_streams import make_connection, open_branch
 from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.neural_memory import NeuralMemory
 
-
-class SiluGate(nn.Module):
-    """The first half of the features, gated by the second.  (... 2d) -> (... d)"""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gates = x.chunk(2, dim=-1)
-        return F.silu(gates) * x
+SLOTS = ("memory_connection", "attention_connection", "ff_connection", "view_selector", "memory", "attention", "ff")
+"""Parts of a layer in the order of published checkpoints, where their numbers name parameters; some are None"""
 
 
-def feed_forward(dim: int, mult: float) -> nn.Sequential:
-    hidden = int(dim * mult * 2 / 3)
-    return nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, 2 * hidden), SiluGate(), nn.Linear(hidden, dim))
+def slot(name: str) -> Any:
+    """The part of a layer that stands in this place, which is None in a layer that has no such part."""
+    number = str(SLOTS.index(name))
+    return property(lambda layer: layer._modules[number])
 
 
 class ViewSelector(nn.Sequential):
@@ -52,44 +47,48 @@ class Passed(NamedTuple):
 
 
 class MACLayer(nn.ModuleList):
-    """[memory connection, attention connection, ff connection, view selector, memory, attention, ff]
+    """A memory (in some layers), attention and a feed-forward network, each with its connection to the streams."""
 
-    The order is that of published checkpoints; what a layer does not have is None.
-    """
+    memory_connection: nn.Module = slot("memory_connection")
+    attention_connection: nn.Module = slot("attention_connection")
+    ff_connection: nn.Module = slot("ff_connection")
+    view_selector: ViewSelector | None = slot("view_selector")
+    memory: NeuralMemory | None = slot("memory")
+    attention: SegmentedAttention = slot("attention")
+    ff: nn.Sequential = slot("ff")
 
-    def __init__(
-        self,
-        connections: tuple[nn.Module | None, nn.Module, nn.Module],
-        selector: ViewSelector | None,
-        memory: NeuralMemory | None,
-        attention: SegmentedAttention,
-        ff: nn.Sequential,
-        *,
-        gates_attention: bool,
-    ) -> None:
+    def __init__(self, config: MACConfig, number: int) -> None:
+        """number: of the layer, from 1"""
         super().__init__()
-        parts = (*connections, selector, memory, attention, ff)
-        for i, part in enumerate(parts):
-            self.add_module(str(i), part)
-        self.gates_attention = gates_attention
-
-    @property
-    def memory(self) -> NeuralMemory | None:
-        found = self[4]
-        return found if isinstance(found, NeuralMemory) else None
+        self.gates_attention = config.neural_mem_gate_attn_output
+        parts: dict[str, nn.Module] = {}  # in the order in which a seed's random numbers are drawn
+        if config.has_memory(number):
+            parts["memory"] = make_memory(config, number)
+            if config.has_views(number):
+                parts["view_selector"] = ViewSelector(config.dim, num_candidates=4 * (number - 1) + 1)
+        streams, dim = config.num_residual_streams, config.dim
+        # Which stream a branch reads first is its number's, as in the paper, so that a seed fixes all there is.
+        nth = 3 * number
+        if config.has_memory(number):
+            parts["memory_connection"] = make_connection(streams, dim, nth, writes=not self.gates_attention)
+        parts["attention_connection"] = make_connection(streams, dim, nth + 1)
+        parts["ff_connection"] = make_connection(streams, dim, nth + 2)
+        parts["attention"] = make_attention(config, number)
+        parts["ff"] = feed_forward(dim, config.ff_width)
+        for i, name in enumerate(SLOTS):
+            self.add_module(str(i), parts.get(name))
 
     def forward(
         self, streams: Tensor, passed: Passed, cache: LayerCache | None, disable_flex_attn: bool = False
     ) -> tuple[Tensor, Passed, LayerCache]:
         """streams: (b n s d) -> same, what the next layer is handed, what the next piece is"""
-        attention_connection, ff_connection, attention, ff = self[1], self[2], self[5], self[6]
-        gates, state, memory = None, None, self.memory
-        if memory is not None:
-            streams, gates, state = self.remember(memory, streams, passed, None if cache is None else cache.memory)
+        gates, state = None, None
+        if self.memory is not None:
+            streams, gates, state = self.remember(self.memory, streams, passed, None if cache is None else cache.memory)
             passed = passed._replace(memory=state)
 
-        branch = open_branch(attention_connection, streams)
-        attended, (values, key_values) = attention(
+        branch = open_branch(self.attention_connection, streams)
+        attended, (values, key_values) = self.attention(
             branch.input,
             value_residual=passed.values,
             disable_flex_attn=disable_flex_attn,
@@ -97,8 +96,8 @@ class MACLayer(nn.ModuleList):
             cache=None if cache is None else cache.attention,
         )
         streams = branch.add(attended)
-        ff_branch = open_branch(ff_connection, streams)
-        answer = ff(ff_branch.input)
+        ff_branch = open_branch(self.ff_connection, streams)
+        answer = self.ff(ff_branch.input)
         streams = ff_branch.add(answer)
         passed = Passed(
             values if passed.values is None else passed.values,
@@ -111,11 +110,10 @@ class MACLayer(nn.ModuleList):
         self, memory: NeuralMemory, streams: Tensor, passed: Passed, state: NeuralMemState | None
     ) -> tuple[Tensor, Tensor | None, NeuralMemState]:
         """Store and read; what is read joins the streams or gates the attention.  -> streams, gates, state"""
-        connection, selector = self[0], self[3]
-        branch = open_branch(connection, streams)
+        branch = open_branch(self.memory_connection, streams)
         seq = branch.input
-        if isinstance(selector, ViewSelector):
-            seq = selector.views([branch.input, *(passed.seen or ())])
+        if self.view_selector is not None:
+            seq = self.view_selector.views([branch.input, *(passed.seen or ())])
         accepts = memory.to_learned_weight_residual_mix is not None
         prev_weights = passed.memory if accepts else None
         retrieved, state = memory(seq, state=state, prev_weights=prev_weights)
@@ -124,27 +122,29 @@ class MACLayer(nn.ModuleList):
         return branch.add(retrieved), None, state
 
 
-@dataclass(frozen=True)
-class Parts:
-    """How the parts of a layer are made."""
+def make_memory(config: MACConfig, number: int) -> NeuralMemory:
+    """The memory of the layer with this number."""
+    return NeuralMemory(
+        dim=config.dim,
+        chunk_size=config.memory_chunk,
+        batch_size=config.neural_memory_batch_size,
+        model=config.neural_memory_model,
+        qkv_receives_diff_views=config.has_views(number),
+        accept_weight_residual=config.mixes_weights(number),
+        **(config.neural_memory_kwargs or {}),
+    )
 
-    connect: Callable[..., nn.Module]
-    memory: Callable[..., NeuralMemory]
-    attention: Callable[..., SegmentedAttention]
-    ff: Callable[[], nn.Sequential]
-    selector: Callable[[int], ViewSelector]
 
-    def layer(
-        self, number: int, *, has_memory: bool, has_views: bool, mixes_weights: bool, gates_attention: bool
-    ) -> MACLayer:
-        """The layer with this number, from 1."""
-        memory, selector, connection = None, None, None
-        # Which stream a branch reads first is its number's, as in the paper, so that a seed fixes all there is.
-        nth = 3 * number
-        if has_memory:
-            memory = self.memory(qkv_receives_diff_views=has_views, accept_weight_residual=mixes_weights)
-            selector = self.selector(4 * (number - 1) + 1) if has_views else None
-            connection = self.connect(layer_index=nth, add_branch_out_to_residual=not gates_attention)
-        connections = (connection, self.connect(layer_index=nth + 1), self.connect(layer_index=nth + 2))
-        attention = self.attention(accept_value_residual=number > 1)
-        return MACLayer(connections, selector, memory, attention, self.ff(), gates_attention=gates_attention)
+def make_attention(config: MACConfig, number: int) -> SegmentedAttention:
+    """The attention of the layer with this number; all but the first mix in the values of the first."""
+    return SegmentedAttention(
+        config.dim,
+        config.segment_len,
+        num_persist_mem_tokens=config.num_persist_mem_tokens,
+        num_longterm_mem_tokens=config.num_longterm_mem_tokens,
+        dim_head=config.dim_head,
+        heads=config.heads,
+        sliding=config.sliding_window_attn,
+        accept_value_residual=number > 1,
+        use_flex_attn=config.use_flex_attn,
+    )

@@ -9,10 +9,26 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from hyper_connections import ManifoldConstrainedHyperConnections
+from hyper_connections import ManifoldConstrainedHyperConnections, mc_get_init_and_expand_reduce_stream_functions
 from torch import Tensor, nn
 
 SINKHORN_ITERATIONS = 20
+
+
+def make_connection(num_streams: int, dim: int, number: int, *, writes: bool = True) -> nn.Module:
+    """The parameters with which the branch with this number reads from the streams and, if it does, writes back."""
+    connect, _, _ = mc_get_init_and_expand_reduce_stream_functions(
+        num_streams, dim=dim, disable=num_streams == 1, sinkhorn_iters=SINKHORN_ITERATIONS
+    )
+    return connect(layer_index=number, add_branch_out_to_residual=writes)
+
+
+def make_expansion(num_streams: int, dim: int) -> nn.Module:
+    """The parameters with which one sequence of tokens becomes several streams, see `expand`."""
+    _, expansion, _ = mc_get_init_and_expand_reduce_stream_functions(
+        num_streams, dim=dim, add_stream_embed=True, disable=num_streams == 1
+    )
+    return expansion
 
 
 class Branch(NamedTuple):
@@ -63,6 +79,6 @@ def doubly_stochastic(logits: Tensor) -> Tensor:
 
 
 def expand(expand_streams: nn.Module, x: Tensor) -> Tensor:
-    """(b n d) -> (b n s d)"""
+    """Every stream begins as the tokens and an embedding of its own.  (b n d) -> (b n s d)"""
     embed = getattr(expand_streams, "stream_embed", None)
     return x.unsqueeze(2) if embed is None else x.unsqueeze(2) + embed

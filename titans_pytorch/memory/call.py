@@ -38,7 +38,7 @@ def advance(
     num_chunks, first_chunk = stored.num_tokens // chunk, state.seq_index // chunk
     residual = memory.checked_residual(prev_weights, first_chunk, num_chunks, batch)
     first_token = state.num_seen + 1
-    stream = Stream(memory, memory.evolution, memory.renew, layout, residual, first_token, first_chunk)
+    stream = Stream(memory, memory.evolution, memory.renewal, layout, residual, first_token, first_chunk)
     plan = plan_of(memory, layout, batch, first_token, new.keys.shape[1], first_chunk)
     result = stream.run(plan, moment_of(memory, state, is_fresh), seq, stored)
     rest = stored.select(num_chunks * chunk, stored.num_tokens)

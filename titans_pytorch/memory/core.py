@@ -150,13 +150,12 @@ class MemoryCore(Projections):
         keys, values = (state.waiting, state.waiting) if self.num_views is None else state.waiting.unbind(0)
         return StoredTokens(keys, values, state.cache_store_mask)
 
-    def renew(self, carry: Carry) -> Carry:
-        """The memory where a new batch begins: its current weights become the base."""
+    def renewal(self, batch: int) -> Callable[[Carry], Carry]:
+        """What happens where a new batch begins: a memory's current weights become its base."""
         limit = None
         if self.max_weight_growth is not None:
-            rows = next(iter(carry.weights.values())).shape[0]
-            limit = (self.max_weight_growth * total_norm(self.initial_weights())).repeat(rows // self.heads)
-        return renewed(carry, self.transition_gate, limit)
+            limit = (self.max_weight_growth * total_norm(self.initial_weights())).repeat(batch)
+        return lambda carry: renewed(carry, self.transition_gate, limit)
 
     @property
     def sizes(self) -> Sizes:

@@ -6,7 +6,7 @@ lengths give what one call gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.engine import Engine
+from titans_pytorch.fast_weights.engine import BlockShares, Engine
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, Residual
 from titans_pytorch.memory.convolution import Tails
@@ -69,7 +69,7 @@ class Stream:
 
     layers: Projections  # from tokens to writes and queries, from reads to tokens
     engine: Engine  # from writes to weights, from queries to reads
-    renew: Callable[[Carry], Carry]  # what happens to a carry where the base is renewed
+    renewal: Callable[[int], Callable[[Carry], Carry]]  # of a batch: what happens where the base is renewed
     layout: Layout
     residual: Updates | None  # the weights of the previous memory layer
     first_token: int  # position of the first new token
@@ -128,6 +128,8 @@ class Stream:
         layer = None if self.residual is None or previous is None else self.residual.with_blocks(previous)
         projected = self.project(stored, span, moment)
         reader = None if seq is None else self.reader(seq, moment, span)
+        renew = self.renewal(len(stored.new.keys)) if any(plan.renews_base for plan in span) else None
+        shares = self.shares(projected, span)
         blocks, losses = [], []
         for plan in span:
             if projected is None or plan.num_chunks == 0:
@@ -136,14 +138,14 @@ class Stream:
                 start = plan.first_chunk - first
                 writes = projected.writes.select(slice(start, start + plan.num_chunks))
                 residual = None if layer is None else Residual(layer, plan.first_chunk)
-                block, loss = self.engine.store(carry, writes, residual)
+                block, loss = self.engine.store(carry, writes, residual, next(shares))
                 losses.append(loss)
                 blocks += [block] if keeps_blocks else []
             if reader is not None:
                 reader.read(block, plan)
             carry = block.finish()
-            if plan.renews_base:
-                carry = self.renew(carry)
+            if renew is not None and plan.renews_base:
+                carry = renew(carry)
         report = None if projected is None else report_of(projected, torch.cat(losses, dim=1))
         reads, group = (None, moment.group) if reader is None else reader.finish()
         tails = moment.tails if projected is None else projected.tails
@@ -158,6 +160,13 @@ class Stream:
         chunk, start = self.layout.store_chunk, span[0].first_chunk - self.first_chunk
         tokens = stored.select(start * chunk, (start + num_chunks) * chunk)
         return self.layers.project_writes(tokens, chunk, dtype_of(moment.carry), moment.tails)
+
+    def shares(self, projected: ProjectedWrites | None, span: Sequence[BlockPlan]) -> Iterator[BlockShares]:
+        """What the weights of each block are sums of; they depend on gates alone, so all of them are had at once."""
+        if projected is None:
+            return iter(())
+        sizes = [plan.num_chunks for plan in span if plan.num_chunks]
+        return iter(self.engine.shares_of_blocks(projected.writes.gates, sizes))
 
     def reader(self, seq: Tensor, moment: Moment, span: Sequence[BlockPlan]) -> SpanReader:
         """Whoever reads the span's tokens; the first span of a call begins with a group that may have begun earlier."""

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from titans_pytorch.checks import tensor_checks, value_checks
+from titans_pytorch.layers.feed_forward import SwiGLU
+from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.titans.config import TitansConfig, Variant
+from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.mixers import MIXERS
-from titans_pytorch.titans.norm import RMSNorm
-from titans_pytorch.titans.state import LayerState, TitansState
+from titans_pytorch.titans.state import TitansState, parts_of, resting
 
 
-class SwiGLU(nn.Module):
-    """(... dim) -> (... dim)"""
+class TitansBlock(nn.Module):
+    """A mixer and a feed-forward network, each with a norm before it and a residual connection around it."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.to_hidden = nn.Linear(dim, 2 * hidden, bias=False)
-        self.to_out = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gates = self.to_hidden(x).chunk(2, dim=-1)
-        return self.to_out(F.silu(gates) * x)
-
-
-class Block(nn.Module):
-    def __init__(self, variant: Variant, config: TitansConfig) -> None:
+    def __init__(self, variant: str, config: TitansConfig) -> None:
         super().__init__()
         self.mixer = MIXERS[variant](config)
         self.mixer_norm = nn.Identity() if self.mixer.is_idle else RMSNorm(config.dim)
         self.ff_norm, self.ff = RMSNorm(config.dim), SwiGLU(config.dim, config.hidden)
 
-    def forward(self, x: Tensor, start: int, state: LayerState | None) -> tuple[Tensor, LayerState]:
-        mixed, state = self.mixer(self.mixer_norm(x), start, state)
+    def forward(self, x: Tensor, start: int, state: Any) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer(self.mixer_norm(x), start, self.mixer.own_state(state))
         x = x + mixed
         return x + self.ff(self.ff_norm(x)), state
 
@@ -55,17 +44,17 @@ class TitansBackbone(Pretrained, nn.Module):
         outputs, state = backbone(torch.randn(2, 1000, 64))             # (2 1000 64)
         more, state = backbone(torch.randn(2, 7, 64), state)            # goes on at any token
 
-    variant: mac, mag, mal or lmm: the memory as context, as gate, as layer, or alone
+    variant: mac, mag, mal or lmm: the memory as context, as gate, as layer, or alone; or a name of `register_mixer`
     """
 
-    def __init__(self, variant: Variant, config: TitansConfig) -> None:
+    def __init__(self, variant: str, config: TitansConfig) -> None:
         super().__init__()
         value_checks.check_choice("variant", variant, tuple(MIXERS))
         if not isinstance(config, TitansConfig):
             raise TypeError(f"config must be a TitansConfig, got {type(config).__name__}")
         self.variant, self.config = variant, config
-        blocks = [Block(variant, config) for _ in range(config.depth)]
-        self.blocks, self.parts = nn.ModuleList(blocks), blocks[0].mixer.parts
+        blocks = [TitansBlock(variant, config.of_block(number)) for number in range(1, config.depth + 1)]
+        self.blocks, self.parts = nn.ModuleList(blocks), [block.mixer.parts for block in blocks]
         self.norm = RMSNorm(config.dim)
 
     def forward(self, x: Tensor, state: TitansState | None = None) -> Read:
@@ -78,15 +67,19 @@ class TitansBackbone(Pretrained, nn.Module):
         layers = []
         for number, block in enumerate(self.blocks):
             x, layer = block(x, start, None if state is None else state.layers[number])
-            layers.append(layer.at_rest())
+            layers.append(resting(layer))
         return Read(self.norm(x), TitansState(start + x.shape[1], x.shape[0], tuple(layers)))
 
     def check_state(self, state: TitansState, batch: int) -> None:
+        """Refuse a state of another kind of model or of another number of sequences."""
         if not isinstance(state, TitansState):
             raise TypeError(f"state must be a TitansState, got {type(state).__name__}")
         tensor_checks.check_batch("state", state.batch, batch)
         if len(state.layers) != len(self.blocks):
             raise ValueError(f"state must be of this model's {len(self.blocks)} blocks, got {len(state.layers)}")
-        if (got := state.layers[0].parts) != self.parts:
-            expected, found = (", ".join(sorted(parts)) or "nothing" for parts in (self.parts, got))
-            raise ValueError(f"state must be of a model like this one, with {expected}, got one with {found}")
+        for number, (layer, parts) in enumerate(zip(state.layers, self.parts, strict=True), start=1):
+            if (got := parts_of(layer)) != parts:
+                expected, found = (", ".join(sorted(each)) or "nothing" for each in (parts, got))
+                raise ValueError(
+                    f"state must be of a model like this one, with {expected} in block {number}, got one with {found}"
+                )

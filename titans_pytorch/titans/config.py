@@ -11,6 +11,9 @@ from titans_pytorch.checks import value_checks
 Variant = Literal["mac", "mag", "mal", "lmm"]
 GateForm = Literal["mix", "attention", "memory", "product"]
 
+PAPER_TOKENS = 32_000
+"""Size of the vocabulary of the paper's models"""
+
 SET_BY_THE_CONFIG = (
     "dim",
     "chunk_size",
@@ -42,6 +45,7 @@ class TitansConfig:
     layer_residual: inside blocks of MAC and MAL every layer has a residual connection of its own, not the block alone:
         what MAC writes is x + y, and MAL adds both M(x) and what attention makes of x + M(x)
     memory: False leaves the memory out, for comparison
+    memory_layers: numbers, from 1, of the blocks with a memory; None: all. The others keep attention and feed-forward
     memory_heads: memories per block, `dim / memory_heads` wide each; None: as many as attention has
     memory_depth, memory_expansion: layers of the memory's MLP (1: linear), width of its hidden layers over its own
     memory_chunk: tokens that share one step; every token reads the memory after the last complete chunk
@@ -75,6 +79,7 @@ class TitansConfig:
     max_step: float = 0.3
     decay_bias: float = -4.0
     memory_options: Mapping[str, Any] = field(default_factory=dict)
+    memory_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         value_checks.check_whole(
@@ -99,6 +104,7 @@ class TitansConfig:
         value_checks.check_even(**{"dim / heads": self.dim // self.heads})
         value_checks.check_multiple("memory_refresh", self.memory_refresh, self.memory_chunk)
         value_checks.check_choice("gate", self.gate, get_args(GateForm))
+        value_checks.check_layers("memory_layers", self.memory_layers, self.depth)
         value_checks.check_reserved("memory_options", self.memory_options, SET_BY_THE_CONFIG, "config")
 
     @property
@@ -110,9 +116,19 @@ class TitansConfig:
         """Heads of the memory of a block."""
         return self.heads if self.memory_heads is None else self.memory_heads
 
-    def with_options(self, **changes: Any) -> TitansConfig:
-        """The same with some fields changed."""
-        return replace(self, **changes)
+    def of_block(self, number: int) -> TitansConfig:
+        """What the block with this number, from 1, is made of: without a memory if it is not to have one."""
+        if self.memory_layers is None or number in self.memory_layers:
+            return self
+        return replace(self, memory=False)
+
+    @classmethod
+    def preset(cls, size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> TitansConfig:
+        """A model of the paper's sizes, with what it does not say chosen as `preset` explains.
+
+        size: 170M, 340M, 400M, 760M or 1.3B parameters with so many tokens in the vocabulary
+        """
+        return preset(size, variant, num_tokens)
 
 
 class Size(NamedTuple):
@@ -131,9 +147,8 @@ SIZES = {
     "760M": Size(760e6, 24, 1536, 16),
     "1.3B": Size(1.3e9, 18, 2048, 8),
 }
-PAPER_TOKENS = 32_000
 MIXER_MATRICES: dict[Variant, int] = {"mac": 9, "mag": 9, "mal": 9, "lmm": 5}
-"""Of dim x dim in a mixer: queries, keys, values, gate and output of the memory, and those of attention"""
+"""How many matrices dim x dim a mixer has: queries, keys, values, gate and output of the memory, those of attention"""
 
 PAPER_MEMORY = dict(per_parameter_gates=True, channelwise_decay=True)
 
@@ -163,4 +178,4 @@ def preset(size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> Titan
     hidden = round(block / (3 * shape.dim) / 32) * 32
     if hidden < 32:
         raise ValueError(f"num_tokens must leave room for {shape.depth} blocks in {size} parameters, got {num_tokens}")
-    return config.with_options(ff_hidden=hidden)
+    return replace(config, ff_hidden=hidden)

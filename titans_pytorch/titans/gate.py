@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.titans.config import GateForm
-from titans_pytorch.titans.norm import RMSNorm
 
 
 class Gate(nn.Module):

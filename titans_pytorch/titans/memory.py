@@ -30,8 +30,3 @@ def make_memory(config: TitansConfig) -> NeuralMemory:
     if not config.decay:  # and it stays so
         memory.to_decay_factor.requires_grad_(False)
     return memory
-
-
-def lookback_of(memory: NeuralMemory) -> int:
-    """How many tokens before it a query depends on."""
-    return memory.lookback

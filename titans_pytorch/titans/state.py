@@ -17,7 +17,7 @@ TensorFn = Callable[[Tensor], Tensor]
 
 
 class SegmentState(NamedTuple):
-    """Of MAC: where the stream is in its segment."""
+    """Where a sequence is in the segment of a MAC block."""
 
     context: KeyValues | None  # of what was read for the segment's tokens so far, h; None: no token yet
     before: Weights  # (b·h ...)  the memory before the segment
@@ -25,22 +25,23 @@ class SegmentState(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """Of one block; what its mixer has no use for is None."""
+    """The state of any block as files hold it that were written before every mixer had a state of its own."""
 
     memory: NeuralMemState | None = None
-    prefix: KeyValues | None = None  # of the persistent tokens
-    recent: KeyValues | None = None  # of the window before the next token, or of its segment so far
+    prefix: KeyValues | None = None
+    recent: KeyValues | None = None
     segment: SegmentState | None = None
 
-    @property
-    def parts(self) -> frozenset[str]:
-        """What of it every state of such a model has."""
-        found = {"memory": self.memory, "prefix": self.prefix, "segment": self.segment}
-        return frozenset(name for name, part in found.items() if part is not None)
 
-    def at_rest(self) -> LayerState:
-        """Without what would keep the whole call that returned it alive."""
-        return self if self.memory is None else self._replace(memory=at_rest(self.memory))
+def parts_of(state: Any) -> frozenset[str]:
+    """Names of what a state of a block holds in all of its tokens, as far as a mixer has it."""
+    return frozenset(name for name in ("memory", "prefix", "segment") if getattr(state, name, None) is not None)
+
+
+def resting(state: Any) -> Any:
+    """The state of a block without what would keep the whole call that returned it alive."""
+    memory = getattr(state, "memory", None)
+    return state if memory is None else state._replace(memory=at_rest(memory))
 
 
 class TitansState(NamedTuple):
@@ -48,7 +49,7 @@ class TitansState(NamedTuple):
 
     num_tokens: int
     batch: int
-    layers: tuple[LayerState, ...]
+    layers: tuple[Any, ...]  # the state of each block, of its mixer's State
 
     def detach(self) -> TitansState:
         """Cut from the graph of what came before, for truncated backpropagation through time."""
@@ -76,24 +77,15 @@ class TitansState(NamedTuple):
     def _map(
         self, tensors: TensorFn, weights: TensorFn, memories: Callable[[NeuralMemState], NeuralMemState]
     ) -> TitansState:
-        """fn of tensors whose first axis is the batch, of weights (b·h ...) and of memories."""
+        """fn of tensors whose first axis is the batch, of weights (b·h ...), which are dicts, and of memories."""
 
-        def pairs(given: KeyValues | None) -> KeyValues | None:
-            return None if given is None else given.map(tensors)
+        def mapped(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return tensors(part)
+            if isinstance(part, NeuralMemState):
+                return memories(part)
+            if isinstance(part, dict):
+                return {name: weights(weight) for name, weight in part.items()}
+            return type(part)(*map(mapped, part)) if isinstance(part, tuple) else part
 
-        def segment(given: SegmentState | None) -> SegmentState | None:
-            if given is None:
-                return None
-            before = {name: weights(weight) for name, weight in given.before.items()}
-            return SegmentState(pairs(given.context), before, None if given.tail is None else tensors(given.tail))
-
-        layers = (
-            LayerState(
-                None if layer.memory is None else memories(layer.memory),
-                pairs(layer.prefix),
-                pairs(layer.recent),
-                segment(layer.segment),
-            )
-            for layer in self.layers
-        )
-        return self._replace(layers=tuple(layers))
+        return self._replace(layers=tuple(map(mapped, self.layers)))

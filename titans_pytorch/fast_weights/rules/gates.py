@@ -28,6 +28,12 @@ class ChunkGates:
         """As many as the rule has asked for; none where it has asked for none."""
         return self.values.get(name, [])
 
+    def stored(self, new: Tensor, old: Tensor | float) -> Tensor:
+        """What is there after the chunk: the new if it stores anything, else the old.  (r ...)"""
+        if self.is_stored is None:
+            return new
+        return torch.where(self.is_stored.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
     def acting_on(self, x: Tensor) -> ChunkGates:
         """Fit to multiply tensors shaped like x: while compiling plain tensors, as the compiler fuses for itself."""
         if not torch.compiler.is_compiling():
@@ -67,6 +73,17 @@ class Gates(NamedTuple):
         factors = {name: value[..., chunks] for name, value in self.factors.items()}
         shares = {name: value[..., chunks] for name, value in self.shares.items()}
         return Gates(factors, shares, None if self.is_stored is None else self.is_stored[:, chunks])
+
+    def blocks(self, num: int) -> Gates:
+        """So many equal blocks, as if each had rows of its own.  (... r bn) -> (... b·r n)"""
+
+        def folded(x: Tensor, axis: int) -> Tensor:
+            split = x.unflatten(-1, (num, -1)).movedim(-2, axis)
+            return split.flatten(axis, axis + 1)
+
+        factors = {name: folded(value, 1) for name, value in self.factors.items()}
+        shares = {name: folded(value, 1) for name, value in self.shares.items()}
+        return Gates(factors, shares, None if self.is_stored is None else folded(self.is_stored, 0))
 
     def of_chunk(self, chunk: int) -> ChunkGates:
         values = {name: [Scale(log) for log in logs[..., chunk].exp()] for name, logs in self.factors.items()}

@@ -13,7 +13,7 @@ subclass, and register it in `rules` or hand it to `NeuralMemory(rule=...)`. doc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -94,6 +94,15 @@ class Shares(NamedTuple):
     last_past: Tensor  # (o o ...)  in the last momenta, of the momenta before it
     last_surprise: Tensor  # (o ... n)  in the last momenta, of its surprises
 
+    def blocks(self, num: int) -> list[Shares]:
+        """Shares of each of so many blocks, computed as one with more rows.  (... b·r ...) -> (... r ...) each"""
+
+        def unfolded(x: Tensor | None, axis: int) -> Sequence[Tensor | None]:
+            return [None] * num if x is None else x.unflatten(axis, (num, -1)).unbind(axis)
+
+        axes = (0, 1, 0, 0, 2, 1)  # of the rows
+        return [Shares(*each) for each in zip(*map(unfolded, self, axes), strict=True)]
+
 
 class Rule:
     """How weights follow from surprises; see the head of this file.
@@ -134,13 +143,9 @@ class Rule:
             step = self.transform(step)
         start = ZERO if memory.start is None else memory.start
         weights = summed(self.retain(memory.weights, step, gates, start), like=surprise)
-        moved = tuple(summed(momentum, like=surprise) for momentum in momenta)
-        if gates.is_stored is None:
-            return Memory(weights, moved, memory.start)
-        is_stored = gates.is_stored.reshape(-1, *[1] * (surprise.ndim - 1))
-        before = [summed(momentum, like=surprise) for momentum in memory.momenta]
-        kept = tuple(torch.where(is_stored, new, old) for new, old in zip(moved, before, strict=True))
-        return Memory(torch.where(is_stored, weights, memory.weights), kept, memory.start)
+        before = (0.0 if isinstance(momentum, Zero) else summed(momentum) for momentum in memory.momenta)
+        moved = (gates.stored(summed(new, like=surprise), old) for new, old in zip(momenta, before, strict=True))
+        return Memory(gates.stored(weights, memory.weights), tuple(moved), memory.start)
 
     def coefficients(self, gates: Gates) -> Coefficients:
         """All chunks of a block at once: what the equations make of unit vectors, unless a rule has a closed form."""
@@ -164,10 +169,10 @@ def from_unit_vectors(rule: Rule, gates: Gates) -> Coefficients:
     for chunk in range(n):
         of_chunk = gates.of_chunk(chunk).acting_on(weights)
         step, moved = rule.move(momenta, unit(o + chunk, o + n), of_chunk)
-        steps.append(stored(of_chunk, summed(step, like=unit(0, o + n)), None))
-        momenta = tuple(stored(of_chunk, summed(new), old) for new, old in zip(moved, momenta, strict=True))
+        steps.append(of_chunk.stored(summed(step, like=unit(0, o + n)), 0.0))
+        momenta = tuple(of_chunk.stored(summed(new), old) for new, old in zip(moved, momenta, strict=True))
         kept = summed(rule.retain(weights, unit(1 + chunk, n + 2), of_chunk, ZERO if start is None else start))
-        weights = stored(of_chunk, kept, weights)
+        weights = of_chunk.stored(kept, weights)
         table.append(weights)
 
     def last(tensors: list[Tensor]) -> Tensor:
@@ -185,11 +190,3 @@ def from_unit_vectors(rule: Rule, gates: Gates) -> Coefficients:
         ends[..., :o].movedim(-2, 0).movedim(-1, 1),
         ends[..., o:].movedim(-2, 0),
     )
-
-
-def stored(gates: ChunkGates, new: Tensor, old: Tensor | None) -> Tensor:
-    """What is there after a chunk, if it stores anything; else what was there before."""
-    if gates.is_stored is None:
-        return new
-    is_stored = gates.is_stored.reshape(-1, *[1] * (new.ndim - 1))
-    return torch.where(is_stored, new, 0.0 if old is None else old)

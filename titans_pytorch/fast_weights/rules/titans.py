@@ -38,7 +38,7 @@ class Titans(Rule):
         momentum_bias: float | None = None,
         decay_bias: float | None = None,
     ) -> None:
-        self.num_momenta, self.num_combined = orders, num_combined
+        self.num_momenta = orders
         own: Literal["memory", "parameter"] = "parameter" if per_parameter else "memory"
         gates = [
             GateSpec("rate", "to_adaptive_step", "rate", "token", varies=own, bias=rate_bias),

@@ -1,0 +1,110 @@
+"""Surprises of an MLP memory in closed form: the chain rule written out, without a graph inside the graph.
+
+For M(k) = k + g norm(gelu(k W_1) W_2), or any number of layers, with or without the norm around them, the errors are
+
+    E = slope * (M(k) - v),   D_last = norm'(g E),   D_{l-1} = (D_l W_l^T) gelu'(z_{l-1}),   dg = sum_t E_t norm_t
+
+and a chunk's surprise of W_l is made of that layer's inputs and D_l. All of it are plain operations: differentiable
+once more, whatever surrounds them, and fewer than what autograd makes of the model's own forward (`taps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residual, Weights, Writes
+from titans_pytorch.fast_weights.surprises import Factors, Surprises
+from titans_pytorch.fast_weights.taps import base_product, base_vectors
+from titans_pytorch.losses import mean_squared_error, summed_squared_error
+from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+
+NORM_GAIN = "norm.gamma"
+EPS = 1e-5
+
+
+def has_closed_form(model: nn.Module, loss_fn: LossFn) -> bool:
+    """Whether a memory model and its loss are of the kind that this file knows."""
+    inner = model.model if type(model) is ResidualNorm else model
+    return type(inner) is MemoryMLP and loss_fn in (mean_squared_error, summed_squared_error)
+
+
+class ClosedMLP:
+    """An MLP memory with a known gradient, with or without residual and norm.  Several threads may use it at once."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self.has_norm, self.loss_fn = isinstance(model, ResidualNorm), loss_fn
+        self.matrices = [name for name, _ in model.named_parameters() if name != NORM_GAIN]
+
+    def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
+        """Gradients of each chunk's weighted loss at the base, and the loss of every write (r n c)."""
+        keys, rates = writes.keys, writes.rates
+
+        def product(name: str, x: Tensor, is_transposed: bool = False) -> Tensor:
+            return base_product(base, writes, residual, name, x, is_transposed)
+
+        inputs, before = [keys], []  # of every matrix, and what every gelu is given
+        for name in self.matrices[:-1]:
+            before.append(product(name, inputs[-1]))
+            inputs.append(F.gelu(before[-1]))
+        out = product(self.matrices[-1], inputs[-1]).to(keys.dtype)
+        gain = self.gain(writes.slow, lambda: base_vectors(base, writes, residual, NORM_GAIN))
+        prediction, normed = (out, out) if gain is None else self.with_residual(keys, out, gain)
+        loss, error = self.loss_and_error(prediction, writes.values)
+        error = error * rates.any[..., None] if rates.is_shared else error
+
+        tensors = {}
+        if gain is not None:
+            if NORM_GAIN in base:
+                of_gain = error * normed if rates.is_shared else error * normed * rates[NORM_GAIN][..., None]
+                tensors[NORM_GAIN] = of_gain.sum(dim=2)
+            error = norm_gradient(error * gain, normed, out)
+        factors = {}
+        for layer in reversed(range(len(self.matrices))):
+            name = self.matrices[layer]
+            own = error if rates.is_shared else error * rates[name][..., None]
+            factors[name] = Factors(inputs[layer], own)
+            if layer > 0:
+                error = torch.ops.aten.gelu_backward(product(name, error, True), before[layer - 1])
+        return Surprises({name: factors[name] for name in base if name in factors}, tensors), loss
+
+    def read(self, block: Block, queries: Tensor, entries: Entries, slow: Weights) -> Tensor:
+        """Each group of queries through the model, with the weights of its entry of the block.
+
+        queries: (r g k d), slow: (r d)
+        """
+        x = queries
+        for layer, name in enumerate(self.matrices):
+            x = block.product(name, F.gelu(x) if layer > 0 else x, entries)
+        gain = self.gain(slow, lambda: block.vector(NORM_GAIN, entries))
+        return x if gain is None else self.with_residual(queries, x, gain)[0]
+
+    def gain(self, slow: Weights, fast: Callable[[], Tensor]) -> Tensor | None:
+        """The norm's gain, learned outside or part of the memory, for (r n c d); None without a norm."""
+        if not self.has_norm:
+            return None
+        return (slow[NORM_GAIN][:, None, None] if NORM_GAIN in slow else fast()) + 1
+
+    def with_residual(self, x: Tensor, out: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        """x + gain * norm(out), and the norm."""
+        normed = F.layer_norm(out, out.shape[-1:], eps=EPS)
+        return normed * gain + x, normed
+
+    def loss_and_error(self, prediction: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of every write (r n c), and its gradient with respect to the prediction (r n c d)."""
+        difference = prediction - values
+        is_mean = self.loss_fn is mean_squared_error
+        square = difference.square()
+        loss = square.mean(dim=-1) if is_mean else square.sum(dim=-1)
+        return loss, difference * (2 / difference.shape[-1] if is_mean else 2.0)
+
+
+def norm_gradient(of_normed: Tensor, normed: Tensor, x: Tensor) -> Tensor:
+    """From the gradient with respect to norm(x) to that with respect to x.  (... d) each"""
+    scale = (x.var(dim=-1, correction=0, keepdim=True) + EPS).rsqrt()
+    centred = of_normed - of_normed.mean(dim=-1, keepdim=True)
+    along = (of_normed * normed).mean(dim=-1, keepdim=True)
+    return torch.addcmul(centred, normed, along, value=-1) * scale
