@@ -143,6 +143,18 @@ def test_a_cache_can_be_detached_selected_repeated_and_moved() -> None:
     assert_close(model(ids[:, 9:].repeat_interleave(2, 0), cache=doubled)[::2], whole[:, 9:], **TOLERANCE)
 
 
+@torch.no_grad()
+def test_joined_caches_go_on_as_the_batch_they_were_selected_from() -> None:
+    model, ids = build(num_longterm_mem_tokens=1, sliding_window_attn=True), random_ids(3, 14)
+    _, cache = model(ids[:, :9], return_cache=True)
+    joined = MACCache.join([cache.select([0]), cache.select(slice(1, 3))])
+    assert joined.batch == 3
+    assert torch.equal(model(ids[:, 9:], cache=joined), model(ids[:, 9:], cache=cache))
+    _, longer = model(ids, return_cache=True)
+    with pytest.raises(ValueError, match="states must have seen equally many tokens, got 9 and 14"):
+        MACCache.join([cache, longer])
+
+
 def test_gradients_flow_through_the_cache() -> None:
     model, ids = build(batches=1, neural_mem_weight_residual=True), random_ids(2, 13)
     parameters = list(model.parameters())

@@ -191,6 +191,65 @@ def test_beams(name: str) -> None:
     assert_close(built(more, state=repeated)[0], built(more, state=direct)[0], **EXACT)
 
 
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_joined_states_are_the_batch_they_were_selected_from(name: str, has_mask: bool) -> None:
+    built = memory(name)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[2, 5] = False
+    _, whole = built(tokens(built, 3, 7), store_mask=mask if has_mask else None)
+    more = tokens(built, 3, 9, seed=1)
+    joined = NeuralMemState.join([whole.select([0, 1]), whole.select([2])])
+    assert all(map(torch.equal, tensors(joined), tensors(whole)))
+    assert joined.batch == 3
+    expected, got = built(more, state=whole), built(more, state=joined)
+    assert torch.equal(got[0], expected[0])
+    assert all(map(torch.equal, tensors(got[1]), tensors(expected[1])))
+
+
+def test_a_state_without_a_mask_stores_all_that_waits_beside_one_with() -> None:
+    built, seq, more = memory(), tokens(memory(), 2, 7), tokens(memory(), 2, 9, seed=1)
+    mask = torch.tensor([[True] * 7, [True] * 5 + [False] * 2])
+    _, whole = built(seq, store_mask=mask)
+    apart = [built(seq[:1])[1], built(seq[1:], store_mask=mask[1:])[1]]
+    assert_close(built(more, state=NeuralMemState.join(apart))[0], built(more, state=whole)[0], **EXACT)
+
+
+def test_only_states_of_one_memory_at_one_position_are_joined() -> None:
+    built = memory()
+    states = [built(tokens(built, 1, length))[1] for length in (4, 7)]
+    with pytest.raises(ValueError, match="states must have seen equally many tokens, got 4 and 7"):
+        NeuralMemState.join(states)
+    other = memory("plain", momentum=False)
+    with pytest.raises(
+        ValueError,
+        match=r"states must be of one module and cut alike, got the names \['model.weights.0'.* beside the names \[\]",
+    ):
+        NeuralMemState.join([states[1], other(tokens(other, 1, 7))[1]])
+    other = memory("plain", dim=4)
+    with pytest.raises(ValueError, match=r"must be of one module and cut alike, got a tensor \(1, 6\) beside a tensor"):
+        NeuralMemState.join([states[1], other(tokens(other, 1, 7))[1]])
+    with pytest.raises(ValueError, match="states must be at least one NeuralMemState, got none"):
+        NeuralMemState.join([])
+    with pytest.raises(TypeError, match="states must be of the kind NeuralMemState, got int"):
+        NeuralMemState.join([states[0], 3])  # type: ignore[list-item]
+
+
+def test_the_words_of_a_state_are_its_published_fields() -> None:
+    _, state = memory()(tokens(memory(), 2, 7))
+    assert state.base is state.weights
+    assert (state.current, state.momenta) == state.states
+    assert state.waiting is state.cache_store_segment
+
+
+def test_at_rest_keeps_nothing_of_the_call_alive_and_goes_on_bitwise() -> None:
+    built = memory("mixes tokens")
+    _, state = built(tokens(built, 2, 7))
+    rested, more = state.at_rest(), tokens(built, 2, 9, seed=1)
+    assert (rested.updates.num_chunks, state.updates.num_chunks) == (0, 1)
+    assert torch.equal(built(more, state=rested)[0], built(more, state=state)[0])
+
+
 @pytest.mark.parametrize("length", [4, 7, 8])
 @pytest.mark.parametrize("name", ["plain", "heads and batches", "no momentum", "views", "gated", "spectral"])
 def test_reset_rows_remember_nothing(name: str, length: int) -> None:

@@ -193,6 +193,19 @@ def test_states_can_be_selected_repeated_moved_saved_and_copied(variant: str, tm
         assert_close(model(ids[:, 9:].repeat_interleave(2, 0), doubled)[0][::2], whole[:, 9:], **TOLERANCE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [8, 9])  # of a window of 4: between two segments, and inside one
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_joined_states_go_on_as_the_batch_they_were_selected_from(variant: str, length: int) -> None:
+    model, ids = build(variant), random_ids(3, 14)
+    _, state = model(ids[:, :length])
+    joined = TitansState.join([state.select([0]), state.select(slice(1, 3))])
+    assert joined.batch == 3
+    assert torch.equal(model(ids[:, length:], joined)[0], model(ids[:, length:], state)[0])
+    with pytest.raises(ValueError, match="states must have seen equally many tokens, got 8 and 9"):
+        TitansState.join([model(ids[:, :8])[1], model(ids[:, :9])[1]])
+
+
 # ---- audit
 
 

@@ -78,7 +78,7 @@ def the_gate_reads_after_the_whole_segment(patcher: pytest.MonkeyPatch) -> None:
             return memory.retrieve_memories(y, state.states[0]), state
 
         self.__dict__["memory"] = late
-        late.retrieve_memories = memory.retrieve_memories  # type: ignore[attr-defined]
+        late.ask = memory.ask  # type: ignore[attr-defined]
         try:
             return original(self, x, start, state)
         finally:

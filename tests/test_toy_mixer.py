@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.titans_configurations import DIM, config_of, disturbed, random_inputs
+from tests.support.titans_configurations import DIM, config_of, disturbed, random_inputs
 from titans_pytorch import load_state, save_state
 from titans_pytorch.titans import TitansBackbone
 from titans_pytorch.titans.mixers import MIXERS, Mixer, register_mixer

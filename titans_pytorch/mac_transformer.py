@@ -15,7 +15,7 @@ from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAtten
 from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.checks import tensor_checks
 from titans_pytorch.mac.axial import AxialPositions, Factors
-from titans_pytorch.mac.cache import LayerCache, MACCache, at_rest
+from titans_pytorch.mac.cache import LayerCache, MACCache
 from titans_pytorch.mac.config import MACConfig
 from titans_pytorch.mac.layer import MACLayer, Passed
 from titans_pytorch.mac.lengthened import Lengthened
@@ -248,7 +248,7 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         befores = [None] * len(self.layers) if state is None else state.layers(self.have_memory)
         for layer, before in zip(self.layers, befores, strict=True):
             streams, passed, after = layer(streams, passed, before, disable_flex_attn)
-            kept.append(after if after.memory is None else after._replace(memory=at_rest(after.memory)))
+            kept.append(after if after.memory is None else after._replace(memory=after.memory.at_rest()))
         hidden = self.lengthened.drop(streams.sum(dim=2), num_before, count)
         return hidden, MACCache.of(num_before + count, kept)
 

@@ -32,13 +32,8 @@ from titans_pytorch.memory.options import (
 from titans_pytorch.memory.paper import paper_options
 from titans_pytorch.memory.plan import CallPlan, Layout
 from titans_pytorch.memory.projections import StoredTokens
-from titans_pytorch.memory.state import (
-    NeuralMemState,
-    QueryTail,
-    Updates,
-    mem_state_detach,
-    outside_inference,
-)
+from titans_pytorch.memory.rows import outside_inference
+from titans_pytorch.memory.state import NeuralMemState, QueryTail, Updates, mem_state_detach
 from titans_pytorch.pretrained import Pretrained
 
 __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
@@ -383,9 +378,9 @@ class NeuralMemory(Pretrained, MemoryCore):
         tensor_checks.check_weights("weights", weights, self.weight_shapes(batch, *chunks), self.weight_dtype)
 
 
-def default_of(name: str) -> Any:
+def _default_of(name: str) -> Any:
     """What an argument of `NeuralMemory` is if it is not given."""
     return inspect.signature(NeuralMemory.__init__).parameters[name].default
 
 
-DEFAULT_RULE = RuleOptions(**{name: default_of(name) for name in RuleOptions.__dataclass_fields__})
+DEFAULT_RULE = RuleOptions(**{name: _default_of(name) for name in RuleOptions.__dataclass_fields__})

@@ -105,4 +105,6 @@ def attend_in_windows(
 
 def for_each_window(prefix: KeyValues, batch: int, num_windows: int) -> KeyValues:
     """The prefix of every sequence once for each of its windows.  (b or 1, h p d) -> (b·w h p d)"""
+    if num_windows == 1 and prefix.keys.shape[0] == batch:  # as when decoding: nothing to do
+        return prefix
     return prefix.map(lambda x: x.unsqueeze(1).expand(batch, num_windows, -1, -1, -1).flatten(0, 1))

@@ -104,6 +104,8 @@ class ClosedMLP:
 
 def norm_gradient(of_normed: Tensor, normed: Tensor, x: Tensor) -> Tensor:
     """From the gradient with respect to norm(x) to that with respect to x.  (... d) each"""
+    if x.numel() == 0:  # of which torch would take no variance
+        return of_normed
     scale = (x.var(dim=-1, correction=0, keepdim=True) + EPS).rsqrt()
     centred = of_normed - of_normed.mean(dim=-1, keepdim=True)
     along = (of_normed * normed).mean(dim=-1, keepdim=True)

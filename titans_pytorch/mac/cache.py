@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from titans_pytorch.attention.key_values import KeyValueCache
-from titans_pytorch.memory.state import NeuralMemState, Updates
+from titans_pytorch.memory.rows import Chosen, check_joinable, detached, joined, moved, selected
+from titans_pytorch.memory.state import NeuralMemState
 
 
 class LayerCache(NamedTuple):
@@ -44,35 +44,28 @@ class MACCache(NamedTuple):
 
     @property
     def batch(self) -> int:
+        """The number of sequences."""
         return self.windows[0].keys.shape[0]
 
     def detach(self) -> MACCache:
-        """Cut from the graph of what came before, for truncated backpropagation through time."""
-        return self._map(lambda t: t.detach(), lambda state: state.detach())
+        """A cache that is cut from the graph of what came before, for truncated backpropagation through time."""
+        return detached(self)
 
     def to(self, *args: Any, **kwargs: Any) -> MACCache:
         """Move to another device; the arguments of `torch.Tensor.to`."""
-        return self._map(lambda t: t.to(*args, **kwargs), lambda state: state.to(*args, **kwargs))
+        return moved(self, *args, **kwargs)
 
-    def select(self, rows: Tensor | slice | list[int]) -> MACCache:
+    def select(self, rows: Chosen) -> MACCache:
         """The sequences with these numbers, in this order and as often as named: a beam search's next beams."""
-        return self._map(lambda t: t[rows], lambda state: state.select(rows))
+        return selected(self, rows, self.batch)
 
     def repeat(self, times: int) -> MACCache:
         """Every sequence `times` times in a row: (b) -> (b times)"""
         device = self.windows[0].keys.device
         return self.select(torch.arange(self.batch, device=device).repeat_interleave(times))
 
-    def _map(
-        self, tensors: Callable[[Tensor], Tensor], memories: Callable[[NeuralMemState], NeuralMemState]
-    ) -> MACCache:
-        windows = tuple(window.map(tensors) for window in self.windows)
-        return self._replace(windows=windows, memories=tuple(map(memories, self.memories)))
-
-
-def at_rest(state: NeuralMemState) -> NeuralMemState:
-    """A state without what would keep the whole call that returned it alive: its weights over time, views of it."""
-    updates = state.updates
-    group = state.group if state.group.queries is None else state.group._replace(queries=state.group.queries.clone())
-    updates = Updates(updates.first_chunk + updates.num_chunks, 0, state.states[0], [])
-    return state._replace(updates=updates, group=group)
+    @staticmethod
+    def join(caches: Sequence[MACCache]) -> MACCache:
+        """One batch of the sequences of several caches that have seen equally many tokens, the inverse of `select`."""
+        check_joinable(MACCache, caches, lambda cache: cache.num_tokens)
+        return joined(caches)

@@ -6,6 +6,7 @@ what is computed with them, in the dtype of the streams (at least float32), with
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from hyper_connections import ManifoldConstrainedHyperConnections, mc_get_init_a
 from torch import Tensor, nn
 
 SINKHORN_ITERATIONS = 20
+SMALLEST_LOG = math.log(1e-30)  # relative to the largest, so that no sum is zero
 
 
 def make_connection(num_streams: int, dim: int, number: int, *, writes: bool = True) -> nn.Module:
@@ -70,12 +72,15 @@ def open_branch(connection: nn.Module, streams: Tensor) -> Branch:
 
 
 def doubly_stochastic(logits: Tensor) -> Tensor:
-    """Sinkhorn-Knopp: exponentials scaled until rows and columns sum to one.  (... s s) -> same"""
-    weights = (logits - logits.amax(dim=-2, keepdim=True).detach()).exp().clamp(min=1e-30)  # so that no sum is zero
+    """Sinkhorn-Knopp: exponentials scaled until rows and columns sum to one.  (... s s) -> same
+
+    Dividing by a sum is a softmax of logarithms: one operation each way, with all tokens along the last axis.
+    """
+    logs = logits.reshape(-1, *logits.shape[-2:]).permute(1, 2, 0)  # (s s tokens)
+    logs = (logs - logs.amax(dim=0).detach()).clamp(min=SMALLEST_LOG)
     for _ in range(SINKHORN_ITERATIONS):
-        weights = weights / weights.sum(dim=-2, keepdim=True)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights
+        logs = logs.log_softmax(dim=0).log_softmax(dim=1)
+    return logs.exp().permute(2, 0, 1).reshape(logits.shape)
 
 
 def expand(expand_streams: nn.Module, x: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class MemoryCore(Projections):
         batch = state.batch
         rows = torch.ones(batch, dtype=torch.bool, device=state.waiting.device) if rows is None else rows
         tensor_checks.check_mask("rows", rows, (batch,))
-        return restarted(state, self.init_state(batch), rows, self.layout.store_chunk)
+        return restarted(state, self.init_state(batch), rows)
 
     def waiting_tokens(self, state: NeuralMemState) -> StoredTokens:
         """Tokens that wait for their chunk to be complete."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,21 +12,25 @@ from torch.utils._pytree import tree_map_only
 from titans_pytorch.fast_weights.blocks.dense import DenseBlock
 from titans_pytorch.fast_weights.interface import Block, Carry, Weights
 from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.rows import (
+    Chosen,
+    check_joinable,
+    detached,
+    joined,
+    map_rows,
+    moved,
+    outside_inference,
+    rows_along,
+    selected,
+)
 
 Tree = TypeVar("Tree")
 
 
-def detached(tree: Tree) -> Tree:
-    """The same containers with every tensor cut from its graph."""
+def cut(tree: Tree) -> Tree:
+    """Blocks of weights, or weights, with every tensor cut from its graph."""
     found: Tree = tree_map_only(Tensor, Tensor.detach, tree)
     return found
-
-
-def outside_inference(x: Tensor) -> Tensor:
-    """The same, as a tensor that may take part in a graph; one that was made in inference mode may not."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
-        return x
-    return x.clone()
 
 
 class Updates(Mapping[str, Tensor]):
@@ -53,19 +57,24 @@ class Updates(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> Updates:
-        """Of tensors (r N+1 ...), from a stream's first chunk on."""
+        """Weights that are there as tensors (r N+1 ...), from a stream's first chunk on."""
         last = {name: weight[:, -1] for name, weight in weights.items()}
         num_chunks = next(iter(weights.values())).shape[1] - 1
         return cls(0, num_chunks, last, [DenseBlock(dict(weights), Carry({}, {}, {}, {}))])
 
     def with_blocks(self, blocks: list[Block]) -> Updates:
-        """The same with all blocks at hand, for somebody who will look many times."""
+        """Weights over time with all blocks at hand, for somebody who will look many times."""
         return Updates(self.first_chunk, self.num_chunks, self.last, blocks)
 
+    def anew(self, weights: Weights) -> Updates:
+        """What follows on these: nothing yet but the current weights, which keep no call alive."""
+        return Updates(self.first_chunk + self.num_chunks, 0, weights, [])
+
     def detach(self) -> Updates:
+        """Weights over time, cut from the graph of what came before."""
         replay = self._replay
-        again = None if replay is None else lambda: detached(replay())
-        return Updates(self.first_chunk, self.num_chunks, detached(self.last), detached(self._blocks), again)
+        again = None if replay is None else lambda: cut(replay())
+        return Updates(self.first_chunk, self.num_chunks, cut(self.last), cut(self._blocks), again)
 
     def __getitem__(self, name: str) -> Tensor:
         before = [block.materialise(name)[:, : block.num_chunks] for block in self.blocks]
@@ -102,11 +111,12 @@ class Updates(Mapping[str, Tensor]):
         )
 
     def materialise(self, name: str, first_chunk: int, num_chunks: int) -> Tensor:
-        """-> (r n ...)"""
+        """The weights before each of so many chunks.  -> (r n ...)"""
         found = self.overlaps(first_chunk, num_chunks)
         return torch.cat([block.materialise(name)[:, entries] for block, entries, _ in found], dim=1)
 
     def covers(self, first_chunk: int, num_chunks: int) -> bool:
+        """Whether the weights before these chunks are among them."""
         return self.first_chunk <= first_chunk and first_chunk + num_chunks <= self.first_chunk + self.num_chunks
 
 
@@ -125,6 +135,7 @@ class QueryTail(NamedTuple):
     group: ReadingGroup
 
 
+@rows_along(cache_store_segment=-3, states=(0, 1))
 class NeuralMemState(NamedTuple):
     """The state of a stream; its size does not depend on the number of tokens seen.
 
@@ -142,79 +153,85 @@ class NeuralMemState(NamedTuple):
 
     @property
     def base(self) -> Weights:
+        """The weights at which surprises are taken.  (b·h ...)"""
         return self.weights
 
     @property
     def current(self) -> Weights:
+        """The weights that are read.  (b·h ...)"""
         return self.states[0]
 
     @property
     def momenta(self) -> Weights:
+        """The momenta of every order.  (o b·h ...)"""
         return self.states[1]
 
     @property
     def waiting(self) -> Tensor:
+        """Tokens whose chunk is not complete.  (b t dim), with views (2 b t dim)"""
         return self.cache_store_segment
 
     @property
     def batch(self) -> int:
-        return self.cache_store_segment.shape[-3]
+        """The number of sequences."""
+        return self.waiting.shape[-3]
 
     @property
     def num_seen(self) -> int:
         """Tokens seen so far, those that wait included."""
-        return self.seq_index + self.cache_store_segment.shape[-2]
+        return self.seq_index + self.waiting.shape[-2]
 
     def detach(self) -> NeuralMemState:
-        """The same memory, cut from the graph of what came before."""
-        return self._map(lambda t, _: t.detach())._replace(updates=self.updates.detach())
+        """A state of the memory that is cut from the graph of what came before."""
+        return detached(self)._replace(updates=self.updates.detach())
 
     def outside_inference(self) -> NeuralMemState:
-        """The same memory, whether it was made in inference mode or not."""
-        weight = next(iter(self.weights.values()))
-        return self if outside_inference(weight) is weight else self._map(lambda t, _: outside_inference(t))
+        """A state that may take part in a graph, whether it was made in inference mode or not."""
+        weight = next(iter(self.base.values()))
+        return self if outside_inference(weight) is weight else map_rows(lambda _, t: outside_inference(t), self)
 
     def to(self, *args: Any, **kwargs: Any) -> NeuralMemState:
         """Move to another device or dtype; the arguments of `torch.Tensor.to`.  `updates` begin anew."""
-        device = self.cache_store_segment[..., :0, :].to(*args, **kwargs).device
-        return self._map(lambda t, _: t.to(*args, **kwargs) if t.is_floating_point() else t.to(device))
+        return moved(self, *args, **kwargs)
 
-    def select(self, rows: Tensor | slice | list[int]) -> NeuralMemState:
+    def select(self, rows: Chosen) -> NeuralMemState:
         """The sequences with these numbers, in this order and as often as named: a beam search's next beams.
 
         `updates` begin anew.
         """
-
-        def pick(t: Tensor, axis: int) -> Tensor:
-            split = t.unflatten(axis, (self.batch, -1)).movedim(axis, 0)
-            return split[rows].movedim(0, axis).flatten(axis, axis + 1)
-
-        return self._map(pick)
+        return selected(self, rows, self.batch)
 
     def repeat(self, times: int) -> NeuralMemState:
         """Every sequence `times` times in a row: (b) -> (b times)"""
-        return self.select(torch.arange(self.batch, device=self.cache_store_segment.device).repeat_interleave(times))
+        return self.select(torch.arange(self.batch, device=self.waiting.device).repeat_interleave(times))
 
-    def _map(self, fn: Callable[[Tensor, int], Tensor]) -> NeuralMemState:
-        """fn(tensor, axis of its rows) of everything that goes on."""
+    @staticmethod
+    def join(states: Sequence[NeuralMemState]) -> NeuralMemState:
+        """One batch of the sequences of several states that have seen equally many tokens, the inverse of `select`.
 
-        def each(weights: Weights, axis: int) -> Weights:
-            return {name: fn(weight, axis) for name, weight in weights.items()}
+        `updates` begin anew.
+        """
+        check_joinable(NeuralMemState, states, lambda state: state.num_seen)
+        if any(state.cache_store_mask is not None for state in states):
+            states = [state.comparable() for state in states]
+        return joined(states)
 
-        segment, mask, group = self.cache_store_segment, self.cache_store_mask, self.group
-        states = (each(self.states[0], 0), each(self.states[1], 1))
-        return self._replace(
-            weights=each(self.weights, 0),
-            cache_store_segment=fn(segment, segment.ndim - 3),
-            states=states,
-            updates=Updates(self.updates.first_chunk + self.updates.num_chunks, 0, states[0], []),
-            cache_store_mask=None if mask is None else fn(mask, 0),
-            group=ReadingGroup(
-                None if group.queries is None else fn(group.queries, 0),
-                None if group.weights is None else each(group.weights, 0),
-            ),
-            tails=Tails(*(None if tail is None else fn(tail, 0) for tail in self.tails)),
-        )
+    def settled(self) -> NeuralMemState:
+        """A state whose `updates` begin anew with the current weights."""
+        return self._replace(updates=self.updates.anew(self.current))
+
+    def at_rest(self) -> NeuralMemState:
+        """A state without what would keep the call that returned it alive: its weights over time, views of it."""
+        queries = self.group.queries
+        group = self.group if queries is None else self.group._replace(queries=queries.clone())
+        return self._replace(group=group).settled()
+
+    def comparable(self) -> NeuralMemState:
+        """A state that says of every waiting token whether it is to be stored, as others of its kind may do."""
+        if self.cache_store_mask is not None:
+            return self
+        mask = torch.ones(self.waiting.shape[-3:-1], dtype=torch.bool, device=self.waiting.device)
+        return self._replace(cache_store_mask=mask)
 
 
 def mem_state_detach(state: NeuralMemState) -> NeuralMemState:
@@ -224,33 +241,23 @@ def mem_state_detach(state: NeuralMemState) -> NeuralMemState:
     return state.detach()
 
 
-def restarted(state: NeuralMemState, fresh: NeuralMemState, rows: Tensor, chunk: int) -> NeuralMemState:
-    """Some sequences of a batch anew.  fresh: a state that has seen nothing, rows: (b) bool, chunk: of storing"""
-    batch = state.batch
-
-    def mixed(new: Tensor, old: Tensor, axis: int = 0) -> Tensor:
-        marked = rows.repeat_interleave(old.shape[axis] // batch)
-        return torch.where(marked.reshape(-1, *[1] * (old.ndim - 1 - axis)), new, old)
-
-    def anew(weights: Weights) -> Weights:
-        return {name: mixed(fresh.weights[name], weight) for name, weight in weights.items()}
-
-    current = anew(state.states[0])
-    momenta = {name: mixed(fresh.states[1][name], m, 1) for name, m in state.states[1].items()}
-    mask, group = state.cache_store_mask, state.group
-    if state.cache_store_segment.shape[-2]:
-        old = torch.ones(state.cache_store_segment.shape[-3:-1], dtype=torch.bool, device=rows.device)
-        mask = (old if mask is None else mask) & ~rows[:, None]
-    if group.queries is not None:
-        group = group._replace(queries=mixed(torch.zeros_like(group.queries), group.queries))
-    if group.weights is not None:
-        group = group._replace(weights=anew(group.weights))
-    pairs = zip(fresh.tails, state.tails, strict=True)
-    return state._replace(
-        weights=anew(state.weights),
-        states=(current, momenta),
-        updates=Updates(state.seq_index // chunk, 0, current, []),
-        cache_store_mask=mask,
-        group=group,
-        tails=Tails(*(None if new is None or old is None else mixed(new, old) for new, old in pairs)),
+def restarted(state: NeuralMemState, fresh: NeuralMemState, rows: Tensor) -> NeuralMemState:
+    """A state in which some sequences begin anew.  fresh: a state that has seen nothing, rows: (b) bool"""
+    state = state.comparable() if state.waiting.shape[-2] else state
+    group, mask = state.group, state.cache_store_mask
+    fresh = fresh._replace(
+        seq_index=state.seq_index,
+        cache_store_segment=state.waiting,
+        updates=state.updates,
+        cache_store_mask=None if mask is None else torch.zeros_like(mask),
+        group=ReadingGroup(
+            None if group.queries is None else torch.zeros_like(group.queries),
+            None if group.weights is None else fresh.weights,
+        ),
     )
+
+    def mixed(axis: int, new: Tensor, old: Tensor) -> Tensor:
+        marked = rows.repeat_interleave(old.shape[axis] // state.batch)
+        return torch.where(marked.reshape(-1, *[1] * (old.ndim - 1 - axis % old.ndim)), new, old)
+
+    return map_rows(mixed, fresh, state)
