@@ -21,7 +21,8 @@ def named() -> set[str]:
         inner = ""
         for name in re.findall(r"`([\w/]+\.py)`", line.split("|")[1]):
             inner = name.rpartition("/")[0] if "/" in name else inner
-            found.add("/".join(filter(None, (folder.strip("/"), inner, name.rpartition("/")[2]))))
+            is_whole = (PACKAGE / name).exists() and "/" in name
+            found.add(name if is_whole else "/".join(filter(None, (folder.strip("/"), inner, name.rpartition("/")[2]))))
     return found
 
 

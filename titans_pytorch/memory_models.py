@@ -6,7 +6,6 @@ weight as `x @ w`, so that no chunk's gradient matrix ever has to be built (see 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -16,13 +15,12 @@ from torch.nn import functional as F
 from titans_pytorch.checks.value_checks import check_positive
 from titans_pytorch.pretrained import Described
 
+NORM_GAIN = "norm.gamma"
+"""Name of the gain of `ResidualNorm`"""
+
 
 def fresh_weight(dim_in: int, dim_out: int) -> nn.Parameter:
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)))
-
-
-def parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    return layer.parameters()
 
 
 def l2_normalised(x: Tensor) -> Tensor:
@@ -84,7 +82,7 @@ class GatedResidualMemoryMLP(Described, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.weights:
-            to_hidden, to_out, to_gate = parameters(layer)
+            to_hidden, to_out, to_gate = layer.parameters()
             out = F.gelu(x @ to_hidden) @ to_out
             gate = (torch.cat((out, x), dim=-1) @ to_gate).sigmoid()
             x = torch.lerp(x, out, gate)
@@ -102,7 +100,7 @@ class FactorizedMemoryMLP(Described, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for index, layer in enumerate(self.weights):
-            down, up = parameters(layer)
+            down, up = layer.parameters()
             x = (F.gelu(x) if index > 0 else x) @ down @ up
         return x
 
@@ -120,7 +118,7 @@ class MemorySwiGluMLP(Described, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.weights:
-            to_hidden, to_out = parameters(layer)
+            to_hidden, to_out = layer.parameters()
             hidden, gate = (x @ to_hidden).chunk(2, dim=-1)
             x = x + (hidden * F.gelu(gate)) @ to_out
         return self.norm(x)

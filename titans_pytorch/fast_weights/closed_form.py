@@ -20,9 +20,8 @@ from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residu
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.taps import base_product, base_vectors
 from titans_pytorch.losses import mean_squared_error, summed_squared_error
-from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
 
-NORM_GAIN = "norm.gamma"
 EPS = 1e-5
 
 

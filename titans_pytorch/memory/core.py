@@ -19,9 +19,9 @@ from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
 from titans_pytorch.memory.plan import Layout, Representation, Sizes
-from titans_pytorch.memory.projections import NORM_GAIN, Projections, StoredTokens
+from titans_pytorch.memory.projections import Projections, StoredTokens
 from titans_pytorch.memory.state import NeuralMemState, Updates, restarted
-from titans_pytorch.memory_models import MemoryMLP, ResidualNorm
+from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
 
 
 class MemoryOptions(NamedTuple):

@@ -15,9 +15,7 @@ from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.memory.convolution import ConvolvedLinear, Tails, fresh_tail, projected
 from titans_pytorch.memory.gates import GateLayers, finite
 from titans_pytorch.memory.options import GateOptions, ProjectionOptions
-
-NORM_GAIN = "norm.gamma"
-"""Name of the gain of `ResidualNorm`"""
+from titans_pytorch.memory_models import NORM_GAIN
 
 
 class MultiheadRMSNorm(nn.Module):

@@ -1,0 +1,38 @@
+"""Linear layers whose outputs are laid out as gates."""
+
+from __future__ import annotations
+
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+DECAY_RANK = 32
+"""Width between tokens and a forgetting gate of every channel; a full map would have as many weights as projections"""
+
+
+class GateLayer(nn.Sequential):
+    """A linear layer whose outputs are laid out as the pattern says."""
+
+    def __init__(self, dim: int, num_out: int, pattern: str, *, bias: float | None = None, **sizes: int) -> None:
+        super().__init__(started_at(nn.Linear(dim, num_out), bias), Rearrange(pattern, **sizes))
+
+
+class ChannelGateLayer(nn.Sequential):
+    """A gate layer that passes a narrow one, for as many outputs as a memory has channels."""
+
+    def __init__(self, dim: int, num_out: int, pattern: str, *, bias: float | None = None, **sizes: int) -> None:
+        rank = min(dim, DECAY_RANK)
+        narrow, wide = nn.Linear(dim, rank, bias=False), started_at(nn.Linear(rank, num_out), bias)
+        super().__init__(narrow, wide, Rearrange(pattern, **sizes))
+
+
+def started_at(linear: nn.Linear, bias: float | None) -> nn.Linear:
+    """A layer that first gives a constant; None: left as it is."""
+    if bias is not None:
+        nn.init.zeros_(linear.weight)
+        nn.init.constant_(linear.bias, bias)
+    return linear
+
+
+def max_lr_sigmoid(raw: Tensor, max_lr: float) -> Tensor:
+    """The default step size: between 0 and max_lr."""
+    return raw.sigmoid() * max_lr
