@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from titans_pytorch.memory.schedule import Layout, plan_blocks
+
+from titans_pytorch.memory.plan import Layout, plan_blocks
 
 TOKENS, CHUNK, BATCH = 18, 4, 8
 CALLS = (7, 11)  # the same tokens in two calls
