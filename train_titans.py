@@ -17,11 +17,14 @@ PRESETS = dict(
         **dict(sample_every=0, sample_length=32, prime_length=16, checkpoint_every=5, data="python"),
     ),
     cpu=dict(
-        **dict(dim=128, depth=4, heads=4, window=32, memory_heads=4),
+        **dict(dim=128, depth=4, heads=4, window=32, memory_heads=4, memory_chunk=16, memory_refresh=32),
         **dict(steps=400, batch=8, sequence=256, lr=3e-3, optimizer="adamw", warmup=40, validate_every=50),
         **dict(sample_every=200, sample_length=256, checkpoint_every=50),
     ),
-    gpu=dict(steps=100_000, batch=4, accumulate=4, sequence=512, lr=2e-4, clip=0.5),
+    gpu=dict(
+        **dict(dim=384, depth=8, heads=6, window=64, memory_heads=6, memory_chunk=16, memory_refresh=32),
+        **dict(steps=100_000, batch=4, accumulate=4, sequence=512, lr=2e-4, clip=0.5),
+    ),
 )
 
 if __name__ == "__main__":

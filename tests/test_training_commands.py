@@ -19,8 +19,8 @@ import train_mac
 from tests.training_runs import error, logged, text, train, train_attention
 from titans_pytorch import MemoryAsContextTransformer, NeuralMemory
 from titans_pytorch.attention_transformer import AttentionTransformer
-from titans_pytorch.training import checkpoints, command
-from titans_pytorch.training.continuation import continued
+from titans_pytorch.training import checkpoints, runs_command
+from titans_pytorch.training.decoding import continued
 from titans_pytorch.training.models import MACModel, size
 from titans_pytorch.training.plan import merged
 from titans_pytorch.training.runs import Run
@@ -252,14 +252,14 @@ def test_sample_streams_what_was_drawn(run: Path, tmp_path: Path, capsys: pytest
     for options in (["--prompt", "memory "], ["--prompt-file", str(tmp_path / "prompt.txt")]):
         outputs = []
         for _ in range(2):
-            assert command.main(["sample", str(run), "--length", "20", "--seed", "3", *options]) == 0
+            assert runs_command.main(["sample", str(run), "--length", "20", "--seed", "3", *options]) == 0
             outputs.append(capsys.readouterr().out)
         assert outputs[0] == outputs[1]
         assert len(outputs[0]) > 5
 
 
 def test_plot_draws_both_pictures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["plot", str(run)]) == 0
+    assert runs_command.main(["plot", str(run)]) == 0
     assert capsys.readouterr().out.splitlines() == [f"picture: {run / n}" for n in ("curves.png", "surprise.png")]
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -280,7 +280,7 @@ def test_plot_draws_both_pictures(run: Path, tmp_path: Path, capsys: pytest.Capt
 def test_wrong_commands_are_one_sentence(
     arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main([str(run) if each == "RUN" else each for each in arguments]) == 2
+    assert runs_command.main([str(run) if each == "RUN" else each for each in arguments]) == 2
     assert message in error(capsys)
 
 
@@ -290,7 +290,7 @@ def test_a_run_cannot_name_code_to_load(run: Path, tmp_path: Path, capsys: pytes
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     config = Run(folder).config()
     (folder / "config.json").write_text(json.dumps(config | {"model_class": "subprocess.Popen"}))
-    assert command.main(["sample", str(folder), "--prompt", "a"]) == 2
+    assert runs_command.main(["sample", str(folder), "--prompt", "a"]) == 2
     assert "must name a model of titans_pytorch" in error(capsys)
 
 

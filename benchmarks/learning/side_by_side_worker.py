@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from titans_pytorch import MemoryAsContextTransformer, MemoryMLP
 
 BITS = 1 / math.log(2)
-STRETCHES = 16
+NUM_BINS = 16
 
 
 def main(path: Path) -> None:
@@ -62,7 +62,7 @@ def train(model: torch.nn.Module, train_text: Any, valid_text: Any, job: dict[st
             curve.append([round(step.seconds, 2), step.number, float(by_position.mean())])
         if step.seconds >= job["budget"]:
             break
-    stretches = [float(each.mean()) for each in by_position.tensor_split(STRETCHES)]
+    stretches = [float(each.mean()) for each in by_position.tensor_split(NUM_BINS)]
     return dict(
         **dict(steps=step.number, seconds=step.seconds, skipped=sum(not each.is_taken for each in steps)),
         **dict(bits=curve[-1][2], curve=curve, by_position=stretches),

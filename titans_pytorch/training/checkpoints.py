@@ -52,16 +52,16 @@ class Checkpoint:
     progress: Progress
 
     def model(self) -> dict[str, Tensor]:
-        with unpickling_nothing(self.path):
+        with safetensors_only(self.path):
             return load_file(self.path / WEIGHTS)
 
     def optimizer(self) -> dict[str, Tensor]:
-        with unpickling_nothing(self.path):
+        with safetensors_only(self.path):
             return load_file(self.path / OPTIMIZER)
 
 
 @contextmanager
-def unpickling_nothing(path: Path) -> Iterator[None]:
+def safetensors_only(path: Path) -> Iterator[None]:
     """Safetensors hold numbers only; whatever else lies in their place is refused."""
     try:
         yield

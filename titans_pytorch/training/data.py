@@ -20,7 +20,7 @@ from torch import Tensor
 
 from titans_pytorch.training import download
 from titans_pytorch.training.errors import SettingsError
-from titans_pytorch.training.files import PIECE, writing
+from titans_pytorch.training.files import COPY_BYTES, writing
 
 Bytes = NDArray[np.uint8]
 
@@ -28,7 +28,7 @@ TRAIN, VALID = 0.90, 0.05  # shares of a file, in this order; the rest is for te
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 PYTHON = "python"
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
-EVERY = 20  # of so many files of the default text one is validated on
+VALIDATION_FILE = 20  # of so many files of the default text one is validated on
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def rows(text: Bytes, starts: NDArray[np.int64], length: int) -> Tensor:
     return torch.from_numpy(np.stack([text[start : start + length] for start in starts]).astype(np.int64))
 
 
-def chosen(data: str | None, folder: Path) -> tuple[str, str]:
+def choose_data(data: str | None, folder: Path) -> tuple[str, str]:
     """What to train on, and what is to be said of that if nobody named it: enwik8 unless it cannot be had."""
     if data is not None:
         return data, ""
@@ -118,7 +118,7 @@ def unpack(path: Path, to: Path) -> None:
     try:
         opener: Any = OPENERS[path.suffix]
         with opener(path, "rb") as source, to.open("wb") as target:
-            shutil.copyfileobj(source, target, PIECE)
+            shutil.copyfileobj(source, target, COPY_BYTES)
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
         raise SettingsError(f"--data must be a whole {path.suffix} file, got {path}: {error}") from None
 
@@ -142,7 +142,7 @@ def library_sources(root: Path) -> dict[str, list[bytes]]:
     found = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
     order = sorted((hashlib.sha256(path.relative_to(root).as_posix().encode()).digest(), path) for path in found)
     for digest, path in order:
-        sources["valid" if digest[-1] % EVERY == 0 else "train"].append(path.read_bytes())
+        sources["valid" if digest[-1] % VALIDATION_FILE == 0 else "train"].append(path.read_bytes())
     if not all(sources.values()):
         raise SettingsError(f"--data must name a file: Python's own source text is not at {root}")
     return sources

@@ -13,12 +13,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from titans_pytorch.training.errors import SettingsError
-from titans_pytorch.training.files import PIECE, explained, sha256, writing
+from titans_pytorch.training.files import COPY_BYTES, disk_errors, sha256, writing
 
 ADDRESS = "https://mattmahoney.net/dc/enwik8.zip"
 LENGTH = 100_000_000
 SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
-PATIENCE = 10.0  # seconds without an answer
+TIMEOUT_S = 10.0  # seconds without an answer
 
 
 class Unreachable(SettingsError):
@@ -53,12 +53,12 @@ def enwik8(folder: Path, address: str = ADDRESS, length: int = LENGTH, digest: s
 def fetch(address: str, path: Path) -> None:
     """Download to a file, going on where an earlier attempt stopped."""
     part = path.with_name(path.name + ".part")
-    with explained(part):
+    with disk_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        answer = urllib.request.urlopen(request, timeout=PATIENCE)
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:  # 416: nothing is left to send
             raise
@@ -69,8 +69,8 @@ def fetch(address: str, path: Path) -> None:
         expected = have + int(answer.headers.get("Content-Length") or 0)
         bar = tqdm(total=expected or None, initial=have, unit="B", unit_scale=True, desc=f"downloading {path.name}")
         with part.open("ab" if have else "wb") as file, bar:
-            while piece := answer.read(PIECE):
-                with explained(part):
+            while piece := answer.read(COPY_BYTES):
+                with disk_errors(part):
                     file.write(piece)
                 bar.update(len(piece))
     if expected and part.stat().st_size < expected:
@@ -84,7 +84,7 @@ def unpack(archive: Path, path: Path, length: int, digest: str) -> None:
     try:
         with zipfile.ZipFile(archive) as opened, opened.open("enwik8") as source, writing(path) as temporary:
             with temporary.open("wb") as file:
-                while piece := source.read(PIECE):
+                while piece := source.read(COPY_BYTES):
                     file.write(piece)
                     seen.update(piece)
                     size += len(piece)

@@ -30,7 +30,7 @@ def needed(name: str, purpose: str) -> ModuleType:
         raise SettingsError(message) from None
 
 
-def told(work: Callable[[], int]) -> int:
+def report_errors(work: Callable[[], int]) -> int:
     """Do it; what a user can mend is told in one sentence."""
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)

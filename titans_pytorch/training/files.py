@@ -13,7 +13,7 @@ from pathlib import Path
 
 from titans_pytorch.training.errors import SettingsError
 
-PIECE = 1 << 20
+COPY_BYTES = 1 << 20
 UNFINISHED = ".unfinished-"
 
 
@@ -21,7 +21,7 @@ UNFINISHED = ".unfinished-"
 def writing(path: Path) -> Iterator[Path]:
     """A file or folder to be made at the place that is given; it appears at `path` once it is whole."""
     temporary = path.with_name(f"{UNFINISHED}{path.name}-{uuid.uuid4().hex[:8]}")
-    with explained(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -36,7 +36,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """What a disk complains about, as a sentence."""
     try:
         yield
@@ -72,6 +72,6 @@ def remove(path: Path) -> None:
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
+        while piece := file.read(COPY_BYTES):
             digest.update(piece)
     return digest.hexdigest()

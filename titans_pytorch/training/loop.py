@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from titans_pytorch.training import checkpoints, data, sharding
 from titans_pytorch.training.checkpoints import Checkpoint, Progress
-from titans_pytorch.training.continuation import continued
+from titans_pytorch.training.decoding import continued
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.optimizers import optimizers, rate, set_rate
 from titans_pytorch.training.processes import check_sharding, wants_sharding
@@ -27,8 +27,8 @@ from titans_pytorch.training.runs import SAMPLES, Run
 from titans_pytorch.training.settings import Training
 
 BITS = 1 / math.log(2)
-STRETCHES = 16  # of a sequence, for bits per byte by position
-HOPELESS = 20  # steps in a row whose gradient is not finite
+NUM_BINS = 16  # of a sequence, for bits per byte by position
+MAX_BAD_STEPS = 20  # steps in a row whose gradient is not finite
 
 
 class Trainer:
@@ -183,8 +183,12 @@ class Trainer:
     def check_finite(self, loss: float, norm: float) -> None:
         """A step whose gradient is not finite is left out; a model whose loss is not finite is lost."""
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if not math.isfinite(loss) or self.skipped >= HOPELESS:
-            what = f"the loss is {loss}" if self.skipped < HOPELESS else f"the gradient was {norm} {HOPELESS} times"
+        if not math.isfinite(loss) or self.skipped >= MAX_BAD_STEPS:
+            what = (
+                f"the loss is {loss}"
+                if self.skipped < MAX_BAD_STEPS
+                else f"the gradient was {norm} {MAX_BAD_STEPS} times"
+            )
             raise SettingsError(
                 f"training broke down at step {self.progress.step + 1}: {what}; checkpoints up to then are intact, "
                 "--resume with a lower --lr or --clip goes on from the last one"
@@ -215,7 +219,7 @@ class Trainer:
             is_new_best = self.progress.best is None or bits < self.progress.best
             best = bits if self.progress.best is None else min(bits, self.progress.best)
             self.progress = replace(self.progress, bits=bits, best=best)
-            stretches = [round(float(each.mean()), 4) for each in by_position.tensor_split(STRETCHES) if len(each)]
+            stretches = [round(float(each.mean()), 4) for each in by_position.tensor_split(NUM_BINS) if len(each)]
             self.log(dict(step=step, valid_bits_per_byte=bits, by_position=stretches, seconds=self.progress.seconds))
             self.say(f"step {step}: {bits:.4f} bits per byte on validation text")
         if is_over or is_due(step, settings.sample_every):

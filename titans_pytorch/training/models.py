@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from titans_pytorch.attention_transformer import AttentionTransformer
+from titans_pytorch.layers.feed_forward import hidden_width
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
 from titans_pytorch.memory_models import MemoryMLP
-from titans_pytorch.titans import TitansConfig, TitansLMM, TitansMAC, TitansMAG, TitansMAL, TitansState
+from titans_pytorch.public_names import register_named
+from titans_pytorch.titans import TitansConfig, TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from titans_pytorch.titans.config import Variant
+from titans_pytorch.titans.language_model import TitansLanguageModel
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.settings import setting
 
@@ -23,7 +26,7 @@ NUM_BYTES = 256
 class MACModel:
     """`MemoryAsContextTransformer`; the defaults are the published train_mac configuration."""
 
-    memory: Literal["on", "off"] = setting("on", "off: no memory, wider feed-forward networks of as many parameters")
+    memory: bool = setting(True, "off: no memory, wider feed-forward networks of as many parameters")
     dim: int = setting(384, "features of a token")
     depth: int = setting(8, "layers")
     heads: int = setting(8, "heads of attention")
@@ -52,27 +55,31 @@ class MACModel:
     views: bool = setting(True, "memories read a mix of all that earlier layers saw")
     gates_attention: bool = setting(False, "what is read gates attention instead of joining the streams")
 
-    def build(self) -> nn.Module:
-        if self.memory == "on":
-            return self.with_layers(self.memory_layers, self.ff_mult)
-        return self.with_layers((), self.matched_ff_mult())
+    def build(self, num_tokens: int = NUM_BYTES) -> MemoryAsContextTransformer:
+        if self.memory:
+            return self.with_layers(self.memory_layers, None, num_tokens)
+        return self.with_layers((), self.matched_ff_hidden(num_tokens), num_tokens)
 
-    def matched_ff_mult(self) -> float:
+    def matched_ff_hidden(self, num_tokens: int = NUM_BYTES) -> int:
         """The width of feed-forward networks at which a model without memory has as many parameters as one with it."""
         with torch.device("meta"):  # only counted
-            wanted = size(self.with_layers(self.memory_layers, self.ff_mult))
-            bare = size(self.with_layers((), self.ff_mult))
+            wanted = size(self.with_layers(self.memory_layers, None, num_tokens))
+            bare = size(self.with_layers((), None, num_tokens))
         # One more hidden feature of a layer: two rows and biases into it, one column out of it.
         more = round((wanted - bare) / (self.depth * (3 * self.dim + 2)))
-        hidden = int(self.dim * self.ff_mult * 2 / 3) + more
-        return (hidden + 0.5) * 3 / (2 * self.dim)
+        return hidden_width(self.dim, self.ff_mult) + more
 
-    def with_layers(self, memory_layers: tuple[int, ...], ff_mult: float) -> MemoryAsContextTransformer:
-        return MemoryAsContextTransformer(**self.arguments(memory_layers, ff_mult), **self.memory_arguments())
+    def with_layers(
+        self, memory_layers: tuple[int, ...], ff_hidden: int | None, num_tokens: int
+    ) -> MemoryAsContextTransformer:
+        """The model with memories in these layers.  ff_hidden: None for the width that ff_mult asks for"""
+        arguments = self.arguments(memory_layers, num_tokens) | self.memory_arguments()
+        return MemoryAsContextTransformer(**arguments, ff_hidden=ff_hidden)
 
-    def arguments(self, memory_layers: tuple[int, ...], ff_mult: float) -> dict[str, Any]:
+    def arguments(self, memory_layers: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
+        """What is around the memories."""
         return dict(
-            num_tokens=NUM_BYTES,
+            num_tokens=num_tokens,
             dim=self.dim,
             depth=self.depth,
             heads=self.heads,
@@ -82,7 +89,7 @@ class MACModel:
             num_persist_mem_tokens=self.persistent_tokens,
             num_longterm_mem_tokens=self.longterm_tokens,
             num_residual_streams=self.residual_streams,
-            ff_mult=ff_mult,
+            ff_mult=self.ff_mult,
             neural_memory_layers=memory_layers,
             neural_memory_segment_len=self.memory_chunk,
             neural_memory_batch_size=self.memory_batch or None,
@@ -107,101 +114,46 @@ class MACModel:
             ),
         )
 
-    def without_memory(self) -> MACModel:
-        return replace(self, memory="off")
+    @classmethod
+    def from_run(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """Settings as a run has saved them, with the values of today."""
+        return saved | {"memory": saved.get("memory") in (True, "on")}
 
     def check(self) -> None:
+        """Refuse what cannot be a model, in one sentence."""
         if not self.memory_layers:
             raise SettingsError("--memory-layers must name at least one layer, got none: --memory off has no memory")
 
 
-class ForTraining:
-    """A model of the Titans family, called as the trainer calls models; what it saves is that model."""
+MODELS: dict[str, type[TitansLanguageModel]] = {
+    model.variant: model for model in (TitansMAC, TitansMAG, TitansMAL, TitansLMM)
+}
+for each in MODELS.values():
+    register_named(each.__name__.replace("Titans", "Trained"), each)  # as runs called them before 0.6
 
-    @property
-    def layers(self: Any) -> Any:
-        return self.backbone.blocks
-
-    def forward(
-        self: Any, ids: Tensor, return_loss: bool = False, cache: TitansState | None = None, return_cache: bool = False
-    ) -> Any:
-        hidden, cache = self.backbone(self.token_emb(ids[:, :-1] if return_loss else ids), cache)
-        answer = self.to_logits(hidden)
-        if return_loss:
-            answer = F.cross_entropy(answer.flatten(0, 1).float(), ids[:, 1:].flatten().long())
-        return (answer, cache) if return_cache else answer
-
-
-class TrainedMAC(ForTraining, TitansMAC):  # type: ignore[misc]  # another way to call
-    pass
-
-
-class TrainedMAG(ForTraining, TitansMAG):  # type: ignore[misc]  # another way to call
-    pass
-
-
-class TrainedMAL(ForTraining, TitansMAL):  # type: ignore[misc]  # another way to call
-    pass
-
-
-class TrainedLMM(ForTraining, TitansLMM):  # type: ignore[misc]  # another way to call
-    pass
-
-
-TITANS: dict[str, Any] = {kind.variant: kind for kind in (TrainedMAC, TrainedMAG, TrainedMAL, TrainedLMM)}
+OLD_SETTINGS = {"persistent_tokens": "num_persistent", "memory_max_lr": "max_step", "conv": "conv_size"}
+"""Names of settings in the files of older runs, and what they are now"""
 
 
 @dataclass(frozen=True)
-class TitansModel:
-    """The four models of the paper."""
+class TitansModel(TitansConfig):
+    """The four models of the paper: every field of their config is an option, and which of them it is."""
 
-    variant: Literal["mac", "mag", "mal", "lmm"] = setting("mac", "memory as context, gate or layer, or alone")
-    memory: Literal["on", "off"] = setting("on", "off: no memory")
-    dim: int = setting(384, "features of a token")
-    depth: int = setting(8, "blocks")
-    heads: int = setting(6, "heads of attention")
-    window: int = setting(64, "tokens that attention sees: segment or sliding window")
-    persistent_tokens: int = setting(4, "learned tokens in front of the sequence")
-    gate: Literal["mix", "attention", "memory", "product"] = setting("mix", "how attention and memory are combined")
+    dim: int = 384
+    depth: int = 8
+    variant: Variant = field(default="mac", metadata={"help": "memory as context, gate or layer, or alone"})
 
-    memory_heads: int = setting(6, "memories per block")
-    memory_depth: int = setting(2, "layers of the memory's own network, 1: linear")
-    memory_expansion: float = setting(4.0, "width of its hidden layers")
-    memory_chunk: int = setting(16, "tokens of a step of the memory")
-    memory_refresh: int = setting(32, "tokens after which gradients are taken at the current memory; 0: never")
-    memory_max_lr: float = setting(0.3, "largest step of the memory")
-    conv: int = setting(4, "tokens that convolutions of queries, keys and values see; 0: no convolution")
-    momentum: bool = setting(True, "surprises carry on")
-    decay: bool = setting(True, "the memory forgets")
+    @classmethod
+    def from_run(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """Settings as a run has saved them, with the names and values of today."""
+        settings = {OLD_SETTINGS.get(name, name): value for name, value in saved.items()}
+        for name in ("conv_size", "memory_refresh"):
+            settings[name] = settings.get(name) or None  # 0 was none
+        return settings | {"memory": settings.get("memory") in (True, "on")}
 
-    def config(self) -> TitansConfig:
-        return TitansConfig(
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
-            window=self.window,
-            num_persistent=self.persistent_tokens,
-            gate=self.gate,
-            memory=self.memory == "on",
-            memory_heads=self.memory_heads,
-            memory_depth=self.memory_depth,
-            memory_expansion=self.memory_expansion,
-            memory_chunk=self.memory_chunk,
-            memory_refresh=self.memory_refresh or None,
-            max_step=self.memory_max_lr,
-            conv_size=self.conv or None,
-            momentum=self.momentum,
-            decay=self.decay,
-        )
-
-    def build(self) -> nn.Module:
-        return TITANS[self.variant](NUM_BYTES, self.config())
-
-    def check(self) -> None:
-        try:
-            self.config()
-        except (TypeError, ValueError) as error:
-            raise SettingsError(str(error)) from error
+    def build(self, num_tokens: int = NUM_BYTES) -> TitansLanguageModel:
+        config = {each.name: getattr(self, each.name) for each in fields(TitansConfig)}
+        return MODELS[self.variant](num_tokens, TitansConfig(**config))
 
 
 @dataclass(frozen=True)
@@ -216,9 +168,9 @@ class AttentionModel:
     mlp_hiddens: tuple[int, ...] = setting((64, 128, 64), "widths of the implicit MLP")
     ff_mult: float = setting(4.0, "width of feed-forward networks")
 
-    def build(self) -> nn.Module:
+    def build(self, num_tokens: int = NUM_BYTES) -> AttentionTransformer:
         return AttentionTransformer(
-            num_tokens=NUM_BYTES,
+            num_tokens=num_tokens,
             dim=self.dim,
             depth=self.depth,
             attention=self.attention,

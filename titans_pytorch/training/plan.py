@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from titans_pytorch.training.command_line import Parser, add_options, from_json, given, no_shared_names
 from titans_pytorch.training.errors import SettingsError, is_first
+from titans_pytorch.training.options import Parser, add_options, built, from_json, given, no_shared_names
 from titans_pytorch.training.runs import Run, new_folder, newest
 from titans_pytorch.training.settings import Training, check_types, dashed
 
@@ -32,7 +32,7 @@ class Plan:
     is_resumed: bool
 
 
-def plan(script: str, model_kind: type[Any], presets: Presets, arguments: Sequence[str] | None) -> Plan:
+def make_plan(script: str, model_kind: type[Any], presets: Presets, arguments: Sequence[str] | None) -> Plan:
     no_shared_names([model_kind, Training])
     parsed = parser(script, model_kind, presets).parse_args(arguments)
     run, is_resumed = chosen_run(script, parsed)
@@ -44,7 +44,7 @@ def plan(script: str, model_kind: type[Any], presets: Presets, arguments: Sequen
         model, training = model_kind(), Training()
         model, training = merged(model, presets[preset]), merged(training, presets[preset])
     first = model
-    model = replace(model, **given(parsed, model_kind))
+    model = built(lambda: replace(first, **given(parsed, model_kind)))
     if is_resumed:
         check_same("architecture", first, model)
     training = replace(training, **given(parsed, Training))

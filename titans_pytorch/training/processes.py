@@ -34,7 +34,7 @@ def accelerator(settings: Training) -> Any:
     )
 
 
-def agreed(values: list[Any]) -> list[Any]:
+def broadcast(values: list[Any]) -> list[Any]:
     """What the first process has, on all of them."""
     from accelerate.utils import broadcast_object_list
 

@@ -14,9 +14,9 @@ from typing import Any
 import titans_pytorch.training.models  # noqa: F401  its classes are named in runs
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.public_names import class_of
-from titans_pytorch.training.checkpoints import Checkpoint, best, last, unpickling_nothing
+from titans_pytorch.training.checkpoints import Checkpoint, best, last, safetensors_only
 from titans_pytorch.training.errors import SettingsError
-from titans_pytorch.training.files import explained, flush, writing
+from titans_pytorch.training.files import disk_errors, flush, writing
 
 CONFIG, METRICS, SAMPLES, TEXT = "config.json", "metrics.jsonl", "samples.txt", "text.txt"
 LOGS = (METRICS, SAMPLES)
@@ -61,7 +61,7 @@ class Run:
         self.append(METRICS, json.dumps(record) + "\n")
 
     def append(self, name: str, text: str) -> None:
-        with explained(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as file:
+        with disk_errors(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(text)
 
     def lengths(self) -> dict[str, int]:
@@ -117,7 +117,7 @@ class Run:
         if (found := find(self.checkpoints)) is None:
             raise SettingsError(f"{self.folder} has no checkpoint yet")
         kind = model_class(config.get("model_class", ""))
-        with redirect_stdout(StringIO()), unpickling_nothing(found.path):  # the hub says what it loads
+        with redirect_stdout(StringIO()), safetensors_only(found.path):  # the hub says what it loads
             return kind.from_pretrained(found.path), found
 
 

@@ -13,34 +13,34 @@ from torch import nn
 
 from titans_pytorch.public_names import public_name
 from titans_pytorch.training import checkpoints, data
-from titans_pytorch.training.errors import SettingsError, told
-from titans_pytorch.training.files import explained
-from titans_pytorch.training.plan import Plan, Presets, plan
+from titans_pytorch.training.errors import SettingsError, report_errors
+from titans_pytorch.training.files import disk_errors
+from titans_pytorch.training.plan import Plan, Presets, make_plan
 from titans_pytorch.training.runs import Run
 
 
 def start(script: str, model_kind: type[Any], presets: Presets, arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; the exit code.  presets: settings of the model and the loop, by name"""
-    return told(lambda: train(plan(script, model_kind, presets, arguments)))
+    return report_errors(lambda: train(make_plan(script, model_kind, presets, arguments)))
 
 
 def train(plan: Plan) -> int:
-    from titans_pytorch.training.processes import accelerator, agreed
+    from titans_pytorch.training.processes import accelerator, broadcast
 
     accelerate = accelerator(plan.training)
     try:
-        (folder,) = agreed([plan.run.folder])
+        (folder,) = broadcast([plan.run.folder])
         plan = replace(plan, run=Run(folder))
-        with prepared(plan.run) if accelerate.is_main_process else nullcontext():
+        with run_folder(plan.run) if accelerate.is_main_process else nullcontext():
             return train_with(plan, accelerate)
     finally:
         accelerate.end_training()
 
 
 @contextmanager
-def prepared(run: Run) -> Iterator[None]:
+def run_folder(run: Run) -> Iterator[None]:
     """The run's folder is there, ours alone, and swept."""
-    with explained(run.folder):
+    with disk_errors(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
     with run.locked():
         checkpoints.sweep(run.folder)
@@ -50,13 +50,13 @@ def prepared(run: Run) -> Iterator[None]:
 
 def train_with(plan: Plan, accelerate: Any) -> int:
     from titans_pytorch.training.loop import Trainer, flat
-    from titans_pytorch.training.processes import agreed
+    from titans_pytorch.training.processes import broadcast
 
     training, run = plan.training, plan.run
-    say = print if accelerate.is_main_process else nothing
+    say = print if accelerate.is_main_process else say_nothing
     say(f"preset {plan.preset}: {plan.why}")
     folder = Path(training.data_dir)
-    name, why = agreed(list(data.chosen(training.data, folder)) if accelerate.is_main_process else ["", ""])
+    name, why = broadcast(list(data.choose_data(training.data, folder)) if accelerate.is_main_process else ["", ""])
     training = replace(training, data=name)  # a resumed run goes on with the same
     plan = replace(plan, training=training)
     with accelerate.local_main_process_first():
@@ -85,7 +85,7 @@ def train_with(plan: Plan, accelerate: Any) -> int:
     return 0 if is_over else 128 + signal.SIGINT
 
 
-def nothing(*_: Any) -> None:
+def say_nothing(*_: Any) -> None:
     pass
 
 

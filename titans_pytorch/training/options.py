@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.settings import dashed
+
+Built = TypeVar("Built")
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,9 +41,11 @@ class Parser(argparse.ArgumentParser):
 
 def add_options(parser: argparse.ArgumentParser, kind: type[Any], title: str) -> None:
     """One option for each field; what is not given stays out of the parsed namespace."""
-    group, hints = parser.add_argument_group(title), get_type_hints(kind)
-    for each in fields(kind):
-        about = f"{each.metadata.get('help', '')} [{shown(each.default)}]".strip()
+    group, hints, explained = parser.add_argument_group(title), get_type_hints(kind), explanations(kind)
+    for each in options_of(kind):
+        about = f"{each.metadata.get('help', explained.get(each.name, ''))} [{shown(each.default)}]".strip()
+        if hints[each.name] is bool:
+            group.add_argument(f"--no-{dashed(each.name)}", dest=each.name, action="store_const", const=False, **SILENT)
         group.add_argument(
             f"--{dashed(each.name)}",
             dest=each.name,
@@ -50,6 +55,24 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Any], title: str) ->
         )
 
 
+SILENT: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+
+
+def options_of(kind: type[Any]) -> list[Field[Any]]:
+    """The fields that a command line can give; mappings it cannot."""
+    hints = get_type_hints(kind)
+    return [each for each in fields(kind) if get_origin(hints[each.name]) is not Mapping]
+
+
+def explanations(kind: type[Any]) -> dict[str, str]:
+    """What docstrings say of fields: `name, name: text`, gone on with by lines that are further in."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        for names, text in re.findall(r"^    ([\w, ]+): ((?:.|\n        )+)", each.__doc__ or "", flags=re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
+
+
 def shown(default: Any) -> str:
     return ",".join(map(str, default)) or "none" if isinstance(default, tuple) else str(default)
 
@@ -57,11 +80,14 @@ def shown(default: Any) -> str:
 def accepts(hint: Any) -> dict[str, Any]:
     """The arguments of `add_argument` for a type."""
     if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"type": switch, "nargs": "?", "const": True, "metavar": "on|off"}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     if get_origin(hint) in (Union, UnionType):
         (inner,) = (each for each in get_args(hint) if each is not NoneType)
+        if get_origin(inner) is tuple:
+            (kind, *_) = get_args(inner)
+            return {"type": optional_list(kind), "metavar": f"{name_of(kind)},..."}
         return {"type": optional(inner), "metavar": name_of(inner)}
     if get_origin(hint) is tuple:
         return {"type": separated(get_args(hint)[0]), "metavar": f"{name_of(get_args(hint)[0])},..."}
@@ -88,6 +114,17 @@ def optional(kind: type) -> Callable[[str], Any]:
     return lambda text: None if text.lower() == "none" else named(kind)(text)
 
 
+def optional_list(kind: type) -> Callable[[str], Any]:
+    """2,4,6 -> (2, 4, 6); all -> None"""
+    return lambda text: None if text.lower() == "all" else separated(kind)(text)
+
+
+def switch(text: str) -> bool:
+    if text.lower() not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"must be on or off, got {text!r}")
+    return text.lower() == "on"
+
+
 def separated(kind: type) -> Callable[[str], tuple[Any, ...]]:
     """2,4,6 -> (2, 4, 6); none -> ()"""
     return lambda text: () if text.lower() == "none" else tuple(named(kind)(each) for each in text.split(","))
@@ -95,11 +132,20 @@ def separated(kind: type) -> Callable[[str], tuple[Any, ...]]:
 
 def from_json(kind: type[Any], saved: dict[str, Any], where: str) -> Any:
     """Settings as they were saved."""
+    saved = kind.from_run(saved) if isinstance(saved, dict) and hasattr(kind, "from_run") else saved
     known = {each.name for each in fields(kind)}
     if not isinstance(saved, dict) or (unknown := sorted(set(saved) - known)):
         raise SettingsError(f"{where} must hold settings of {kind.__name__}, got {unknown if saved else saved!r}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    return kind(**values)
+    return built(lambda: kind(**values))
+
+
+def built(make: Callable[[], Built]) -> Built:
+    """Settings, some of which refuse what they are given in their constructor."""
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise SettingsError(str(error)) from error
 
 
 def given(parsed: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:

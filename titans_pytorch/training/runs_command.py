@@ -12,14 +12,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from titans_pytorch.training.command_line import Parser, named
-from titans_pytorch.training.continuation import continued
-from titans_pytorch.training.errors import SettingsError, told
+from titans_pytorch.training.decoding import continued
+from titans_pytorch.training.errors import SettingsError, report_errors
+from titans_pytorch.training.options import Parser, named
 from titans_pytorch.training.runs import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return told(lambda: run(arguments))
+    return report_errors(lambda: run(arguments))
 
 
 def run(arguments: Sequence[str] | None) -> int:
