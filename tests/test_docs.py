@@ -106,6 +106,14 @@ def test_blocks_say_their_language(page: str) -> None:
             assert not re.search(r"^(import|from|def|class|with) ", block.text, flags=re.MULTILINE), block.text
 
 
+@pytest.mark.parametrize("script", sorted(ROOT.glob("docs/draw_*.py")), ids=lambda path: path.stem)
+def test_what_draws_the_pictures_finds_what_it_draws(script: Path) -> None:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 # ---- what the pages name
 
 
