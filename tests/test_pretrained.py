@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -22,10 +23,15 @@ from titans_pytorch import (
     MemoryMLP,
     MemorySwiGluMLP,
     NeuralMemory,
+    NeuralMemState,
+    TitansConfig,
+    TitansMAC,
     load_state,
     save_state,
 )
-from titans_pytorch.pretrained import described
+from titans_pytorch.losses import summed_squared_error
+from titans_pytorch.pretrained import described, rebuilt
+from titans_pytorch.public_names import class_of, public_name, register_named, register_state, state_kind
 
 MODELS = [
     None,
@@ -89,19 +95,101 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
         NeuralMemory.from_pretrained(tmp_path, gated_transition=True, batch_size=2)
 
 
-def test_only_modules_of_known_packages_are_built(tmp_path: Path) -> None:
+REFUSED = [
+    "os.system",
+    "torch.load",
+    "nn.Parameter",
+    "nn.functional",
+    "os.MemoryMLP",
+    "json",
+    "MemoryMlp",
+    "mse",
+    "Tails",
+]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_only_what_has_a_public_name_is_built(name: str, tmp_path: Path) -> None:
     NeuralMemory(8, 2).save_pretrained(tmp_path)
-    config = tmp_path / "config.json"
-    for name in ("os.system", "torch.load"):
-        config.write_text(json.dumps(dict(dim=8, chunk_size=2, model={"class": name, "arguments": {}})))
-        with pytest.raises(ValueError, match="model must be"):
-            NeuralMemory.from_pretrained(tmp_path)
+    config = dict(dim=8, chunk_size=2, model={"class": name, "arguments": {}})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"^model must be a module of torch.nn or one of .*MemoryMLP.*, got '{name}'"):
+        NeuralMemory.from_pretrained(tmp_path)
+
+
+def test_files_speak_public_names(tmp_path: Path) -> None:
+    """Neither configs nor states name modules, so that files outlive the folders of the library."""
+    memory = NeuralMemory(8, 4, model=MemoryMLP(8, 1), activation=nn.SiLU(), store_memory_loss_fn=summed_squared_error)
+    memory.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model"] == {"class": "MemoryMLP", "arguments": {"dim": 8, "depth": 1}}
+    assert config["activation"] == {"class": "nn.SiLU", "arguments": {}}
+    assert config["store_memory_loss_fn"] == {"named": "sse"}
+    loaded, seq = NeuralMemory.from_pretrained(tmp_path), torch.randn(1, 9, 8)
+    assert_close(loaded(seq)[0], memory(seq)[0], rtol=0, atol=0)
+    titans = TitansConfig(dim=8, depth=1, heads=1, window=4)
+    assert described(titans)["class"] == "TitansConfig"
+    assert rebuilt("config", described(titans)) == titans
+    save_state(memory(seq)[1], tmp_path / "state.safetensors")
+    assert "titans_pytorch." not in (tmp_path / "state.safetensors").read_bytes().decode("latin1").replace(
+        "titans_pytorch.state", ""
+    )
+
+
+@pytest.mark.parametrize(
+    "old, kind",
+    [
+        ("titans_pytorch.titans.config.TitansConfig", TitansConfig),
+        ("titans_pytorch.fast.memory_models.MemoryMLP", MemoryMLP),
+        ("titans_pytorch.titans_mac.TitansMAC", TitansMAC),
+        ("torch.nn.modules.activation.SiLU", nn.SiLU),
+    ],
+)
+def test_paths_in_older_files_are_known_by_their_last_part(old: str, kind: type) -> None:
+    assert class_of(old) is kind
+    assert class_of(public_name(kind)) is kind
+
+
+def test_things_of_ones_own_are_known_by_the_names_they_are_given(tmp_path: Path) -> None:
+    loss = register_named("of this test", absolute_error)
+    memory, seq = NeuralMemory(8, 2, store_memory_loss_fn=loss), torch.randn(1, 9, 8)
+    memory.save_pretrained(tmp_path)
+    assert_close(NeuralMemory.from_pretrained(tmp_path)(seq)[0], memory(seq)[0], rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"a public name must be new, got 'of this test', which is .*absolute_error"):
+        register_named("of this test", summed_squared_error)
+    with pytest.raises(ValueError, match=r"what a file names must be known by register_named, got .*Own"):
+        public_name(Own)
+    with pytest.raises(ValueError, match=r"store_memory_loss_fn must be one of .*mse.*, got 'rmse'"):
+        rebuilt("store_memory_loss_fn", {"named": "rmse"})
+
+
+def absolute_error(prediction: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return (prediction - value).abs().mean(dim=-1)
+
+
+def test_kinds_of_states_are_known_by_their_own_names(tmp_path: Path) -> None:
+    assert {state_kind(name) for name in ("NeuralMemState", "MACState", "LayerState")} >= {NeuralMemState}
+    with pytest.raises(ValueError, match=r"a kind of state must be one of KeyValueCache, .*, got 'MemoryMLP'"):
+        state_kind("MemoryMLP")
+    with pytest.raises(TypeError, match="a kind of state must be a NamedTuple, got <class 'dict'>"):
+        register_state(dict)
+    file = {"a": torch.zeros(1)}
+    about = {"format": "titans_pytorch.state", "version": "2"}
+    save_file(file, tmp_path / "state", metadata=about | {"layout": '{"kind": "Popen", "fields": {}}'})
+    with pytest.raises(ValueError, match=r"a kind of state must be one of .*, got 'Popen'"):
+        load_state(tmp_path / "state")
+    save_file(file, tmp_path / "state", metadata=about | {"layout": '{"tensor": "a"}'})
+    with pytest.raises(ValueError, match="must hold a NeuralMemState, a MACCache or a TitansState, got Tensor"):
+        load_state(tmp_path / "state")
+    save_file(file, tmp_path / "state", metadata=about | {"version": "3", "layout": "{}"})
+    with pytest.raises(ValueError, match="must be of version 2 or older, got 3: update the library"):
+        load_state(tmp_path / "state")
 
 
 def test_arguments_survive_copies() -> None:
     for copied in (copy.deepcopy(MODELS[1]), pickle.loads(pickle.dumps(MODELS[1]))):
         assert described(copied) == {
-            "class": "titans_pytorch.memory_models.MemoryMLP",
+            "class": "MemoryMLP",
             "arguments": dict(dim=8, depth=2, expansion_factor=1.3),
         }
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from titans_pytorch.public_names import register_named
+
 
 def mean_squared_error(prediction: Tensor, value: Tensor) -> Tensor:
     """The default key-value loss of each token.  (... d), (... d) -> (...)"""
@@ -17,11 +19,15 @@ def summed_squared_error(prediction: Tensor, value: Tensor) -> Tensor:
     return (prediction - value).square().sum(dim=-1)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mean_squared_error, "sse": summed_squared_error}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def register_loss(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Make a loss known by name, so that it can be chosen and saved.  loss: (... d), (... d) -> (...)"""
     if name in LOSSES:
         raise ValueError(f"a loss's name must be new, got {name!r}, which is taken; taken are {sorted(LOSSES)}")
-    LOSSES[name] = loss
+    LOSSES[name] = register_named(name, loss)
+
+
+register_loss("mse", mean_squared_error)
+register_loss("sse", summed_squared_error)

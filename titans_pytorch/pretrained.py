@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,29 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file
 from torch import nn
 
+from titans_pytorch.public_names import (
+    OURS,
+    class_of,
+    is_of_torch,
+    is_registered,
+    named,
+    public_name,
+    register_named,
+)
+
 ARGUMENTS = "_constructor_arguments"
 
 
 class Described:
-    """Remembers what it was constructed with, as a mix-in before `nn.Module`."""
+    """Remembers what it was constructed with, as a mix-in before `nn.Module`; known to files if it is of this library.
+
+    A class of yours is known to them after `public_names.register_named`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(OURS):
+            register_named(cls.__name__, cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         instance = super().__new__(cls)
@@ -35,7 +52,8 @@ class Pretrained(Described, PyTorchModelHubMixin):
     """`save_pretrained`, `from_pretrained` and `push_to_hub`.
 
     Modules among the arguments are described by class and arguments if they are of this library or parameter-free ones
-    of torch.nn; others (and functions) have to be passed to `from_pretrained` once more, which says so.
+    of torch.nn; others (and functions) have to be passed to `from_pretrained` once more, which says so, unless they are
+    known by `public_names.register_named`.
     """
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
@@ -59,28 +77,35 @@ class Pretrained(Described, PyTorchModelHubMixin):
 
 
 def described(value: Any) -> Any:
-    """JSON for an argument; what cannot be described is left to whoever loads it."""
+    """JSON for an argument, with public names; what cannot be described is left to whoever loads it."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
         return {key: described(each) for key, each in value.items()}
-    if is_config(type(value)):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", "arguments": described(fields)}
+    if is_registered(value) and not isinstance(value, type):
+        return {"named": public_name(value)}
+    if (arguments := arguments_of(value)) is not None:
+        return {"class": public_name(type(value)), "arguments": described(arguments)}
     if isinstance(value, (tuple, list)):
         return [described(each) for each in value]
-    kind = type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(value, nn.Module) and kind.__module__.startswith("titans_pytorch.") and ARGUMENTS in value.__dict__:
-        return {"class": name, "arguments": described(value.__dict__[ARGUMENTS])}
-    if isinstance(value, nn.Module) and kind.__module__.startswith("torch.nn.") and not value.state_dict():
-        return {"class": name, "arguments": _printed(value)}
-    return {"to_be_passed": name if isinstance(value, nn.Module) else getattr(value, "__qualname__", name)}
+    return {"to_be_passed": getattr(value, "__qualname__", type(value).__qualname__)}
+
+
+def arguments_of(value: Any) -> dict[str, Any] | None:
+    """What a module or a config can be constructed from once more; None: that is not known."""
+    if is_registered(type(value)) and is_config(type(value)):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if not isinstance(value, nn.Module):
+        return None
+    if is_registered(type(value)) and ARGUMENTS in value.__dict__:
+        arguments: dict[str, Any] = value.__dict__[ARGUMENTS]
+        return arguments
+    return _printed(value) if is_of_torch(type(value)) and not value.state_dict() else None
 
 
 def is_config(kind: type) -> bool:
-    """A dataclass of this library."""
-    return dataclasses.is_dataclass(kind) and kind.__module__.startswith("titans_pytorch.")
+    """Whether a class is described by its fields."""
+    return dataclasses.is_dataclass(kind)
 
 
 def _printed(module: nn.Module) -> dict[str, Any]:
@@ -98,14 +123,10 @@ def rebuilt(name: str, value: Any) -> Any:
         return value
     if "to_be_passed" in value:
         raise ValueError(f"{name} must be passed to from_pretrained, it was saved with {value['to_be_passed']}")
+    if value.keys() == {"named"}:
+        return named(value["named"], name)
     if "class" in value and "arguments" in value:
-        module, _, kind = value["class"].rpartition(".")
-        if module.split(".")[0] not in ("titans_pytorch", "torch"):
-            raise ValueError(f"{name} must be of titans_pytorch or torch.nn, got {value['class']}")
-        found = getattr(import_module(module), kind)
-        if not (isinstance(found, type) and (issubclass(found, nn.Module) or is_config(found))):
-            raise ValueError(f"{name} must be a module or a config, got {value['class']}")
-        return found(**rebuilt(name, value["arguments"]))
+        return class_of(value["class"], name)(**rebuilt(name, value["arguments"]))
     return {key: rebuilt(f"{name}[{key!r}]", each) for key, each in value.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +11,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, device
 
-from titans_pytorch.attention.key_values import KeyValueCache, KeyValues
 from titans_pytorch.mac.cache import MACCache
-from titans_pytorch.memory.convolution import Tails
-from titans_pytorch.memory.state import NeuralMemState, QueryTail, ReadingGroup, Updates
-from titans_pytorch.titans.mixers import MIXERS
-from titans_pytorch.titans.mixers.mac import Segment
-from titans_pytorch.titans.state import LayerState, SegmentState, TitansState
+from titans_pytorch.memory.state import NeuralMemState, Updates
+from titans_pytorch.public_names import public_name, state_kind
+from titans_pytorch.titans.state import TitansState
 
-FORMAT, VERSION = "titans_pytorch.state", 1
-KINDS: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        *(NeuralMemState, ReadingGroup, Tails, QueryTail),
-        *(MACCache, KeyValueCache),
-        *(TitansState, LayerState, SegmentState, Segment, KeyValues),
-    )
-}
+FORMAT, VERSION = "titans_pytorch.state", 2  # 1: the blocks of all Titans models had one kind of state
+State = NeuralMemState | MACCache | TitansState
 
 
-def kinds() -> dict[str, Any]:
-    """Everything that has a name in a file, with the states of all mixers there are by now."""
-    return KINDS | {mixer.State.__name__: mixer.State for mixer in MIXERS.values()}
-
-
-def save_state(state: NeuralMemState | MACCache | TitansState, path: str | Path) -> None:
+def save_state(state: State, path: str | Path) -> None:
     """Write the state of a memory or a model, or a cache of a transformer, to one file.  `updates` begin anew."""
-    if not isinstance(state, (NeuralMemState, MACCache, TitansState)):
+    if not isinstance(state, State):
         got = type(state).__name__
         raise TypeError(f"state must be a NeuralMemState, a MACCache or a TitansState, got {got}")
     tensors: dict[str, Tensor] = {}
@@ -44,7 +30,7 @@ def save_state(state: NeuralMemState | MACCache | TitansState, path: str | Path)
     save_file(tensors, path, metadata={"format": FORMAT, "version": str(VERSION), "layout": layout})
 
 
-def load_state(path: str | Path, device: str | device = "cpu") -> Any:
+def load_state(path: str | Path, device: str | device = "cpu") -> State:
     """What `save_state` has written, on a device."""
     with safe_open(path, framework="pt", device=str(device)) as file:
         about = file.metadata() or {}
@@ -54,11 +40,14 @@ def load_state(path: str | Path, device: str | device = "cpu") -> Any:
             raise ValueError(
                 f"{path} must be of version {VERSION} or older, got {about['version']}: update the library"
             )
-        return _restored(json.loads(about["layout"]), file)
+        state = _restored(json.loads(about["layout"]), file)
+    if not isinstance(state, State):
+        raise ValueError(f"{path} must hold a NeuralMemState, a MACCache or a TitansState, got {type(state).__name__}")
+    return state
 
 
 def _layout(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a tree whose tensors go to `tensors`: what is a dict here holds one other thing, by its kind."""
+    """JSON for a tree whose tensors go to `tensors`: what is a dict here holds one thing, by its form."""
     if tree is None or isinstance(tree, int):
         return tree
     if isinstance(tree, Tensor):
@@ -66,18 +55,20 @@ def _layout(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(tree, Updates):
         return {"next_chunk": tree.first_chunk + tree.num_chunks}
-    if type(tree).__name__ in kinds():
-        return {"kind": type(tree).__name__, "fields": _each(tree._asdict().items(), name, tensors)}
     if isinstance(tree, dict):
         return {"dict": _each(tree.items(), name, tensors)}
+    if hasattr(tree, "_asdict"):
+        return {"kind": public_name(type(tree)), "fields": _each(tree._asdict().items(), name, tensors)}
     return {"tuple": list(_each(enumerate(tree), name, tensors).values())}
 
 
-def _each(items: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _each(items: Iterable[tuple[object, Any]], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The layouts of parts, by what they are called."""
     return {str(key): _layout(value, f"{name}.{key}", tensors) for key, value in items}
 
 
 def _restored(layout: Any, file: Any) -> Any:
+    """The tree that `_layout` has described, of a file's tensors."""
     if not isinstance(layout, dict):
         return layout
     ((what, content), *more) = layout.items()
@@ -88,8 +79,6 @@ def _restored(layout: Any, file: Any) -> Any:
     if what == "dict":
         return {key: _restored(each, file) for key, each in content.items()}
     if what == "next_chunk":
-        return content
-    fields = {key: _restored(each, file) for key, each in more[0][1].items()}
-    if content == NeuralMemState.__name__:
-        fields["updates"] = Updates(fields["updates"], 0, fields["states"][0], [])
-    return kinds()[content](**fields)
+        return Updates(content, 0, {}, [])
+    new = state_kind(content)(**{key: _restored(each, file) for key, each in more[0][1].items()})
+    return new.settled() if hasattr(new, "settled") else new

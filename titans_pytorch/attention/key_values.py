@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titans_pytorch.public_names import register_state
 
+
+@register_state
 class KeyValues(NamedTuple):
     """Keys (turned by their position) and values of some tokens.  (b h t d) each"""
 
@@ -34,6 +37,7 @@ class KeyValues(NamedTuple):
         return KeyValues(fn(self.keys), fn(self.values))
 
 
+@register_state
 class KeyValueCache(NamedTuple):
     """What later tokens may still see: at most one window of keys (turned by their position) and values."""
 

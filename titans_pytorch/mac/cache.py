@@ -10,6 +10,7 @@ import torch
 from titans_pytorch.attention.key_values import KeyValueCache
 from titans_pytorch.memory.rows import Chosen, check_joinable, detached, joined, moved, selected
 from titans_pytorch.memory.state import NeuralMemState
+from titans_pytorch.public_names import register_state
 
 
 class LayerCache(NamedTuple):
@@ -19,6 +20,7 @@ class LayerCache(NamedTuple):
     memory: NeuralMemState | None
 
 
+@register_state
 class MACCache(NamedTuple):
     """Windows of attention and states of memories after `num_tokens` tokens.
 

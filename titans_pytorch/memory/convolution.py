@@ -7,10 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from titans_pytorch.public_names import register_state
+
 OTHER_TOKENS = 0.2
 """Share of torch's usual weights that other tokens begin with, beside the one that a convolution starts at"""
 
 
+@register_state
 class Tails(NamedTuple):
     """The last inputs of each convolution of a memory, which its next outputs still see; None without convolutions.
 

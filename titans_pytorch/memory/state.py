@@ -23,6 +23,7 @@ from titans_pytorch.memory.rows import (
     rows_along,
     selected,
 )
+from titans_pytorch.public_names import register_state
 
 Tree = TypeVar("Tree")
 
@@ -120,6 +121,7 @@ class Updates(Mapping[str, Tensor]):
         return self.first_chunk <= first_chunk and first_chunk + num_chunks <= self.first_chunk + self.num_chunks
 
 
+@register_state
 class ReadingGroup(NamedTuple):
     """What the tokens to come need to know of their reading group, if it has already begun."""
 
@@ -127,6 +129,7 @@ class ReadingGroup(NamedTuple):
     weights: Weights | None  # (r ...)  that the group reads, where they may be older than the current ones
 
 
+@register_state
 class QueryTail(NamedTuple):
     """What reading a memory needs to know of the tokens that were read before (`NeuralMemory.ask`)."""
 
@@ -135,6 +138,7 @@ class QueryTail(NamedTuple):
     group: ReadingGroup
 
 
+@register_state
 @rows_along(cache_store_segment=-3, states=(0, 1))
 class NeuralMemState(NamedTuple):
     """The state of a stream; its size does not depend on the number of tokens seen.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from titans_pytorch.checks import value_checks
+from titans_pytorch.public_names import register_named
 
 Variant = Literal["mac", "mag", "mal", "lmm"]
 GateForm = Literal["mix", "attention", "memory", "product"]
@@ -179,3 +180,6 @@ def preset(size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> Titan
     if hidden < 32:
         raise ValueError(f"num_tokens must leave room for {shape.depth} blocks in {size} parameters, got {num_tokens}")
     return replace(config, ff_hidden=hidden)
+
+
+register_named("TitansConfig", TitansConfig)

@@ -11,8 +11,10 @@ from titans_pytorch.attention.key_values import KeyValues
 from titans_pytorch.fast_weights.interface import Weights
 from titans_pytorch.memory.rows import Chosen, check_joinable, detached, joined, moved, num_chosen, selected
 from titans_pytorch.memory.state import NeuralMemState
+from titans_pytorch.public_names import register_state
 
 
+@register_state
 class SegmentState(NamedTuple):
     """Where a sequence is in the segment of a MAC block."""
 
@@ -21,6 +23,7 @@ class SegmentState(NamedTuple):
     tail: Tensor | None  # (b t dim)  the last tokens, as the convolution of queries needs them; None: none
 
 
+@register_state
 class LayerState(NamedTuple):
     """The state of any block as files hold it that were written before every mixer had a state of its own."""
 
@@ -41,6 +44,7 @@ def resting(state: Any) -> Any:
     return state if memory is None else state._replace(memory=memory.at_rest())
 
 
+@register_state
 class TitansState(NamedTuple):
     """What all blocks keep after `num_tokens` tokens."""
 

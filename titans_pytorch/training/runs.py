@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import titans_pytorch.training.models  # noqa: F401  its classes are named in runs
 from titans_pytorch.pretrained import Pretrained
+from titans_pytorch.public_names import class_of
 from titans_pytorch.training.checkpoints import Checkpoint, best, last, unpickling_nothing
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.files import explained, flush, writing
@@ -125,10 +126,12 @@ def length(path: Path) -> int:
 
 
 def model_class(name: str) -> type[Pretrained]:
-    """By its full name; only of this library, since a run may come from anywhere."""
-    module, _, kind = str(name).rpartition(".")
-    found = getattr(import_module(module), kind, None) if module.split(".")[0] == "titans_pytorch" else None
-    if not (isinstance(found, type) and issubclass(found, Pretrained)):
+    """The class of a run's model by its public name: nothing else is loaded, since a run may come from anywhere."""
+    try:
+        found = class_of(name)
+    except ValueError:
+        found = None
+    if found is None or not issubclass(found, Pretrained):
         raise SettingsError(f"{CONFIG} must name a model of titans_pytorch as model_class, got {name!r}")
     return found
 

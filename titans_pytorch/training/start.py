@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from titans_pytorch.public_names import public_name
 from titans_pytorch.training import checkpoints, data
 from titans_pytorch.training.errors import SettingsError, told
 from titans_pytorch.training.files import explained
@@ -101,7 +102,7 @@ def config(plan: Plan, kind: type[nn.Module], num_parameters: int) -> dict[str, 
     return {
         "script": plan.script,
         "preset": plan.preset,
-        "model_class": f"{kind.__module__}.{kind.__qualname__}",
+        "model_class": public_name(kind),
         "parameters": num_parameters,
         "model": asdict(plan.model),
         "training": asdict(plan.training),

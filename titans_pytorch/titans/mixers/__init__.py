@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from titans_pytorch.public_names import register_state
 from titans_pytorch.titans.mixers.lmm import MemoryAlone
 from titans_pytorch.titans.mixers.mac import MemoryAsContext
 from titans_pytorch.titans.mixers.mag import MemoryAsGate
@@ -26,6 +27,7 @@ def register_mixer(name: str, kind: type[Mixer]) -> None:
         raise ValueError(
             f"kind must have a State of a new name, got {kind.State.__name__}, that of {taken[0].__name__}"
         )
+    register_state(kind.State)
     MIXERS[name] = kind
 
 

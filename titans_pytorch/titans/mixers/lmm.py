@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.memory.state import NeuralMemState
+from titans_pytorch.public_names import register_state
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.mixers.mixer import Mixer
 
 
+@register_state
 class LMMState(NamedTuple):
     """What a block of LMM keeps: its memory."""
 

@@ -14,12 +14,14 @@ from titans_pytorch.attention.windowed import attend
 from titans_pytorch.fast_weights.interface import Weights
 from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.memory.state import NeuralMemState, QueryTail
+from titans_pytorch.public_names import register_state
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.gate import Gate
 from titans_pytorch.titans.mixers.mixer import AttentionMixer
 from titans_pytorch.titans.state import SegmentState
 
 
+@register_state
 class Segment(NamedTuple):
     """Where a sequence is in a segment: what was asked of the memory before it, and what it answered so far."""
 
@@ -28,6 +30,7 @@ class Segment(NamedTuple):
     tail: QueryTail | None  # what asking goes on with; None: nothing was asked
 
 
+@register_state
 class MACState(NamedTuple):
     """What a block of MAC keeps: its memory, and where it is in its segment."""
 

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from titans_pytorch.attention.key_values import KeyValues
 from titans_pytorch.memory.state import NeuralMemState
+from titans_pytorch.public_names import register_state
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.gate import Gate
 from titans_pytorch.titans.mixers.mixer import AttentionMixer
 
 
+@register_state
 class MAGState(NamedTuple):
     """What a block of MAG keeps: its memory, and what attention may still see."""
 

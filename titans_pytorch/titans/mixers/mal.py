@@ -9,10 +9,12 @@ from torch import Tensor
 from titans_pytorch.attention.key_values import KeyValues
 from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.memory.state import NeuralMemState
+from titans_pytorch.public_names import register_state
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.mixers.mixer import AttentionMixer
 
 
+@register_state
 class MALState(NamedTuple):
     """What a block of MAL keeps: its memory, and what attention may still see."""
 
