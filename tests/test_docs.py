@@ -23,6 +23,7 @@ import pytest
 from titans_pytorch import NeuralMemory, TitansConfig
 from titans_pytorch.fast_weights.rules import RULES
 from titans_pytorch.losses import LOSSES
+from titans_pytorch.public_names import NAMED
 from titans_pytorch.titans.mixers import MIXERS
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def prose(page: str) -> str:
 @pytest.fixture
 def _own_registries() -> Iterator[None]:
     """What a page registers is known on that page only."""
-    with patch.dict(RULES), patch.dict(LOSSES), patch.dict(MIXERS):
+    with patch.dict(RULES), patch.dict(LOSSES), patch.dict(MIXERS), patch.dict(NAMED):
         yield
 
 
@@ -104,6 +105,14 @@ def test_blocks_say_their_language(page: str) -> None:
         assert block.language in ("", "text", "python", "bash", "sh", "json"), f"{page}:{block.line}"
         if block.language == "":
             assert not re.search(r"^(import|from|def|class|with) ", block.text, flags=re.MULTILINE), block.text
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("docs/draw_*.py")), ids=lambda path: path.stem)
+def test_what_draws_the_pictures_finds_what_it_draws(script: Path) -> None:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 # ---- what the pages name
