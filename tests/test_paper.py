@@ -131,7 +131,7 @@ def test_pieces_shorter_than_the_convolution(conv_size: int) -> None:
 
 def test_spans_hand_the_convolution_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long call is projected span by span, and in training computed again."""
-    from titans_pytorch import streaming
+    from titans_pytorch.memory import streaming
 
     built, seq = paper(batch_size=8), randn(2, 41, 8).requires_grad_()
     expected, last = built(seq)
