@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -192,7 +193,7 @@ def test_training_for_a_time(tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize("preset", ["debug", "cpu", "gpu"])
 def test_without_memory_as_many_parameters(preset: str) -> None:
     settings = merged(MACModel(), train_mac.PRESETS[preset])
-    with_memory, without = settings.build(), settings.without_memory().build()
+    with_memory, without = settings.build(), replace(settings, memory=False).build()
     assert abs(size(without) / size(with_memory) - 1) < 0.02
     counts = [sum(isinstance(each, NeuralMemory) for each in model.modules()) for model in (with_memory, without)]
     assert counts == [len(settings.memory_layers), 0]
@@ -201,7 +202,7 @@ def test_without_memory_as_many_parameters(preset: str) -> None:
 def test_the_gpu_preset_is_the_published_configuration() -> None:
     preset = train_mac.PRESETS["gpu"]
     settings = merged(MACModel(), preset)
-    arguments = settings.arguments(settings.memory_layers, settings.ff_mult)
+    arguments = settings.arguments(settings.memory_layers, 256)
     memory = settings.memory_arguments()["neural_memory_kwargs"]
     assert (arguments["dim"], arguments["depth"], arguments["segment_len"]) == (384, 8, 32)
     assert (arguments["neural_memory_layers"], memory["heads"], memory["dim_head"]) == ((2, 4, 6), 4, 64)
@@ -226,7 +227,7 @@ def test_samples_come_from_the_exact_cache(run: Path) -> None:
     prompt = b"memory learns at test time. " * 3
     ids = torch.tensor([list(prompt)])
     expected = model.sample(ids, len(prompt) + 40, temperature=0.0, use_cache=False, show_progress=False)[0]
-    assert list(continued(model, prompt, 40, temperature=0.0)) == expected.tolist()
+    assert list(continued(model, np.frombuffer(prompt, dtype=np.uint8), 40, temperature=0.0)) == expected.tolist()
 
 
 @pytest.mark.parametrize("attention", ["implicit-mlp", "nested", "full"])
@@ -300,14 +301,14 @@ def test_surprise_is_of_the_bytes_themselves() -> None:
     settings = replace(merged(MACModel(), train_mac.PRESETS["debug"]), longterm_tokens=3, window=8)
     model = settings.build()
     content = bytes(range(64))
-    found = text_surprise(model, content)
+    found = text_surprise(model, np.frombuffer(content, dtype=np.uint8))
     ids = torch.tensor([list(content)])
     assert float(found.bits[1:].mean()) == pytest.approx(model(ids, return_loss=True).item() * 1.442695, rel=1e-4)
     assert found.bits[0].isnan()
     assert found.memory is not None
     assert found.memory.shape == (64,)
     assert found.memory[:60].isfinite().all()
-    changed = text_surprise(model, content[:40] + b"\xff" + content[41:])
+    changed = text_surprise(model, np.frombuffer(content[:40] + b"\xff" + content[41:], dtype=np.uint8))
     assert changed.memory is not None
     # Both are over their own mean, so that shares of the first byte's are compared.
     shares = changed.memory / changed.memory[0] - found.memory / found.memory[0]

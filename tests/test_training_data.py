@@ -133,14 +133,14 @@ def test_a_file_that_does_not_unpack(content: bytes, tmp_path: Path) -> None:
 
 def test_without_a_name_it_is_enwik8_where_that_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.download, "enwik8", lambda folder: folder / "enwik8")
-    assert data.chosen(None, tmp_path) == ("enwik8", "; --data FILE trains on something else")
-    assert data.chosen("python", tmp_path) == ("python", "")
+    assert data.choose_data(None, tmp_path) == ("enwik8", "; --data FILE trains on something else")
+    assert data.choose_data("python", tmp_path) == ("python", "")
 
 
 def test_without_a_network_it_is_python_s_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = partial(download.enwik8, address="http://127.0.0.1:9/enwik8.zip")
     monkeypatch.setattr(data.download, "enwik8", elsewhere)
-    name, why = data.chosen(None, tmp_path)
+    name, why = data.choose_data(None, tmp_path)
     assert name == "python"
     assert "enwik8 cannot be fetched (" in why
 

@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +65,16 @@ def common(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def architecture(name: str) -> dict[str, Any]:
     import train_mac
-    from titans_pytorch.training.models import MACModel
+    from titans_pytorch.training.models import NUM_BYTES, MACModel
     from titans_pytorch.training.plan import merged
 
     settings = merged(MACModel(), train_mac.PRESETS["cpu"])
-    layers, ff_mult = settings.memory_layers, settings.ff_mult
+    memory = {"neural_memory_kwargs": settings.memory_arguments()["neural_memory_kwargs"]}
+    around = settings.arguments(settings.memory_layers, NUM_BYTES)
     if name == "ours without memory":
-        layers, ff_mult = (), replace(settings, memory="off").matched_ff_mult()
-    memory = settings.memory_arguments()
+        around = settings.arguments((), NUM_BYTES) | {"ff_hidden": settings.matched_ff_hidden()}
     return {
-        "kwargs": settings.arguments(layers, ff_mult) | {"neural_memory_kwargs": memory["neural_memory_kwargs"]},
+        "kwargs": around | memory,
         "memory_model": dict(dim=settings.memory_dim_head, depth=settings.memory_depth),
     }
 

@@ -40,6 +40,11 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
         self.to_logits = nn.Linear(config.dim, num_tokens, bias=False)
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks."""
+        return self.backbone.blocks
+
+    @property
     def config(self) -> TitansConfig:
         return self.backbone.config
 

@@ -1,4 +1,4 @@
-"""Text as bytes: where it comes from, how it is split, and which of it each step sees."""
+"""Text: where it comes from, how it is split, and which of it each step sees."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from titans_pytorch.training import download
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.files import COPY_BYTES, writing
+from titans_pytorch.training.text import ByteText, Ids, Text
 
 Bytes = NDArray[np.uint8]
 
@@ -33,22 +34,34 @@ VALIDATION_FILE = 20  # of so many files of the default text one is validated on
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two stretches of bytes, mapped into memory: however many processes read them, they are there once."""
+    """Two stretches of tokens; bytes are mapped into memory: however many processes read them, they are there once."""
 
     about: str
-    train: Bytes
-    valid: Bytes
+    train: Ids
+    valid: Ids
+    train_bytes_per_token: float = 1.0
+    valid_bytes_per_token: float = 1.0
 
-    def check(self, sequence: int) -> None:
+    def check(self, sequence: int, unit: str = "byte") -> None:
+        """Refuse a text that has not one sequence."""
         for name, part in (("training", self.train), ("validation", self.valid)):
             if len(part) < sequence + 1:
                 raise SettingsError(
-                    f"--data must have more than --sequence {sequence} bytes of {name} text, got {len(part)} "
+                    f"--data must have more than --sequence {sequence} {unit}s of {name} text, got {len(part)} "
                     f"from {self.about}"
                 )
 
 
-def batch(text: Bytes, *, seed: int, step: int, index: int, size: int, length: int) -> Tensor:
+def tokenized(corpus: Corpus, text: Text) -> Corpus:
+    """The same text in the tokens of a tokenizer."""
+    if isinstance(text, ByteText):
+        return corpus
+    train, valid = text.encode(bytes(corpus.train)), text.encode(bytes(corpus.valid))
+    shares = len(corpus.train) / max(len(train), 1), len(corpus.valid) / max(len(valid), 1)
+    return Corpus(f"{corpus.about}, {shares[0]:.2f} bytes a token", train, valid, *shares)
+
+
+def batch(text: Ids, *, seed: int, step: int, index: int, size: int, length: int) -> Tensor:
     """Random sequences that depend on these numbers only.  -> (size length)
 
     index: of the micro-batch among all of the step, whichever process takes it
@@ -57,12 +70,12 @@ def batch(text: Bytes, *, seed: int, step: int, index: int, size: int, length: i
     return rows(text, starts, length)
 
 
-def evenly(text: Bytes, count: int, length: int) -> NDArray[np.int64]:
+def evenly(text: Ids, count: int, length: int) -> NDArray[np.int64]:
     """Starts of `count` sequences, spread over a text: what is validated on."""
     return np.linspace(0, len(text) - length, count).astype(np.int64)
 
 
-def rows(text: Bytes, starts: NDArray[np.int64], length: int) -> Tensor:
+def rows(text: Ids, starts: NDArray[np.int64], length: int) -> Tensor:
     return torch.from_numpy(np.stack([text[start : start + length] for start in starts]).astype(np.int64))
 
 

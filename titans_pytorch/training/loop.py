@@ -14,19 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
+from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.training import checkpoints, data, sharding
 from titans_pytorch.training.checkpoints import Checkpoint, Progress
 from titans_pytorch.training.decoding import continued
 from titans_pytorch.training.errors import SettingsError
+from titans_pytorch.training.evaluation import BITS, prime, validate
+from titans_pytorch.training.next_token import NextTokenLoss
 from titans_pytorch.training.optimizers import optimizers, rate, set_rate
 from titans_pytorch.training.processes import check_sharding, wants_sharding
 from titans_pytorch.training.runs import SAMPLES, Run
 from titans_pytorch.training.settings import Training
+from titans_pytorch.training.text import Text
 
-BITS = 1 / math.log(2)
 NUM_BINS = 16  # of a sequence, for bits per byte by position
 MAX_BAD_STEPS = 20  # steps in a row whose gradient is not finite
 
@@ -41,13 +43,15 @@ class Trainer:
     def __init__(
         self,
         settings: Training,
-        build: Callable[[], nn.Module],
+        build: Callable[[], CausalLM[Any]],
         corpus: data.Corpus,
+        text: Text,
         run: Run,
         accelerator: Any,
         resumed: Checkpoint | None = None,
     ) -> None:
-        self.settings, self.build, self.corpus, self.run, self.accelerator = settings, build, corpus, run, accelerator
+        self.settings, self.build, self.corpus, self.text = settings, build, corpus, text
+        self.run, self.accelerator = run, accelerator
         self.progress = Progress() if resumed is None else resumed.progress
         torch.manual_seed(settings.seed)
         self.module = build()  # without what accelerate wraps around it
@@ -58,14 +62,14 @@ class Trainer:
         self.is_sharded = wants_sharding(settings)
         if self.is_sharded:
             check_sharding(accelerator.num_processes)
-            self.model: nn.Module = sharding.shard(self.module, accelerator.device)
+            sharding.shard(self.module, accelerator.device)
         if settings.compile:
             self.module.compile()
+        self.model: nn.Module = NextTokenLoss(self.module)
         if not self.is_sharded:
-            self.model = accelerator.prepare_model(self.module)
-            # Precision is set around each call. What accelerate puts around the model's forward for it would take
-            # apart the caches that samples need.
-            self.module.__dict__.pop("forward", None)
+            loss = self.model
+            self.model = accelerator.prepare_model(loss)
+            loss.__dict__.pop("forward", None)  # precision is set around each call, not around forward
         self.optimizers = optimizers(self.module, settings)
         if resumed is not None:
             sharding.load_optimizer_state(self.module, self.optimizers, resumed.optimizer())
@@ -105,7 +109,7 @@ class Trainer:
         return bool(self.share() >= 1)
 
     def share(self) -> float:
-        """Of the training that is behind us; the same on all processes."""
+        """How much of the training is behind us, as a share; the same on all processes."""
         if self.settings.minutes is None:
             return self.progress.step / self.settings.steps
         share = self.progress.seconds / (60 * self.settings.minutes)
@@ -144,7 +148,7 @@ class Trainer:
         for micro in range(settings.accumulate):
             ids = self.micro_batch(number, micro)
             with self.syncing(micro == settings.accumulate - 1), accelerator.autocast():
-                loss = self.model(ids, return_loss=True) / settings.accumulate
+                loss = self.model(ids) / settings.accumulate
                 accelerator.backward(loss)
             total += loss.detach()
         norm = self.gradient_norm()
@@ -169,7 +173,7 @@ class Trainer:
     def syncing(self, is_last: bool) -> Iterator[None]:
         """Gradients come together with the last micro-batch of a step."""
         if self.is_sharded:
-            self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+            self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
         wait = nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(self.model)
         with wait:
             yield
@@ -197,8 +201,9 @@ class Trainer:
     # ---- after a step
 
     def report(self, bar: Any, loss: float, norm: float, lr: float, speed: float) -> None:
-        bits = loss * BITS
+        bits = loss * BITS / self.corpus.train_bytes_per_token
         record = dict(step=self.progress.step, loss=loss, bits_per_byte=bits, grad_norm=norm, lr=lr)
+        record |= {} if self.text.unit == "byte" else {f"bits_per_{self.text.unit}": loss * BITS}
         record |= dict(tokens_per_second=round(speed, 1), seconds=round(self.progress.seconds, 3))
         bar.set_postfix_str(f"loss {loss:.3f}, {bits:.3f} bits/byte, {speed:,.0f} tokens/s", refresh=False)
         self.log(record)
@@ -215,7 +220,7 @@ class Trainer:
         is_over = self.is_done() or self.is_asked_to_stop
         is_new_best = False
         if is_over or is_due(step, settings.validate_every):
-            bits, by_position = self.validate()
+            bits, by_position = validate(self.model, self.corpus, settings, self.accelerator)
             is_new_best = self.progress.best is None or bits < self.progress.best
             best = bits if self.progress.best is None else min(bits, self.progress.best)
             self.progress = replace(self.progress, bits=bits, best=best)
@@ -231,28 +236,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    @torch.no_grad()
-    def validate(self) -> tuple[float, Tensor]:
-        """Bits per byte of the fixed sequences, and by position (n); every process takes its share of the batches."""
-        settings, accelerator = self.settings, self.accelerator
-        length = settings.sequence + 1
-        starts = data.evenly(self.corpus.valid, settings.validate_sequences, length)
-        total = torch.zeros(settings.sequence, device=accelerator.device, dtype=torch.float32)
-        count, world = math.ceil(len(starts) / settings.batch), accelerator.num_processes
-        self.model.eval()
-        # Sharded models are gathered by all processes together: all make the same number of calls.
-        for i in range(0, count, world):
-            index = min(i + accelerator.process_index, count - 1)
-            ids = data.rows(self.corpus.valid, np.array_split(starts, count)[index], length).to(accelerator.device)
-            with accelerator.autocast():
-                losses = token_losses(self.model(ids[:, :-1]), ids[:, 1:]).sum(dim=0)
-            if i + accelerator.process_index < count:
-                total += losses
-        self.model.train()
-        bits = accelerator.reduce(total, "sum").cpu() / len(starts) * BITS
-        return float(bits.mean()), bits
-
-    def plain_model(self) -> nn.Module:
+    def plain_model(self) -> CausalLM[Any]:
         """The model as one process has it, for samples and files.  All processes have to call this."""
         if not self.is_sharded:
             return self.module
@@ -268,21 +252,14 @@ class Trainer:
         """Goes on with a piece of validation text, a different one each time."""
         model, settings, step = self.plain_model(), self.settings, self.progress.step
         if self.accelerator.is_main_process:
-            prime = self.prime(step)
+            before = prime(self.corpus.valid, self.text, settings.prime_length, settings.seed, step)
             drawn = continued(
-                model, prime, settings.sample_length, temperature=settings.temperature, seed=settings.seed + step
+                model, before, settings.sample_length, temperature=settings.temperature, seed=settings.seed + step
             )
-            text = f"{readable(prime)}┃{readable(bytes(drawn))}"
+            text = f"{self.text.readable(before)}┃{self.text.readable(np.array(list(drawn)))}"
             self.run.append(SAMPLES, f"---- step {step}, after ┃\n{text}\n\n")
             self.say(f"sample:\n{text}\n")
         self.accelerator.wait_for_everyone()
-
-    def prime(self, step: int) -> bytes:
-        """A piece of validation text that is not mostly space, if a few draws find one."""
-        text, length = self.corpus.valid, min(self.settings.prime_length, len(self.corpus.valid))
-        drawn = np.random.default_rng([self.settings.seed, step]).integers(0, len(text) - length + 1, size=20)
-        candidates = [bytes(text[start : start + length]) for start in drawn]
-        return next((each for each in candidates if len(each.split()) > length // 12), candidates[0])
 
     def save(self) -> None:
         model, kept = self.plain_model(), sharding.optimizer_state(self.module, self.optimizers)
@@ -299,15 +276,6 @@ def mixed(*numbers: int) -> int:
 
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(b n v), (b n) -> (b n) in nats"""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
-
-def readable(text: bytes) -> str:
-    return text.decode("utf-8", errors="replace")
 
 
 def flat(*settings: Any) -> dict[str, Any]:

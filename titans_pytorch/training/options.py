@@ -45,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Any], title: str) ->
     for each in options_of(kind):
         about = f"{each.metadata.get('help', explained.get(each.name, ''))} [{shown(each.default)}]".strip()
         if hints[each.name] is bool:
+            about += f", --no-{dashed(each.name)}: off"
             group.add_argument(f"--no-{dashed(each.name)}", dest=each.name, action="store_const", const=False, **SILENT)
         group.add_argument(
             f"--{dashed(each.name)}",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from titans_pytorch.training.errors import SettingsError, needed
 from titans_pytorch.training.files import writing
@@ -22,10 +23,15 @@ def draw(run: Run, text: bytes | None = None) -> list[Path]:
     """Both pictures, of everything logged so far and of the best checkpoint."""
     paths = [draw_curves(run)]
     model, _ = run.model()
-    shown = (run.text() if text is None else text)[:LONGEST]
-    if len(shown) < 2:
-        raise SettingsError(f"a text to be drawn must have at least 2 bytes, got {len(shown)}")
-    return [*paths, draw_surprise(run.folder / SURPRISE, shown, text_surprise(model, shown))]
+    shown, kind = (run.text() if text is None else text)[:LONGEST], run.text_kind()
+    ids = kind.encode(shown)
+    if len(ids) < 2:
+        raise SettingsError(f"a text to be drawn must have at least 2 {kind.unit}s, got {len(ids)}")
+    lengths = torch.tensor([len(piece) for piece in kind.pieces(ids)])
+    surprise = text_surprise(model, ids)
+    memory = None if surprise.memory is None else surprise.memory.repeat_interleave(lengths)
+    by_byte = TextSurprise((surprise.bits / lengths).repeat_interleave(lengths), memory)  # a token's bits, shared out
+    return [*paths, draw_surprise(run.folder / SURPRISE, b"".join(kind.pieces(ids)), by_byte)]
 
 
 def figure(width: float, height: float) -> Any:

@@ -17,8 +17,10 @@ from titans_pytorch.public_names import class_of
 from titans_pytorch.training.checkpoints import Checkpoint, best, last, safetensors_only
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.files import disk_errors, flush, writing
+from titans_pytorch.training.text import Text, text_of
 
 CONFIG, METRICS, SAMPLES, TEXT = "config.json", "metrics.jsonl", "samples.txt", "text.txt"
+TOKENIZER = "tokenizer.json"
 LOGS = (METRICS, SAMPLES)
 
 
@@ -33,6 +35,17 @@ class Run:
     def save_config(self, config: Mapping[str, Any]) -> None:
         with writing(self.folder / CONFIG) as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+    def save_tokenizer(self, path: str | None) -> None:
+        """A copy of the tokenizer, without which the model's tokens mean nothing; None: there is none."""
+        if path is None or (self.folder / TOKENIZER).exists():
+            return
+        with writing(self.folder / TOKENIZER) as temporary:
+            temporary.write_bytes(Path(path).read_bytes())
+
+    def text_kind(self) -> Text:
+        """How the run's model sees text."""
+        return text_of(self.folder / TOKENIZER if (self.folder / TOKENIZER).exists() else None)
 
     def save_text(self, text: bytes) -> None:
         """What pictures show the surprise in."""
@@ -65,7 +78,7 @@ class Run:
             file.write(text)
 
     def lengths(self) -> dict[str, int]:
-        """Of the logs, in bytes, once the disk has them."""
+        """How long the logs are, in bytes, once the disk has them."""
         for name in LOGS:
             if (self.folder / name).exists():
                 flush(self.folder / name)

@@ -1,12 +1,11 @@
 """`titans-pytorch`: what to do with a trained run.
 
-titans-pytorch sample RUN --prompt "def "        goes on with a text, byte by byte as they come
+titans-pytorch sample RUN --prompt "def "        goes on with a text, token by token as they come
 titans-pytorch plot RUN                          draws its curves and what surprised it
 """
 
 from __future__ import annotations
 
-import codecs
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ def parser() -> Parser:
     each.add_argument("run", type=Path, help="folder of the run")
     each.add_argument("--prompt", help="text to go on with")
     each.add_argument("--prompt-file", type=Path, help="file with it, of any length")
-    each.add_argument("--length", type=named(int), default=512, metavar="N", help="bytes to write [512]")
+    each.add_argument("--length", type=named(int), default=512, metavar="N", help="tokens to write [512]")
     each.add_argument("--temperature", type=named(float), default=1.0, metavar="X", help="0: the most probable [1]")
     each.add_argument("--seed", type=named(int), default=0, metavar="N", help="makes it repeatable [0]")
     each.add_argument("--checkpoint", choices=("best", "last"), default="best", help="[best]")
@@ -54,13 +53,14 @@ def sample(parsed: Namespace) -> int:
         raise SettingsError(f"--temperature must be at least 0, got {parsed.temperature}")
     if parsed.seed < 0:
         raise SettingsError(f"--seed must be at least 0, got {parsed.seed}")
-    text = prompt(parsed)
-    model, _ = Run(parsed.run).model(parsed.checkpoint)
+    given, run = prompt(parsed), Run(parsed.run)
+    model, _ = run.model(parsed.checkpoint)
     model.to(device(parsed.device))
-    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-    for byte in continued(model, text, parsed.length, temperature=parsed.temperature, seed=parsed.seed):
-        print(decode(bytes([byte])), end="", flush=True)
-    print(decode(b"", True))
+    text = run.text_kind()
+    decode = text.decoder()
+    for token in continued(model, text.encode(given), parsed.length, temperature=parsed.temperature, seed=parsed.seed):
+        print(decode(token), end="", flush=True)
+    print()
     return 0
 
 

@@ -32,9 +32,9 @@ class Training:
     validate_every: int = setting(100, "steps between validations; 0: only at the end")
     validate_sequences: int = setting(32, "fixed sequences that are validated on")
     sample_every: int = setting(500, "steps between samples; 0: only at the end")
-    sample_length: int = setting(512, "bytes of a sample")
-    prime_length: int = setting(100, "bytes of validation text before it")
-    temperature: float = setting(1.0, "of samples; 0: the most probable byte")
+    sample_length: int = setting(512, "tokens of a sample")
+    prime_length: int = setting(100, "tokens of validation text before it")
+    temperature: float = setting(1.0, "of samples; 0: the most probable token")
     checkpoint_every: int = setting(100, "steps between checkpoints; 0: only at the end")
     keep: int = setting(2, "checkpoints kept beside the best")
 
@@ -49,6 +49,9 @@ class Training:
     data: str | None = setting(
         None,
         "enwik8, python (its own source text) or a file (.gz and .xz too); default: enwik8, or python without network",
+    )
+    tokenizer: str | None = setting(
+        None, "tokenizer.json of the package tokenizers: train on its tokens; default: on bytes"
     )
     data_dir: str = setting("data", "where downloaded and unpacked text goes")
 

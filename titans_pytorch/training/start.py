@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.public_names import public_name
 from titans_pytorch.training import checkpoints, data
 from titans_pytorch.training.errors import SettingsError, report_errors
 from titans_pytorch.training.files import disk_errors
 from titans_pytorch.training.plan import Plan, Presets, make_plan
 from titans_pytorch.training.runs import Run
+from titans_pytorch.training.text import Text, text_of
 
 
 def start(script: str, model_kind: type[Any], presets: Presets, arguments: Sequence[str] | None = None) -> int:
@@ -55,20 +57,22 @@ def train_with(plan: Plan, accelerate: Any) -> int:
     training, run = plan.training, plan.run
     say = print if accelerate.is_main_process else say_nothing
     say(f"preset {plan.preset}: {plan.why}")
+    text = run.text_kind() if plan.is_resumed else text_of(training.tokenizer)
     folder = Path(training.data_dir)
     name, why = broadcast(list(data.choose_data(training.data, folder)) if accelerate.is_main_process else ["", ""])
     training = replace(training, data=name)  # a resumed run goes on with the same
     plan = replace(plan, training=training)
     with accelerate.local_main_process_first():
-        corpus = data.corpus(name, folder)
-    corpus.check(training.sequence)
+        corpus = data.tokenized(data.corpus(name, folder), text)
+    corpus.check(training.sequence, text.unit)
     say(f"data: {corpus.about}{why}")
     resumed = checkpoints.last(run.checkpoints) if plan.is_resumed else None
-    trainer = Trainer(training, lambda: built(plan.model), corpus, run, accelerate, resumed)
+    trainer = Trainer(training, lambda: built(plan.model, text), corpus, text, run, accelerate, resumed)
     if accelerate.is_main_process:
         run.rewind(resumed.progress.lengths if resumed else {})
         run.save_config(config(plan, trainer.model_class, trainer.num_parameters))
-        run.save_text(bytes(corpus.valid[: training.sequence]))
+        run.save_tokenizer(training.tokenizer)
+        run.save_text(b"".join(text.pieces(corpus.valid[: training.sequence])))
     if training.trackers:
         accelerate.project_configuration.set_directories(str(run.folder))
         accelerate.init_trackers(run.folder.name, flat(plan.model, training))
@@ -89,10 +93,10 @@ def say_nothing(*_: Any) -> None:
     pass
 
 
-def built(model_settings: Any) -> nn.Module:
+def built(model_settings: Any, text: Text) -> CausalLM[Any]:
     """What is wrong with the model's settings is the user's to mend."""
     try:
-        model: nn.Module = model_settings.build()
+        model: CausalLM[Any] = model_settings.build(text.num_tokens)
     except (ValueError, TypeError) as error:
         raise SettingsError(f"the model cannot be built: {error}") from error
     return model

@@ -1,4 +1,4 @@
-"""How much every byte of a text surprises a model, and the memories in it."""
+"""How much every token of a text surprises a model, and the memories in it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.sampling import evaluating
+from titans_pytorch.training.text import Ids
 
 
 class TextSurprise(NamedTuple):
-    """Of the bytes of a text; nan where nothing was measured: the first byte, a chunk that is not complete."""
+    """What was measured for each token; nan where nothing was: the first token, a chunk that is not complete."""
 
-    bits: Tensor  # (n) that the model needs for a byte, given those before
+    bits: Tensor  # (n) that the model needs for a token, given those before
     memory: Tensor | None  # (n) loss of the memories, mean over layers and heads, each layer over its own mean
 
 
 @torch.no_grad()
-def text_surprise(model: nn.Module, text: bytes) -> TextSurprise:
-    """Read a text once."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([list(text)], device=device)
-    was_training = model.training
-    model.eval()
-    with recorded(model) as records:
-        logits = model(ids)
-    model.train(was_training)
+def text_surprise(model: CausalLM[Any], text: Ids) -> TextSurprise:
+    """Read a text (n) once."""
+    ids = torch.tensor([text.tolist()], device=next(model.parameters()).device)
+    with evaluating(model), recorded(model) as records:
+        logits, _ = model.logits_and_state(ids)
     losses = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none") / torch.log(torch.tensor(2.0))
     bits = F.pad(losses.cpu(), (1, 0), value=torch.nan)
-    layers = [of_bytes(model, losses, len(text)) for losses in records]
+    layers = [of_tokens(model, losses, len(text)) for losses in records]
     return TextSurprise(bits, torch.stack([each / each.nanmean() for each in layers]).mean(dim=0) if layers else None)
 
 
@@ -61,7 +60,7 @@ def recorded(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def of_bytes(model: nn.Module, losses: Tensor, count: int) -> Tensor:
+def of_tokens(model: nn.Module, losses: Tensor, count: int) -> Tensor:
     """(1 h writes) -> (count); without the tokens that the model has inserted"""
     per_write = losses[0].float().mean(dim=0).cpu()
     lengthened: Any = getattr(model, "lengthened", None)
