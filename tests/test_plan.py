@@ -71,8 +71,8 @@ def test_a_short_call_is_one_span_that_is_kept() -> None:
     assert not found.recomputes
     assert found.keeps_blocks
     assert found.explain() == (
-        f"16 chunks in {sum(b.num_chunks > 0 for b in found.spans[0])} blocks, 1 span(s), kept for the backward pass, "
-        "blocks kept for whoever looks at them"
+        f"16 chunk(s) in {sum(b.num_chunks > 0 for b in found.spans[0])} block(s), 1 span(s), "
+        "kept if a backward pass may come; weights kept for whoever looks at them"
     )
 
 
@@ -130,4 +130,4 @@ def test_another_kind_of_device_has_costs_of_its_own(monkeypatch: pytest.MonkeyP
 def test_a_memory_says_how_it_will_run_a_call() -> None:
     memory = NeuralMemory(8, chunk_size=4, batch_size=8)
     found = memory.plan(batch=2, num_tokens=40)
-    assert found.explain().startswith("10 chunks in 5 blocks, 1 span(s)")
+    assert found.explain().startswith("10 chunk(s) in 5 block(s), 1 span(s), ")

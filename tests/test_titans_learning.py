@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.learning.recall import MODELS, Task, accuracy, train
+from benchmarks.learning.recall import MODELS, accuracy, train
 from titans_pytorch import NeuralMemory
 from titans_pytorch.memory.convolution import projected
+from titans_pytorch.tasks import MQAR
 from titans_pytorch.titans import TitansConfig
 from titans_pytorch.titans.memory import make_memory
 
@@ -39,7 +40,7 @@ def test_memories_with_short_convolutions_or_none_begin_too(conv_size: int | Non
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recall_beyond_the_window_is_learned(variant: str) -> None:
-    task = Task(pairs=8, keys=64, tokens=96, gap=16)
+    task = MQAR(pairs=8, keys=64, tokens=96, gap=16)
     found = {}
     for memory in (True, False):
         torch.manual_seed(0)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
+import train_mac
+import train_titans
+from tests.training_runs import text
 from titans_pytorch import (
     MemoryAsContextTransformer,
     NeuralMemory,
@@ -20,6 +26,9 @@ from titans_pytorch import (
     TitansMAL,
     load_state,
 )
+from titans_pytorch.training import runs_command, start
+from titans_pytorch.training.checkpoints import last
+from titans_pytorch.training.models import MACModel, TitansModel
 from titans_pytorch.training.runs import Run
 
 FOLDER = Path(__file__).parent / "written_before"
@@ -61,3 +70,23 @@ def test_a_run(name: str, kind: type) -> None:
     model, checkpoint = Run(FOLDER / name).model("last")
     assert isinstance(model, kind)
     assert checkpoint.progress.step == 4
+
+
+@pytest.mark.parametrize(
+    "name, script, presets, kind",
+    [("run_titans", "titans", train_titans.PRESETS, TitansModel), ("run_mac", "mac", train_mac.PRESETS, MACModel)],
+    ids=["titans", "mac"],
+)
+def test_a_run_samples_and_goes_on(name: str, script: str, presets: Any, kind: Any, tmp_path: Path) -> None:
+    run = shutil.copytree(FOLDER / name, tmp_path / "run")
+    assert runs_command.main(["sample", str(run), "--prompt", "memory", "--length", "4"]) == 0
+
+    where = ["--data", str(text(tmp_path / "text.txt")), "--data-dir", str(tmp_path / "data"), "--folder", str(run)]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    more = ["--resume", "--steps", "6", "--device", "cpu", "--no-pictures"]
+    assert start(script, kind, presets, [*where, *more]) == 0
+    found = last(run / "checkpoints")
+    assert found is not None
+    assert found.progress.step == 6
+    model = Run(run).model("last")[0]
+    assert json.loads((run / "config.json").read_text())["model_class"] == type(model).__name__

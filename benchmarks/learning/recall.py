@@ -2,18 +2,19 @@
 
     python -m benchmarks.learning.recall --variant mac --memory on --pairs 8 --tokens 96 --steps 400 --out FILE
 
-A sequence is `pairs` times (key, value), a gap that no attention of the model reaches across, and the keys once more,
-at random places among blanks; at each the model has to name the value. Also evaluated at 4 and 16 times the trained
-length, with as many pairs. `--set name=value` changes a field of the config (`--set memory_refresh=8`).
+The task is `titans_pytorch.tasks.mqar`, with a gap that no attention of the model reaches across; also evaluated at 4
+and 16 times the trained length, with as many pairs. `--set name=value` changes a field of the config
+(`--set memory_refresh=8`).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,45 +22,13 @@ from torch.nn import functional as F
 
 from benchmarks import records
 from benchmarks.learning.loop import training
+from titans_pytorch.tasks import MQAR, Task
 from titans_pytorch.titans import TitansConfig, TitansLMM, TitansMAC, TitansMAG, TitansMAL
 
 MODELS = {model.variant: model for model in (TitansMAC, TitansMAG, TitansMAL, TitansLMM)}
-BLANK, NO_ANSWER = 0, -100
 LENGTHS = (1, 4, 16)
 ENOUGH = 0.999
 BATCHES = 8  # that accuracy is taken over; fewer of long sequences
-
-
-class Task(NamedTuple):
-    """Ids are 0 for a blank, then `keys` keys, then as many values."""
-
-    pairs: int
-    keys: int
-    tokens: int
-    gap: int  # blanks at least between the pairs and the first question
-
-    @property
-    def num_tokens(self) -> int:
-        return 1 + 2 * self.keys
-
-    def check(self) -> None:
-        needed = 3 * self.pairs + self.gap
-        if self.pairs > self.keys or self.tokens < needed:
-            raise ValueError(f"a task needs pairs <= keys and tokens >= {needed}, got {self}")
-
-    def draw(self, rows: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """-> ids (b n), answers (b n): the value where a key is asked for, NO_ANSWER elsewhere"""
-
-        def choose(count: int, among: int) -> Tensor:
-            return torch.rand(rows, among, generator=generator).argsort(dim=1)[:, :count]
-
-        keys, values = 1 + choose(self.pairs, self.keys), 1 + self.keys + choose(self.pairs, self.keys)
-        first = 2 * self.pairs + self.gap
-        places = first + choose(self.pairs, self.tokens - first)
-        ids = torch.full((rows, self.tokens), BLANK)
-        answers = torch.full((rows, self.tokens), NO_ANSWER)
-        ids[:, 0 : 2 * self.pairs : 2], ids[:, 1 : 2 * self.pairs : 2] = keys, values
-        return ids.scatter(1, places, keys), answers.scatter(1, places, values)
 
 
 def parsed() -> argparse.Namespace:
@@ -95,13 +64,12 @@ def accuracy(model: nn.Module, task: Task, generator: Generator, batches: int = 
     model.eval()
     right = asked = 0
     for _ in range(batches):
-        ids, answers = task.draw(rows, generator)
-        is_asked, state, guesses = answers != NO_ANSWER, None, []
-        for piece in ids.split(1024, dim=1):
+        questions, state, guesses = task.draw(rows, generator), None, []
+        for piece in questions.ids.split(1024, dim=1):
             logits, state = model(piece, state)
             guesses.append(logits.argmax(dim=-1))
-        right += int((torch.cat(guesses, dim=1) == answers)[is_asked].sum())
-        asked += int(is_asked.sum())
+        right += task.num_right(torch.cat(guesses, dim=1), questions)
+        asked += int(questions.is_asked.sum())
     model.train()
     return right / asked
 
@@ -111,10 +79,9 @@ def train(model: nn.Module, task: Task, args: argparse.Namespace) -> list[dict[s
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
 
     def loss_of(step: int) -> Tensor:
-        ids, answers = task.draw(args.rows, generator)
-        logits, _ = model(ids)
-        is_asked = answers != NO_ANSWER
-        return F.cross_entropy(logits[is_asked], answers[is_asked])
+        questions = task.draw(args.rows, generator)
+        logits, _ = model(questions.ids)
+        return F.cross_entropy(logits[questions.is_asked], questions.answers[questions.is_asked])
 
     def rate(step: int, seconds: float) -> float:
         return min((step + 1) / 20, 1.0) * min(1.0, max(0.1, 2 - 2 * step / args.steps))
@@ -135,20 +102,19 @@ def train(model: nn.Module, task: Task, args: argparse.Namespace) -> list[dict[s
 def main() -> None:
     args = parsed()
     config = config_of(args)
-    task = Task(args.pairs, args.keys, args.tokens, gap=args.layers * args.window)
-    task.check()
+    task = MQAR(args.pairs, args.keys, args.tokens, gap=args.layers * args.window)
     torch.manual_seed(args.seed)
     model = MODELS[args.variant](task.num_tokens, config)
     log = train(model, task, args)
     found = {}
     for factor in LENGTHS:
-        longer = task._replace(tokens=task.tokens * factor)
+        longer = replace(task, tokens=task.tokens * factor)
         generator, batches = torch.Generator().manual_seed(20_000 + args.seed), max(2, BATCHES // factor)
         found[str(longer.tokens)] = accuracy(model, longer, generator, batches)
     report = dict(
         variant=args.variant,
         memory=args.memory,
-        task=task._asdict(),
+        task=asdict(task),
         settings={name: value for name, value in vars(args).items() if name != "out"},
         parameters=sum(p.numel() for p in model.parameters()),
         accuracy=found,

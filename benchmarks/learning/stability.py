@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
+    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
     found = {}
     for name, options in SETTINGS.items():
         found[name] = [measure(options, seed) for seed in SEEDS]

@@ -50,10 +50,6 @@ class KeyValueCache(NamedTuple):
         """The keys and values without the position."""
         return KeyValues(self.keys, self.values)
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> KeyValueCache:
-        """Both tensors, whose first axis is the batch, after fn."""
-        return KeyValueCache(fn(self.keys), fn(self.values), self.num_seen)
-
 
 def joined(*parts: KeyValues | None) -> KeyValues:
     """Keys and values one part after another; None is nothing."""

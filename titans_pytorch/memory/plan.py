@@ -95,9 +95,9 @@ class CallPlan(NamedTuple):
         """What will be done, in a sentence."""
         num_blocks = sum(block.num_chunks > 0 for span in self.spans for block in span)
         return (
-            f"{self.num_chunks} chunks in {num_blocks} blocks, {len(self.spans)} span(s), "
-            f"{'recomputed in the backward pass' if self.recomputes else 'kept for the backward pass'}, "
-            f"blocks {'kept' if self.keeps_blocks else 'made again'} for whoever looks at them"
+            f"{self.num_chunks} chunk(s) in {num_blocks} block(s), {len(self.spans)} span(s), "
+            f"{'computed again in a backward pass' if self.recomputes else 'kept if a backward pass may come'}; "
+            f"weights {'kept' if self.keeps_blocks else 'made again'} for whoever looks at them"
         )
 
 

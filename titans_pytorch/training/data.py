@@ -53,7 +53,7 @@ class Corpus:
 
 
 def tokenized(corpus: Corpus, text: Text) -> Corpus:
-    """The same text in the tokens of a tokenizer."""
+    """Turn a text into the tokens of a tokenizer."""
     if isinstance(text, ByteText):
         return corpus
     train, valid = text.encode(bytes(corpus.train)), text.encode(bytes(corpus.valid))

@@ -1,0 +1,89 @@
+"""Text is bytes or a tokenizer's tokens: it comes back as it was, is trained on, sampled from, resumed and drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.training_runs import error, text, train
+from titans_pytorch.training import runs_command
+from titans_pytorch.training.runs import Run
+from titans_pytorch.training.text import ByteText, TokenizedText
+
+STORY = "Memory learns at test time — déjà vu.\nAnd forgets.\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer of some 300 tokens, trained in place."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = text(folder / "words.txt").read_text()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [words], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_bytes_come_back_as_they_were() -> None:
+    kind = ByteText()
+    ids = kind.encode(STORY.encode())
+    assert (kind.num_tokens, kind.unit, len(ids)) == (256, "byte", len(STORY.encode()))
+    decode = kind.decoder()
+    assert "".join(decode(token) for token in ids.tolist()) == STORY
+    assert kind.readable(ids) == STORY
+    assert b"".join(kind.pieces(ids)) == STORY.encode()
+
+
+def test_tokens_come_back_as_they_were(tokenizer: Path) -> None:
+    kind = TokenizedText(tokenizer)
+    ids = kind.encode(STORY.encode())
+    assert kind.num_tokens == Tokenizer.from_file(str(tokenizer)).get_vocab_size() > 256
+    assert ids.dtype == np.uint16
+    assert 0 < len(ids) < len(STORY.encode()), "words that were learned are one token"
+    decode = kind.decoder()
+    assert "".join(decode(token) for token in ids.tolist()) == STORY
+    assert kind.readable(ids) == STORY
+    assert b"".join(kind.pieces(ids)) == STORY.encode()
+
+
+def test_a_run_on_tokens(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bits are reported by the token and by the byte; the run keeps the tokenizer, and goes on without the file."""
+    data, run = text(tmp_path / "text.txt"), tmp_path / "run"
+    moved = tmp_path / "moved.json"
+    moved.write_bytes(tokenizer.read_bytes())
+    assert train(run, data, "--tokenizer", str(moved), "--steps", "4") == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    step = next(each for each in records if "bits_per_token" in each)
+    ratio = step["bits_per_token"] / step["bits_per_byte"]
+    said = float(capsys.readouterr().out.split(" bytes a token")[0].rsplit(" ", 1)[1])
+    assert ratio > 1.5
+    assert ratio == pytest.approx(said, rel=0.01)
+    assert Run(run).model()[0].num_tokens == TokenizedText(tokenizer).num_tokens
+
+    moved.unlink()
+    assert train(run, data, "--resume", "--steps", "6") == 0
+    assert runs_command.main(["sample", str(run), "--prompt", "memory learns", "--length", "8"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert runs_command.main(["plot", str(run)]) == 0
+
+
+@pytest.mark.parametrize(
+    "content, words", [(None, "which is not there"), ("{}", "must be a file of the package tokenizers")]
+)
+def test_what_is_no_tokenizer_is_refused(
+    content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    assert train(tmp_path / "run", text(tmp_path / "text.txt"), "--tokenizer", str(path)) == 2
+    assert words in error(capsys)
