@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.mutants import papers, recurrences, streams, surprises  # noqa: F401  (each registers its own)
-from tests.mutants.breaking import MUTANTS
+from tests.mutants.breaking import MUTANTS, Patch
 from tests.mutants.cases import CASES
+from tests.mutants.seams import SEAMS
 from tests.test_exactness import check
 from titans_pytorch import NeuralMemory
 
@@ -33,6 +36,14 @@ def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
     patch, cases = MUTANTS[name]
     patch(monkeypatch)
     assert not survived(cases), "a mutant lives"
+
+
+@pytest.mark.parametrize("patch, behaviour", SEAMS)
+def test_a_broken_seam_is_noticed(patch: Patch, behaviour: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    behaviour()
+    patch(monkeypatch)
+    with pytest.raises(AssertionError):
+        behaviour()
 
 
 @pytest.mark.parametrize("crash", [RuntimeError, ValueError, IndexError])
