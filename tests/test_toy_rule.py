@@ -73,8 +73,8 @@ def test_the_engine_is_chosen_as_for_any_rule() -> None:
 
 def test_a_rule_with_a_name_is_chosen_and_saved_by_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "RULES", dict(registry.RULES))
-    registry.register_rule("towards start", lambda options: TowardsStart())
-    memory = NeuralMemory(8, 4, rule="towards start")
+    registry.register_rule("towards-start", lambda options: TowardsStart())
+    memory = NeuralMemory(8, 4, rule="towards-start")
     memory.save_pretrained(tmp_path)
     seq = torch.randn(1, 21, 8)
     assert_close(NeuralMemory.from_pretrained(tmp_path)(seq)[0], memory(seq)[0])
