@@ -11,6 +11,7 @@ once more, whatever surrounds them, and fewer than what autograd makes of the mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ class ClosedMLP:
             inputs.append(F.gelu(before[-1]))
         out = product(self.matrices[-1], inputs[-1]).to(keys.dtype)
         gain = self.gain(writes.slow, lambda: base_vectors(base, writes, residual, NORM_GAIN))
-        prediction, normed = (out, out) if gain is None else self.with_residual(keys, out, gain)
+        normed, *moments = (out,) if gain is None else norm(out)
+        prediction = out if gain is None else normed * gain + keys
         loss, error = self.loss_and_error(prediction, writes.values)
         error = error * rates.any[..., None] if rates.is_shared else error
 
@@ -60,7 +62,7 @@ class ClosedMLP:
             if NORM_GAIN in base:
                 of_gain = error * normed if rates.is_shared else error * normed * rates[NORM_GAIN][..., None]
                 tensors[NORM_GAIN] = of_gain.sum(dim=2)
-            error = norm_gradient(error * gain, normed, out)
+            error = norm_gradient(error * gain, out, *moments)
         factors = {}
         for layer in reversed(range(len(self.matrices))):
             name = self.matrices[layer]
@@ -79,18 +81,13 @@ class ClosedMLP:
         for layer, name in enumerate(self.matrices):
             x = block.product(name, F.gelu(x) if layer > 0 else x, entries)
         gain = self.gain(slow, lambda: block.vector(NORM_GAIN, entries))
-        return x if gain is None else self.with_residual(queries, x, gain)[0]
+        return x if gain is None else norm(x)[0] * gain + queries
 
     def gain(self, slow: Weights, fast: Callable[[], Tensor]) -> Tensor | None:
         """The norm's gain, learned outside or part of the memory, for (r n c d); None without a norm."""
         if not self.has_norm:
             return None
         return (slow[NORM_GAIN][:, None, None] if NORM_GAIN in slow else fast()) + 1
-
-    def with_residual(self, x: Tensor, out: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        """x + gain * norm(out), and the norm."""
-        normed = F.layer_norm(out, out.shape[-1:], eps=EPS)
-        return normed * gain + x, normed
 
     def loss_and_error(self, prediction: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of every write (r n c), and its gradient with respect to the prediction (r n c d)."""
@@ -101,11 +98,13 @@ class ClosedMLP:
         return loss, difference * (2 / difference.shape[-1] if is_mean else 2.0)
 
 
-def norm_gradient(of_normed: Tensor, normed: Tensor, x: Tensor) -> Tensor:
-    """From the gradient with respect to norm(x) to that with respect to x.  (... d) each"""
-    if x.numel() == 0:  # of which torch would take no variance
-        return of_normed
-    scale = (x.var(dim=-1, correction=0, keepdim=True) + EPS).rsqrt()
-    centred = of_normed - of_normed.mean(dim=-1, keepdim=True)
-    along = (of_normed * normed).mean(dim=-1, keepdim=True)
-    return torch.addcmul(centred, normed, along, value=-1) * scale
+def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(x) over the last axis, with the mean and the inverse deviation that its gradient needs."""
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+
+
+def norm_gradient(of_normed: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """From the gradient with respect to norm(x) to that with respect to x, differentiable once more.  (... d) each"""
+    only_x = [True, False, False]
+    args = (of_normed, x, x.shape[-1:], mean, scale, None, None, only_x)
+    return cast(Tensor, torch.ops.aten.native_layer_norm_backward(*args)[0])
