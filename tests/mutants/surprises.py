@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.mutants.breaking import mutant, wrapped, writes_become
 from titans_pytorch.fast_weights import closed_form
@@ -122,21 +123,28 @@ def the_last_key_is_not_dropped(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("plain", "paper", "rich")
 def the_norms_gradient_does_not_know_of_the_mean(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, closed_form, "norm_gradient", lambda original, of_normed, normed, x: original(
-        of_normed, normed, x) + of_normed.mean(dim=-1, keepdim=True) * 0.1)  # fmt: skip
+    def change(original: Any, of_normed: Tensor, *args: Tensor) -> Tensor:
+        return original(of_normed, *args) + of_normed.mean(dim=-1, keepdim=True) * 0.1
+
+    wrapped(patcher, closed_form, "norm_gradient", change)
 
 
 @mutant("plain", "paper", "rich")
 def the_norms_gradient_does_not_know_of_the_length(patcher: pytest.MonkeyPatch) -> None:
     """What lies along the normed vector, which scaling would take away again, is left in."""
-    wrapped(patcher, closed_form, "norm_gradient", lambda original, of_normed, normed, x: original(
-        of_normed, normed * 0, x))  # fmt: skip
+
+    def change(original: Any, of_normed: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        return (of_normed - of_normed.mean(dim=-1, keepdim=True)) * scale
+
+    wrapped(patcher, closed_form, "norm_gradient", change)
 
 
 @mutant("plain", "paper")
 def errors_do_not_pass_the_gain(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, closed_form, "norm_gradient", lambda original, of_normed, normed, x: original(
-        of_normed * 1.1, normed, x))  # fmt: skip
+    def change(original: Any, of_normed: Tensor, *args: Tensor) -> Tensor:
+        return original(of_normed * 1.1, *args)
+
+    wrapped(patcher, closed_form, "norm_gradient", change)
 
 
 @mutant("plain", "paper, square", "rich")
