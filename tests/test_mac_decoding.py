@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.support.mac_configurations import NUM_TOKENS, build, choices, splits, window_of
+from tests.support.streams import in_pieces
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
@@ -53,12 +54,8 @@ def test_what_inference_mode_has_read_goes_on_outside_of_it(options: dict[str, A
 
 
 @torch.no_grad()
-def in_pieces(model: MemoryAsContextTransformer, ids: Tensor, split: tuple[int, ...]) -> Tensor:
-    cache, logits = None, []
-    for piece in ids.split(split, dim=1):
-        answer, cache = model(piece, cache=cache, return_cache=True)
-        logits.append(answer)
-    return torch.cat(logits, dim=1)
+def stream(model: MemoryAsContextTransformer, piece: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    return model(piece, cache=cache, return_cache=True)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -71,7 +68,7 @@ def test_every_prompt_length_then_token_by_token(chosen: dict[str, Any], batch: 
     for prompt in range(1, 3 * window + 1):
         split = (prompt, 1, 1) if prompt > 1 else (1,) * ids.shape[1]
         count = sum(split)
-        assert_close(in_pieces(model, ids[:, :count], split), whole[:, :count], **TOLERANCE)
+        assert_close(in_pieces(model, ids[:, :count], split, stream)[0], whole[:, :count], **TOLERANCE)
 
 
 @pytest.mark.parametrize("chosen", GRID, ids=str)
@@ -90,7 +87,7 @@ def check(data: st.DataObject) -> None:
     ids = random_ids(batch, data.draw(st.integers(1, 3 * window_of(chosen))), seed=1)
     with torch.no_grad():
         whole = model(ids)
-    assert_close(in_pieces(model, ids, data.draw(splits(ids.shape[1]))), whole, **TOLERANCE)
+    assert_close(in_pieces(model, ids, data.draw(splits(ids.shape[1])), stream)[0], whole, **TOLERANCE)
     cached, plain = (model.sample(ids, ids.shape[1] + 3, use_cache=used, **GREEDY) for used in (True, False))
     assert torch.equal(cached, plain)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.support.mac_configurations import splits
+from tests.support.streams import in_pieces
 from tests.support.titans_configurations import (
     CASES,
     DIM,
@@ -43,15 +44,6 @@ GREEDY = dict(temperature=0.0)
 
 def stream(model: Any, piece: Tensor, state: Any) -> tuple[Tensor, Any]:
     return model(piece, state)
-
-
-def in_pieces(model: Any, given: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, TitansState]:
-    state, outputs = None, []
-    for piece in given.split(lengths, dim=1):
-        output, state = model(piece, state)
-        outputs.append(output)
-    assert state is not None
-    return torch.cat(outputs, dim=1), state
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -27,7 +27,7 @@ from titans_pytorch.titans import TitansConfig, TitansLMM, TitansMAC, TitansMAG,
 
 MODELS = {model.variant: model for model in (TitansMAC, TitansMAG, TitansMAL, TitansLMM)}
 LENGTHS = (1, 4, 16)
-ENOUGH = 0.999
+TARGET_ACCURACY = 0.999
 BATCHES = 8  # that accuracy is taken over; fewer of long sequences
 
 
@@ -94,7 +94,7 @@ def train(model: nn.Module, task: Task, args: argparse.Namespace) -> list[dict[s
             found = dict(step=step.number, loss=step.loss, norm=step.norm, accuracy=right)
             log.append(found | dict(seconds=round(step.seconds, 1)))
             print(" ".join(f"{name} {value:.4g}" for name, value in log[-1].items()), flush=True)
-            if right >= ENOUGH or is_late:
+            if right >= TARGET_ACCURACY or is_late:
                 break
     return log
 

@@ -49,18 +49,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-OFTEN = {
+BY_DEFAULT = {
     "mac": ("plain", "chunk longer than window", "the paper's memory", "convolution longer than window"),
     "mag": ("one memory, odd window", "chunk of one token", "the paper's memory", "gate: product", "no memory"),
     "mal": ("plain", "gate: memory", "window of one token", "the paper's memory", "never refreshed"),
     "lmm": ("plain", "deep memory, no decay", "linear memory, no momentum", "no convolution, no norm", "no memory"),
 }
 CASES = [
-    pytest.param(variant, name, marks=() if name in OFTEN[variant] else pytest.mark.slow, id=f"{variant}, {name}")
+    pytest.param(variant, name, marks=() if name in BY_DEFAULT[variant] else pytest.mark.slow, id=f"{variant}, {name}")
     for variant in VARIANTS
     for name in OPTIONS
 ]
-"""All models with all options; those of OFTEN by default, the others in the long run"""
+"""All models with all options; those of BY_DEFAULT by default, the others in the long run"""
 
 
 def config_of(name: str, **changes: Any) -> TitansConfig:
