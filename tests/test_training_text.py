@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,47 @@ def test_tokens_come_back_as_they_were(tokenizer: Path) -> None:
     assert b"".join(kind.pieces(ids)) == STORY.encode()
 
 
+def rewritten(tokenizer: Path, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The tokenizer's file with something in it changed."""
+    content = json.loads(tokenizer.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+PADDING = dict(strategy={"Fixed": 64}, direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        dict(padding=PADDING | dict(pad_token="!")),
+        dict(truncation=dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0)),
+    ],
+    ids=["padding", "truncation"],
+)
+def test_what_a_file_says_of_batches_leaves_the_text_whole(
+    part: dict[str, Any], tokenizer: Path, tmp_path: Path
+) -> None:
+    """Many published files pad and cut sentences: a text to train on would be full of padding, or mostly gone."""
+    path = rewritten(tokenizer, tmp_path / "tokenizer.json", lambda content: content.update(part))
+    ids, plain = TokenizedText(path).encode(STORY.encode()), TokenizedText(tokenizer).encode(STORY.encode())
+    assert ids.tolist() == plain.tolist()
+
+
+def test_ids_with_gaps_have_a_place_in_the_vocabulary(tokenizer: Path, tmp_path: Path) -> None:
+    last = TokenizedText(tokenizer).encode(b"Memory").tolist()[-1]
+
+    def move(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        (name,) = (name for name, token in vocabulary.items() if token == last)
+        vocabulary[name] = 70_000
+
+    kind = TokenizedText(rewritten(tokenizer, tmp_path / "tokenizer.json", move))
+    assert kind.num_tokens == 70_001
+    assert int(kind.encode(b"Memory").max()) == 70_000
+
+
 def test_a_run_on_tokens(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bits are reported by the token and by the byte; the run keeps the tokenizer, and goes on without the file."""
     data, run = text(tmp_path / "text.txt"), tmp_path / "run"
@@ -66,6 +109,8 @@ def test_a_run_on_tokens(tokenizer: Path, tmp_path: Path, capsys: pytest.Capture
     ratio = step["bits_per_token"] / step["bits_per_byte"]
     said = float(capsys.readouterr().out.split(" bytes a token")[0].rsplit(" ", 1)[1])
     assert ratio > 1.5
+    valid = next(each for each in records if "valid_bits_per_byte" in each)
+    assert valid["valid_bits_per_token"] > 1.5 * valid["valid_bits_per_byte"]
     assert ratio == pytest.approx(said, rel=0.01)
     assert Run(run).model()[0].num_tokens == TokenizedText(tokenizer).num_tokens
 

@@ -224,8 +224,11 @@ class Trainer:
             is_new_best = self.progress.best is None or bits < self.progress.best
             best = bits if self.progress.best is None else min(bits, self.progress.best)
             self.progress = replace(self.progress, bits=bits, best=best)
-            stretches = [round(float(each.mean()), 4) for each in by_position.tensor_split(NUM_BINS) if len(each)]
-            self.log(dict(step=step, valid_bits_per_byte=bits, by_position=stretches, seconds=self.progress.seconds))
+            bins = [round(float(each.mean()), 4) for each in by_position.tensor_split(NUM_BINS) if len(each)]
+            record = dict(step=step, valid_bits_per_byte=bits, by_position=bins, seconds=self.progress.seconds)
+            if (unit := self.text.unit) != "byte":
+                record[f"valid_bits_per_{unit}"] = bits * self.corpus.valid_bytes_per_token
+            self.log(record)
             self.say(f"step {step}: {bits:.4f} bits per byte on validation text")
         if is_over or is_due(step, settings.sample_every):
             self.sample()

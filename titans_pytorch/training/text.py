@@ -79,8 +79,10 @@ class TokenizedText:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more special
             raise SettingsError(f"--tokenizer must be a file of the package tokenizers, got {path}: {error}") from None
+        self.tokenizer.no_padding()  # what a file says of batches of sentences is not meant for a text
+        self.tokenizer.no_truncation()
         self.new_stream = tokenizers.decoders.DecodeStream
-        self.num_tokens: int = self.tokenizer.get_vocab_size()
+        self.num_tokens: int = 1 + max(self.tokenizer.get_vocab().values(), default=-1)  # ids may have gaps
 
     def encode(self, text: bytes) -> Ids:
         """Tokens of a text, line by line, so that a long one needs little memory."""
