@@ -75,7 +75,7 @@ def test_both_forms_of_the_products_are_one_function() -> None:
 
 def test_a_worker_measures_time_memory_and_products() -> None:
     case = Case("small", dict(dim=8, chunk_size=4), tokens=16)
-    with Worker(Side(sys.executable, is_checkout=True), "cpu") as worker:
+    with Worker(Side(sys.executable, CHECKOUT), "cpu") as worker:
         worker.build(case, "float32")
         assert worker.ask("peak", mode="training")["peak_bytes"] >= 0
         assert worker.ask("time", mode="forward")["finite"]

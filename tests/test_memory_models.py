@@ -366,3 +366,17 @@ def test_dropout_that_is_switched_off_is_fine() -> None:
     for mode in (True, False):  # training the network around it does not switch the memory's dropout on
         memory.train(mode)
         assert torch.equal(memory(seq)[0], memory(seq)[0])
+
+
+@torch.no_grad()
+def test_a_matrix_that_two_layers_share_learns_from_both() -> None:
+    """As it does where nothing is known of the model; the gradient that is written out is for matrices of their own."""
+    torch.manual_seed(0)
+    shared = MemoryMLP(6, depth=2, expansion_factor=1.0)
+    shared.weights[1] = shared.weights[0]
+    answers = []
+    for engine in ("factored", "general"):
+        torch.manual_seed(1)
+        memory = NeuralMemory(6, chunk_size=4, batch_size=8, model=shared, engine=engine).double()  # type: ignore[arg-type]
+        answers.append(memory(torch.randn(2, 21, 6, dtype=torch.float64))[0])
+    assert_close(*answers, rtol=1e-9, atol=1e-10)

@@ -121,6 +121,32 @@ def test_a_run_on_tokens(tokenizer: Path, tmp_path: Path, capsys: pytest.Capture
     assert runs_command.main(["plot", str(run)]) == 0
 
 
+def test_a_run_without_its_tokenizer_is_not_taken_for_one_of_bytes(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = text(tmp_path / "text.txt"), tmp_path / "run"
+    assert train(run, data, "--tokenizer", str(tokenizer), "--steps", "1") == 0
+    (run / "tokenizer.json").unlink()
+    capsys.readouterr()
+    assert train(run, data, "--resume", "--steps", "2") == 2
+    assert "must hold the tokenizer.json that the run was started with" in error(capsys)
+    assert runs_command.main(["sample", str(run), "--prompt", "memory"]) == 2
+    assert "must hold the tokenizer.json" in error(capsys)
+
+
+def test_a_run_that_can_be_resumed_has_its_tokenizer(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is killed while the settings are written has written the tokenizer before."""
+
+    def killed(self: Run, config: object) -> None:
+        assert (self.folder / "tokenizer.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save_config", killed)
+    assert train(tmp_path / "run", text(tmp_path / "text.txt"), "--tokenizer", str(tokenizer)) == 130
+
+
 @pytest.mark.parametrize(
     "content, words", [(None, "which is not there"), ("{}", "must be a file of the package tokenizers")]
 )

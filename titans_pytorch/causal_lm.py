@@ -18,10 +18,16 @@ PREFILL_TOKENS = 4096
 """Tokens of a prompt that are read at once: enough to keep a device busy, and no more memory than a training step"""
 
 
-def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of each token but the first, in at least float32.  logits: (b n-1 v), ids: (b n)"""
+def next_token_loss(logits: Tensor, ids: Tensor, per_token: bool = False) -> Tensor:
+    """Cross-entropy of each token but the first, in at least float32: the mean of all, or (b n-1).
+
+    logits: (b n-1 v), ids: (b n)
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().long())
+    targets = ids[:, 1:].long()
+    if not per_token:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 class CausalLM(nn.Module, Generic[State]):

@@ -18,6 +18,9 @@ from titans_pytorch.pretrained import Described
 NORM_GAIN = "norm.gamma"
 """Name of the gain of `ResidualNorm`"""
 
+NORM_EPS = 1e-5
+"""What layer norms add to a variance"""
+
 
 def fresh_weight(dim_in: int, dim_out: int) -> nn.Parameter:
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)))
@@ -38,7 +41,7 @@ class LayerNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:]) * (self.gamma + 1)
+        return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (self.gamma + 1)
 
 
 class ResidualNorm(Described, nn.Module):

@@ -25,10 +25,10 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Side:
-    """A library in some environment; `extra` are arguments of NeuralMemory that only this side gets."""
+    """A library in some environment, or that of a checkout; `extra` are arguments of NeuralMemory of this side only."""
 
     python: str
-    is_checkout: bool
+    checkout: Path | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,7 +46,7 @@ class Worker:
 
     def __init__(self, side: Side, device: str) -> None:
         command = [side.python, "-I", str(WORKER), "--device", device]
-        command += ["--checkout", str(CHECKOUT)] if side.is_checkout else []
+        command += ["--checkout", str(side.checkout)] if side.checkout else []
         self.side = side
         self.broken = ""  # why the module could not be built, the answer to everything after
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -93,8 +93,8 @@ def check_side(side: Side, device: str) -> Answer:
         except WorkerError as error:
             raise SystemExit(f"{side.python} cannot run titans_pytorch on {device}: {error}") from error
     file = Path(facts.pop("file")).resolve()
-    if file.is_relative_to(CHECKOUT) != side.is_checkout:
-        wanted = "that of this checkout" if side.is_checkout else "one of its own"
+    if not file.is_relative_to(side.checkout) if side.checkout else file.is_relative_to(CHECKOUT):
+        wanted = f"that of {side.checkout}" if side.checkout else "one of its own"
         raise SystemExit(f"{side.python} imports titans_pytorch from {file}, but must import {wanted}")
     return facts
 

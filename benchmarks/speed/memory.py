@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, describe_machine
+from benchmarks.machine import CHECKOUT, RESULTS, describe_machine
 from benchmarks.speed.flops import chunk_matrices, memory_matrices, useful_flops
 from benchmarks.speed.measure import Effort, Side, Worker, WorkerError, alternate, check_side, peak
 from benchmarks.speed.workloads import DECODING, GROUPS, NAMES, Case, Decoding
@@ -33,7 +33,7 @@ Sides = dict[str, Side]
 
 def measure_case(case: Case, sides: Sides, *, device: str, dtype: str, effort: Effort) -> Iterator[Record]:
     """One record per mode, with the seconds and bytes of both sides."""
-    present = {name: side for name, side in sides.items() if case.peer or side.is_checkout}
+    present = {name: side for name, side in sides.items() if case.peer or side.checkout}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(side, device)) for name, side in present.items()}
         failures = prepare(workers, case, dtype)
@@ -84,7 +84,7 @@ def measure_decoding(decoding: Decoding, sides: Sides, *, device: str) -> Iterat
         for position in decoding.positions:
             record: Record = {"position": position, "memory": decoding.memory}
             for name, worker in workers.items():
-                if position > decoding.peer_up_to and not worker.side.is_checkout:
+                if position > decoding.peer_up_to and not worker.side.checkout:
                     continue
                 try:
                     record[name] = worker.ask(
@@ -142,10 +142,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    sides = {"ours": Side(sys.executable, is_checkout=True)}
+    sides = {"ours": Side(sys.executable, CHECKOUT)}
     if arguments.peer:
         extra = {"use_accelerated_scan": True} if arguments.device == "cuda" else {}
-        sides["peer"] = Side(arguments.peer, is_checkout=False, extra=extra)
+        sides["peer"] = Side(arguments.peer, extra=extra)
     facts = {name: check_side(side, arguments.device) for name, side in sides.items()}
     results: Record = {"device": arguments.device, "machine": describe_machine(), "sides": facts, "groups": {}}
     is_whole = not (arguments.quick or arguments.only)

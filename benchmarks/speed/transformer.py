@@ -73,9 +73,11 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(python: str, measurement: str, workload: dict[str, Any], repeats: int, checkout: bool) -> dict[str, Any]:
+def measure(
+    python: str, measurement: str, workload: dict[str, Any], repeats: int, checkout: Path | None
+) -> dict[str, Any]:
     command = [python, "-I", str(WORKER), measurement, json.dumps(workload), "--repeats", str(repeats)]
-    command += ["--checkout", str(CHECKOUT)] if checkout else []
+    command += ["--checkout", str(checkout)] if checkout else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1][:200]}
@@ -86,10 +88,10 @@ def compare(name: str, peer: str | None) -> dict[str, Any]:
     """All measurements of one workload."""
     workload, found = WORKLOADS[name], {}
     for measurement in ("training", "sampling"):
-        found[measurement] = measure(sys.executable, measurement, workload, 3, True)
+        found[measurement] = measure(sys.executable, measurement, workload, 3, CHECKOUT)
         if peer is not None:
-            found[f"peer {measurement}"] = measure(peer, measurement, workload, 1, False)
-    found["decoding"] = measure(sys.executable, "decoding", workload, 1, True)
+            found[f"peer {measurement}"] = measure(peer, measurement, workload, 1, None)
+    found["decoding"] = measure(sys.executable, "decoding", workload, 1, CHECKOUT)
     return found
 
 

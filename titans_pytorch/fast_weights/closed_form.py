@@ -4,8 +4,8 @@ For M(k) = k + g norm(gelu(k W_1) W_2), or any number of layers, with or without
 
     E = slope * (M(k) - v),   D_last = norm'(g E),   D_{l-1} = (D_l W_l^T) gelu'(z_{l-1}),   dg = sum_t E_t norm_t
 
-and a chunk's surprise of W_l is made of that layer's inputs and D_l. All of it are plain operations: differentiable
-once more, whatever surrounds them, and fewer than what autograd makes of the model's own forward (`taps`).
+and a chunk's surprise of W_l is made of that layer's inputs and D_l. All of these can be differentiated once more,
+whatever surrounds them, and they are fewer than what autograd makes of the model's own forward (`taps`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residu
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.taps import base_product, base_vectors
 from titans_pytorch.losses import mean_squared_error, summed_squared_error
-from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
-
-EPS = 1e-5
+from titans_pytorch.memory_models import NORM_EPS, NORM_GAIN, MemoryMLP, ResidualNorm
 
 
 def has_closed_form(model: nn.Module, loss_fn: LossFn) -> bool:
-    """Whether a memory model and its loss are of the kind that this file knows."""
+    """Whether this file knows a memory model, every layer of which has a matrix of its own, and its loss."""
     inner = model.model if type(model) is ResidualNorm else model
-    return type(inner) is MemoryMLP and loss_fn in (mean_squared_error, summed_squared_error)
+    is_plain = type(inner) is MemoryMLP and len(list(inner.parameters())) == len(inner.weights)
+    return is_plain and loss_fn in (mean_squared_error, summed_squared_error)
 
 
 class ClosedMLP:
@@ -100,7 +99,7 @@ class ClosedMLP:
 
 def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """norm(x) over the last axis, with the mean and the inverse deviation that its gradient needs."""
-    return torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
 
 
 def norm_gradient(of_normed: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class SpanReader:
         queries, self.tail = layers.queries(self.normed, tail)
         self.queries, self.slow = queries.to(dtype), layers.slow_weights(len(tokens), dtype)
         self.reads: list[Tensor] = []
+        self.num_read = 0
         self.last_block: tuple[Block, int] | None = None
 
     def read_older(self, first_group: int) -> None:
@@ -52,7 +53,7 @@ class SpanReader:
         """All groups that read a block's weights."""
         if plan.num_groups == 0:
             return
-        chunk, num_read = self.layout.retrieve_chunk, sum(reads.shape[1] for reads in self.reads)
+        chunk, num_read = self.layout.retrieve_chunk, self.num_read
         first = self.first_token + num_read
         stop = min(plan.last_group * chunk - self.first_token, self.queries.shape[1])
         queries, entries = self.queries[:, num_read:stop], self.entries(plan)
@@ -63,6 +64,7 @@ class SpanReader:
             front = 0 if plan.num_groups == 1 else front  # a group by itself need not be filled
             reads = self.engine.read(block, self.in_groups(queries, front, plan.num_groups), entries, self.slow)
         self.reads.append(reads.flatten(1, 2).narrow(1, front, queries.shape[1]))
+        self.num_read += queries.shape[1]
         self.last_block = (block, plan.first_chunk)
 
     def read_mixing(self, block: Block, grouped: Tensor, entries: Entries) -> Tensor:

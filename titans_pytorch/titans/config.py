@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from titans_pytorch.checks import value_checks
+from titans_pytorch.memory.paper import DECAY_BIAS, MAX_STEP
 from titans_pytorch.public_names import register_named
 
 Variant = Literal["mac", "mag", "mal", "lmm"]
@@ -37,7 +38,8 @@ class TitansConfig:
         config = TitansConfig(dim=256, depth=4, window=64)
         ablated = replace(config, momentum=False)
 
-    dim, depth: features of a token, blocks
+    dim: features of a token
+    depth: blocks
     heads: of attention, `dim / heads` wide
     window: tokens that attention sees, the query included: the segment of MAC, the sliding window of MAG and MAL
     num_persistent: learned tokens in front of the sequence (eq. 19), in every block its own
@@ -48,13 +50,16 @@ class TitansConfig:
     memory: False leaves the memory out, for comparison
     memory_layers: numbers, from 1, of the blocks with a memory; None: all. The others keep attention and feed-forward
     memory_heads: memories per block, `dim / memory_heads` wide each; None: as many as attention has
-    memory_depth, memory_expansion: layers of the memory's MLP (1: linear), width of its hidden layers over its own
+    memory_depth: layers of the memory's MLP (1: linear)
+    memory_expansion: width of its hidden layers over its own
     memory_chunk: tokens that share one step; every token reads the memory after the last complete chunk
     memory_refresh: tokens after which gradients are taken at the current memory; None: always at the initial one
     conv_size: tokens that convolutions of queries, keys and values see; None: no convolution
     qk_l2norm: queries and keys have length 1
-    momentum, decay: past surprise (eq. 10) and forgetting (eq. 13)
-    max_step, decay_bias: the largest step size; what the logit of forgetting starts with
+    momentum: past surprise (eq. 10)
+    decay: forgetting (eq. 13)
+    max_step: the largest step size
+    decay_bias: what the logit of forgetting starts with
     memory_options: further arguments of `NeuralMemory`, which win over the family's: SiLU, gated_output and
         learned_norm_gain are on
     """
@@ -77,8 +82,8 @@ class TitansConfig:
     qk_l2norm: bool = True
     momentum: bool = True
     decay: bool = True
-    max_step: float = 0.3
-    decay_bias: float = -4.0
+    max_step: float = MAX_STEP
+    decay_bias: float = DECAY_BIAS
     memory_options: Mapping[str, Any] = field(default_factory=dict)
     memory_layers: tuple[int, ...] | None = None
 

@@ -18,8 +18,7 @@ from titans_pytorch.titans.config import Variant
 from titans_pytorch.titans.language_model import TitansLanguageModel
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.settings import setting
-
-NUM_BYTES = 256
+from titans_pytorch.training.text import ByteText
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ class MACModel:
     views: bool = setting(True, "memories read a mix of all that earlier layers saw")
     gates_attention: bool = setting(False, "what is read gates attention instead of joining the streams")
 
-    def build(self, num_tokens: int = NUM_BYTES) -> MemoryAsContextTransformer:
+    def build(self, num_tokens: int = ByteText.num_tokens) -> MemoryAsContextTransformer:
         if self.memory:
             return self.with_layers(self.memory_layers, None, num_tokens)
         return self.with_layers((), self.matched_ff_hidden(num_tokens), num_tokens)
 
-    def matched_ff_hidden(self, num_tokens: int = NUM_BYTES) -> int:
+    def matched_ff_hidden(self, num_tokens: int = ByteText.num_tokens) -> int:
         """The width of feed-forward networks at which a model without memory has as many parameters as one with it."""
         with torch.device("meta"):  # only counted
             wanted = size(self.with_layers(self.memory_layers, None, num_tokens))
@@ -151,7 +150,7 @@ class TitansModel(TitansConfig):
             settings[name] = settings.get(name) or None  # 0 was none
         return settings | {"memory": settings.get("memory") in (True, "on")}
 
-    def build(self, num_tokens: int = NUM_BYTES) -> TitansLanguageModel:
+    def build(self, num_tokens: int = ByteText.num_tokens) -> TitansLanguageModel:
         config = {each.name: getattr(self, each.name) for each in fields(TitansConfig)}
         return MODELS[self.variant](num_tokens, TitansConfig(**config))
 
@@ -168,7 +167,7 @@ class AttentionModel:
     mlp_hiddens: tuple[int, ...] = setting((64, 128, 64), "widths of the implicit MLP")
     ff_mult: float = setting(4.0, "width of feed-forward networks")
 
-    def build(self, num_tokens: int = NUM_BYTES) -> AttentionTransformer:
+    def build(self, num_tokens: int = ByteText.num_tokens) -> AttentionTransformer:
         return AttentionTransformer(
             num_tokens=num_tokens,
             dim=self.dim,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from titans_pytorch.causal_lm import CausalLM, next_token_loss
 
@@ -24,7 +23,4 @@ class NextTokenLoss(nn.Module):
         """ids: (b n) -> the mean loss of all tokens but the first, or that of each (b n-1), in nats"""
         answer = self.model(ids[:, :-1])
         logits = answer if isinstance(answer, Tensor) else answer[0]
-        if not per_token:
-            return next_token_loss(logits, ids)
-        targets = ids[:, 1:]
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return next_token_loss(logits, ids, per_token)

@@ -45,7 +45,10 @@ class Run:
 
     def text_kind(self) -> Text:
         """How the run's model sees text."""
-        return text_of(self.folder / TOKENIZER if (self.folder / TOKENIZER).exists() else None)
+        path, has_one = self.folder / TOKENIZER, self.config()["training"].get("tokenizer") is not None
+        if has_one and not path.exists():
+            raise SettingsError(f"{self.folder} must hold the {TOKENIZER} that the run was started with, got none")
+        return text_of(path if has_one else None)
 
     def save_text(self, text: bytes) -> None:
         """What pictures show the surprise in."""

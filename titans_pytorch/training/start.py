@@ -70,8 +70,8 @@ def train_with(plan: Plan, accelerate: Any) -> int:
     trainer = Trainer(training, lambda: built(plan.model, text), corpus, text, run, accelerate, resumed)
     if accelerate.is_main_process:
         run.rewind(resumed.progress.lengths if resumed else {})
+        run.save_tokenizer(training.tokenizer)  # before the settings, with which the run can be resumed
         run.save_config(config(plan, trainer.model_class, trainer.num_parameters))
-        run.save_tokenizer(training.tokenizer)
         run.save_text(b"".join(text.pieces(corpus.valid[: training.sequence])))
     if training.trackers:
         accelerate.project_configuration.set_directories(str(run.folder))

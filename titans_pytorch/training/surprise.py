@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.causal_lm import CausalLM, next_token_loss
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.sampling import evaluating
+from titans_pytorch.training.evaluation import BITS
 from titans_pytorch.training.text import Ids
 
 
@@ -29,8 +30,7 @@ def text_surprise(model: CausalLM[Any], text: Ids) -> TextSurprise:
     ids = torch.tensor([text.tolist()], device=next(model.parameters()).device)
     with evaluating(model), recorded(model) as records:
         logits, _ = model.logits_and_state(ids)
-    losses = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none") / torch.log(torch.tensor(2.0))
-    bits = F.pad(losses.cpu(), (1, 0), value=torch.nan)
+    bits = F.pad(next_token_loss(logits[:, :-1], ids, per_token=True)[0].cpu() * BITS, (1, 0), value=torch.nan)
     layers = [of_tokens(model, losses, len(text)) for losses in records]
     return TextSurprise(bits, torch.stack([each / each.nanmean() for each in layers]).mean(dim=0) if layers else None)
 

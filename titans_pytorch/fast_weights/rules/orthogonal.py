@@ -59,10 +59,11 @@ def polynomial(gram: Tensor) -> Tensor:
     """The product of all iterations' polynomials of the Gram matrix.  (... i i) -> (... i i)"""
     a, b, c = COEFFICIENTS
     shape, gram = gram.shape, gram.flatten(0, -3)
+    scaled_identity = a * torch.eye(shape[-1], dtype=gram.dtype, device=gram.device)
     total = None
     for iteration in range(NUM_ITERATIONS):
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        step = step + a * torch.eye(shape[-1], dtype=step.dtype, device=step.device)
+        step = step + scaled_identity.to(step.dtype)
         total = step if total is None else step @ total
         if iteration + 1 < NUM_ITERATIONS:
             gram = gram @ step @ step
