@@ -65,14 +65,15 @@ def common(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def architecture(name: str) -> dict[str, Any]:
     import train_mac
-    from titans_pytorch.training.models import NUM_BYTES, MACModel
+    from titans_pytorch.training.models import MACModel
     from titans_pytorch.training.plan import merged
+    from titans_pytorch.training.text import ByteText
 
     settings = merged(MACModel(), train_mac.PRESETS["cpu"])
     memory = {"neural_memory_kwargs": settings.memory_arguments()["neural_memory_kwargs"]}
-    around = settings.arguments(settings.memory_layers, NUM_BYTES)
+    around = settings.arguments(settings.memory_layers, ByteText.num_tokens)
     if name == "ours without memory":
-        around = settings.arguments((), NUM_BYTES) | {"ff_hidden": settings.matched_ff_hidden()}
+        around = settings.arguments((), ByteText.num_tokens) | {"ff_hidden": settings.matched_ff_hidden()}
     return {
         "kwargs": around | memory,
         "memory_model": dict(dim=settings.memory_dim_head, depth=settings.memory_depth),
