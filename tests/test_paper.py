@@ -20,8 +20,8 @@ from tests.support.streams import disturbed, in_pieces, randn
 from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory, load_state, save_state
 from titans_pytorch.auditing.audit import audit, stream_with_state
 from titans_pytorch.memory.convolution import CausalConvolution
-from titans_pytorch.memory.plan import COSTS, Costs
-from titans_pytorch.memory.projections import L2Norm
+from titans_pytorch.memory.costs import COSTS, Costs
+from titans_pytorch.memory.head_norms import L2Norm
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
 ALL = dict(

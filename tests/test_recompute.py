@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from titans_pytorch import NeuralMemory
 from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
 from titans_pytorch.memory import streaming
-from titans_pytorch.memory.plan import COSTS, Costs
+from titans_pytorch.memory.costs import COSTS, Costs
 
 OPTIONS: list[dict[str, Any]] = [
     {},

@@ -33,6 +33,8 @@ RICH = PLAIN | {
     "max_weight_growth": 1.02,
 }
 
+LOOP = PLAIN | {"batch_size": 4, "summed_loss": False}
+
 PAPER = PLAIN | {
     "dim": 6,
     "heads": 2,
@@ -81,5 +83,10 @@ CASES = {
     ),
     "paper, general": case(PAPER, engine="general"),
     "paper, mixing tokens": case(PAPER | {"model": "attention", "learned_norm_gain": False}),
+    "loop": case(LOOP | {"batch_size": 2}, split=(3, 8, 5)),
+    "loop of two": case(LOOP, split=(5, 12)),
+    "loop of shares": case(LOOP | {"batch_size": 8, "momentum_order": 2}, split=(17, 8)),
+    "loop cut in a batch": case(LOOP, split=(2, 4, 5)),
+    "grown loop": case(LOOP | {"max_weight_growth": 1.02, "default_step_transform_max_lr": 2.0}, split=(17,)),
     "gates of parameters": case(PAPER | {"channelwise_decay": False, "momentum_order": 2}),
 }

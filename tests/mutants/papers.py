@@ -23,7 +23,7 @@ from titans_pytorch.fast_weights import scale
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.interface import PerParameter
 from titans_pytorch.fast_weights.rules.gates import Gates
-from titans_pytorch.memory import convolution, options, projections, streaming
+from titans_pytorch.memory import convolution, head_norms, options, streaming
 from titans_pytorch.memory.projections import Projections
 
 
@@ -107,12 +107,12 @@ def the_activation_comes_before_the_convolution(patcher: pytest.MonkeyPatch) -> 
 
 @mutant(*PAPER_CASES)
 def queries_and_keys_are_not_of_length_1(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(projections.L2Norm, "forward", lambda self, x: x)
+    patcher.setattr(head_norms.L2Norm, "forward", lambda self, x: x)
 
 
 @mutant(*PAPER_CASES)
 def lengths_are_means(patcher: pytest.MonkeyPatch) -> None:
-    patcher.setattr(projections.L2Norm, "forward", lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:]))
+    patcher.setattr(head_norms.L2Norm, "forward", lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:]))
 
 
 @mutant(*PAPER_CASES)

@@ -12,8 +12,9 @@ from tests.mutants.breaking import mutant, with_gate, wrapped
 from titans_pytorch.fast_weights import renewal
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.rules import orthogonal
-from titans_pytorch.memory import core, plan
-from titans_pytorch.memory.projections import MultiheadRMSNorm, Projections
+from titans_pytorch.memory import plan
+from titans_pytorch.memory.head_norms import MultiheadRMSNorm
+from titans_pytorch.memory.projections import Projections
 from titans_pytorch.memory.reading import SpanReader
 from titans_pytorch.neural_memory import NeuralMemory
 
@@ -63,13 +64,15 @@ def masked_tokens_are_attended(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("plain", "rich")
 def the_base_is_never_renewed(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, NeuralMemory, "renewal", lambda original, self, batch: lambda carry: carry)
+    wrapped(patcher, plan, "batches", lambda original, layout, *args: original(layout._replace(batch=None), *args))
 
 
 @mutant("rich")
 def the_transition_is_not_gated(patcher: pytest.MonkeyPatch) -> None:
-    for module in (core, renewal):
-        wrapped(patcher, module, "renewed", lambda original, carry, gate, *args: original(carry, None, *args))
+    def change(original: Any, self: renewal.Renewal, carry: Any) -> Any:
+        return original(self._replace(gate=None), carry)
+
+    wrapped(patcher, renewal.Renewal, "__call__", change)
 
 
 @mutant("grown")

@@ -91,10 +91,16 @@ class ClosedMLP:
     def loss_and_error(self, prediction: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of every write (r n c), and its gradient with respect to the prediction (r n c d)."""
         difference = prediction - values
-        is_mean = self.loss_fn is mean_squared_error
+        return self.loss_of(difference), difference * self.slope(difference.shape[-1])
+
+    def loss_of(self, difference: Tensor) -> Tensor:
+        """(... d) -> (...)"""
         square = difference.square()
-        loss = square.mean(dim=-1) if is_mean else square.sum(dim=-1)
-        return loss, difference * (2 / difference.shape[-1] if is_mean else 2.0)
+        return square.mean(dim=-1) if self.loss_fn is mean_squared_error else square.sum(dim=-1)
+
+    def slope(self, width: int) -> float:
+        """What the gradient of the loss is, per difference."""
+        return 2 / width if self.loss_fn is mean_squared_error else 2.0
 
 
 def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

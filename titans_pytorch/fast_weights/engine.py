@@ -7,6 +7,7 @@ general    each chunk's gradient and weights are built      (any other model)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -14,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from titans_pytorch.fast_weights.blocks.at_once import blocks_at_once
 from titans_pytorch.fast_weights.blocks.channels import ChannelBlock
 from titans_pytorch.fast_weights.blocks.dense import Evolve, build, by_products
 from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
@@ -31,6 +33,8 @@ from titans_pytorch.fast_weights.interface import (
     Weights,
     Writes,
 )
+from titans_pytorch.fast_weights.loop.storing import SeriesStore, can_loop
+from titans_pytorch.fast_weights.loop.tables import Series
 from titans_pytorch.fast_weights.opaque import OpaqueModel
 from titans_pytorch.fast_weights.precision import full_precision
 from titans_pytorch.fast_weights.probe import ModelTraits
@@ -77,6 +81,35 @@ class Engine:
         with full_precision(loss):
             return self.block(carry, surprises, writes, shares), loss
 
+    @property
+    def has_loop(self) -> bool:
+        """Whether many blocks can be stored by one loop, see `store_series`."""
+        is_known = isinstance(self.model, ClosedMLP) and self.name == "factored" and self.max_grad_norm is None
+        return is_known and can_loop(self.rule)
+
+    def store_series(
+        self, carry: Carry, writes: Writes, series: Series, limit: Tensor | None, longest: int
+    ) -> Iterator[tuple[Block, Tensor]]:
+        """Many equal blocks, and where their base is renewed, by loops of at most so many renewals.
+
+        limit: (r), the largest norm of a base  -> blocks that hold many each, the loss of every write (r n c)
+        """
+        if not isinstance(self.model, ClosedMLP):
+            raise TypeError(f"only MLPs are stored in a loop, got {type(self.model).__name__}")
+        with full_precision(writes.keys):
+            store = SeriesStore(self.model, self.rule, carry, writes, series, limit)
+        return store.pieces(carry, longest)
+
+    def store_at_once(
+        self, carry: Carry, writes: Writes, residual: Residual | None, num_blocks: int
+    ) -> tuple[Block, Tensor]:
+        """Equal blocks that are all surprised at the base, in as many operations as one.  -> as `store`"""
+        gradients, loss = self.gradients(carry.base, writes, residual)
+        surprises = surprises_of(gradients, writes, self.max_grad_norm)
+        with full_precision(loss):
+            shares = writes.gates.map(lambda gates: self.shares(gates.blocks(num_blocks)))
+            return blocks_at_once(carry, surprises, shares, num_blocks, self.rule.num_momenta), loss
+
     def block(self, carry: Carry, surprises: Surprises, writes: Writes, shares: BlockShares) -> Block:
         """The weights over the chunks of a block."""
         if self.name != "factored":
@@ -91,17 +124,20 @@ class Engine:
         return self.rule.coefficients(gates).shares()
 
     def shares_of_blocks(self, gates: PerParameter[Gates], sizes: list[int]) -> list[BlockShares]:
-        """What the weights of blocks of so many chunks are sums of, equal blocks at once; None: not of that kind."""
+        """What the weights of blocks of so many chunks are sums of, equal blocks at once; None: not of that kind.
+
+        sizes: of one block after the other; negative: of those that need no shares
+        """
         found: list[BlockShares] = []
         first = 0
         for size, equal in groupby(sizes):
             num = len(list(equal))
-            if self.name != "factored" or size == 1:
+            if self.name != "factored" or size <= 1:
                 found += [None] * num
             else:
                 of_all = gates.map(partial(self.equal_shares, slice(first, first + num * size), num))
                 found += [of_all.map(itemgetter(i)) for i in range(num)]
-            first += num * size
+            first += num * abs(size)
         return found
 
     def equal_shares(self, chunks: slice, num_blocks: int, gates: Gates) -> list[Shares]:

@@ -36,6 +36,11 @@ def plain_autograd_works() -> bool:
     )
 
 
+def written_gradients_work() -> bool:
+    """Whether operations whose gradient is written out may be used: neither while compiling nor in transforms."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def by_autograd(objective: Objective, inputs: list[Tensor]) -> Gradients:
     is_differentiable = torch.is_grad_enabled()
     with torch.enable_grad():

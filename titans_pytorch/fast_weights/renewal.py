@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,19 +47,19 @@ class LimitGradient(torch.autograd.Function):
         return gradient * scale.reshape(-1, *[1] * (gradient.ndim - 1))
 
 
-def renewed(carry: Carry, gate: Tensor | None, limit: Tensor | None) -> Carry:
-    """The memory where a new batch begins: the current weights become the base.
+class Renewal(NamedTuple):
+    """What happens where a new batch begins: a memory's current weights become its base, within limits."""
 
-    gate: how far to go from the old base to the current weights (a logit), None: all the way;
-    limit: (r) the largest norm that a memory may have, None: any
-    """
-    weights = carry.weights
-    if gate is not None:
-        weights = {
-            name: torch.lerp(carry.base[name], weight, gate.to(weight).sigmoid()) for name, weight in weights.items()
-        }
-    if limit is not None:
-        weights = limit_growth(weights, limit)
-    weights = {name: LimitGradient.apply(weight) for name, weight in weights.items()}
-    momenta = {name: tuple(map(LimitGradient.apply, orders)) for name, orders in carry.momenta.items()}
-    return carry._replace(base=weights, weights=weights, momenta=momenta)
+    gate: Tensor | None  # how far to go from the old base to the current weights (a logit); None: all the way
+    limit: Tensor | None  # (r)  the largest norm that a memory may have; None: any
+
+    def __call__(self, carry: Carry) -> Carry:
+        weights = carry.weights
+        if self.gate is not None:
+            share = self.gate.to(next(iter(weights.values()))).sigmoid()
+            weights = {name: torch.lerp(carry.base[name], weight, share) for name, weight in weights.items()}
+        if self.limit is not None:
+            weights = limit_growth(weights, self.limit)
+        weights = {name: LimitGradient.apply(weight) for name, weight in weights.items()}
+        momenta = {name: tuple(map(LimitGradient.apply, orders)) for name, orders in carry.momenta.items()}
+        return carry._replace(base=weights, weights=weights, momenta=momenta)

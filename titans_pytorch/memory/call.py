@@ -8,15 +8,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
+from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works, written_gradients_work
 from titans_pytorch.fast_weights.interface import Block, Carry
 from titans_pytorch.memory.core import MemoryCore
 from titans_pytorch.memory.pieces import Stored
 from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout, plan_call
 from titans_pytorch.memory.projections import StoredTokens
 from titans_pytorch.memory.reading import SpanReader
+from titans_pytorch.memory.results import CallResult, Moment, Report
 from titans_pytorch.memory.state import NeuralMemState, QueryTail, ReadingGroup, Updates
-from titans_pytorch.memory.streaming import CallResult, Moment, Report, Stream
+from titans_pytorch.memory.streaming import Stream
 
 PreviousWeights = NeuralMemState | Mapping[str, Tensor] | None
 LossAndRates = tuple[Tensor, Tensor]
@@ -39,7 +40,7 @@ def advance(
     residual = memory.checked_residual(prev_weights, first_chunk, num_chunks, batch)
     first_token = state.num_seen + 1
     stream = Stream(memory, memory.evolution, memory.renewal, layout, residual, first_token, first_chunk)
-    plan = plan_of(memory, layout, batch, first_token, new.keys.shape[1], first_chunk)
+    plan = plan_of(memory, layout, batch, first_token, new.keys.shape[1], first_chunk, residual is None)
     result = stream.run(plan, moment_of(memory, state, is_fresh), seq, stored)
     rest = stored.select(num_chunks * chunk, stored.num_tokens)
     after = state_after(state, result, rest, first_chunk, num_chunks, chunk)
@@ -74,9 +75,15 @@ def state_after(
 
 
 def plan_of(
-    memory: MemoryCore, layout: Layout, batch: int, first_token: int, num_tokens: int, first_chunk: int
+    memory: MemoryCore,
+    layout: Layout,
+    batch: int,
+    first_token: int,
+    num_tokens: int,
+    first_chunk: int,
+    is_alone: bool = True,
 ) -> CallPlan:
-    """How a call will be run; `explain()` says it in words."""
+    """How a call will be run; `explain()` says it in words.  is_alone: without the weights of a previous layer"""
     return plan_call(
         layout,
         memory.sizes,
@@ -86,6 +93,7 @@ def plan_of(
         first_chunk=first_chunk,
         has_grad=torch.is_grad_enabled(),
         can_recompute=plain_autograd_works(),
+        may_loop=is_alone and layout.retrieve_chunk == layout.store_chunk and written_gradients_work(),
         device=memory.memory_model_parameters[0].device.type,
     )
 

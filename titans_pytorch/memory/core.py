@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.fast_weights.engine import Engine, EngineName
-from titans_pytorch.fast_weights.interface import Carry, LossFn, Weights
+from titans_pytorch.fast_weights.interface import LossFn, Weights
 from titans_pytorch.fast_weights.norms import total_norm
 from titans_pytorch.fast_weights.probe import check_contents, inspect_model
-from titans_pytorch.fast_weights.renewal import renewed
+from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.costs import Representation, Sizes
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
-from titans_pytorch.memory.plan import Layout, Representation, Sizes
+from titans_pytorch.memory.plan import Layout
 from titans_pytorch.memory.projections import Projections, StoredTokens
 from titans_pytorch.memory.state import NeuralMemState, Updates, restarted
 from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
@@ -100,7 +101,7 @@ class MemoryCore(Projections):
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of weights and gates while they are in use: at least float32."""
-        return torch.promote_types(self.dtype, torch.float32)
+        return self.dtype if self.dtype.itemsize >= 4 else torch.float32
 
     def fast_forms(self) -> dict[str, nn.Parameter]:
         """The parameters of the memory model that storing changes; their values here do not matter."""
@@ -150,12 +151,12 @@ class MemoryCore(Projections):
         keys, values = (state.waiting, state.waiting) if self.num_views is None else state.waiting.unbind(0)
         return StoredTokens(keys, values, state.cache_store_mask)
 
-    def renewal(self, batch: int) -> Callable[[Carry], Carry]:
+    def renewal(self, batch: int) -> Renewal:
         """What happens where a new batch begins: a memory's current weights become its base."""
         limit = None
         if self.max_weight_growth is not None:
             limit = (self.max_weight_growth * total_norm(self.initial_weights())).repeat(batch)
-        return lambda carry: renewed(carry, self.transition_gate, limit)
+        return Renewal(self.transition_gate, limit)
 
     @property
     def sizes(self) -> Sizes:
@@ -171,6 +172,9 @@ class MemoryCore(Projections):
             num_elements=sum(p.numel() for p in forms),
             num_channels=sum(p.shape[-1] if p.ndim else 1 for p in forms),
             representation=factored if self.engine == "factored" else "built",
+            num_slots=1 + self.rule.num_momenta,
+            can_fold=self.engine == "factored" and factored == "factored" and not self.rule.uses_start,
+            has_loop=self.evolution.has_loop and self.transition_gate is None,
         )
 
     # ---- what comes in

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
+
+from titans_pytorch.memory.costs import COSTS, Costs, Sizes
 
 
 class Layout(NamedTuple):
@@ -42,50 +44,15 @@ class BlockPlan(NamedTuple):
         return self.last_group - self.first_group
 
 
-Representation = Literal["factored", "channels", "built"]
-"""How weights are kept: as sums, as sums with a share for each channel, or as tensors"""
-
-
-class Costs(NamedTuple):
-    """What decides the sizes of blocks and spans; those of a CPU were measured at dim 384, on two cores, in float32."""
-
-    block_overhead: float = 5e8  # of starting a block, in multiplications
-    carry_cost: float = 400  # of carrying an element of the weights through a block, in multiplications
-    channel_cost: float = 400  # of scaling one factor of a write for one group
-    channel_chunks: tuple[int, int] = (8, 16)  # fewer in a block are slower than one by one, more need too much memory
-    built_elements: int = 2**22  # of the weights of a block, where they are built
-    span_tokens: int = 4096  # of all rows together, that are projected at once
-    span_elements: int = 2**26  # that training keeps of a span
-    kept_elements: int = 2**28  # that training keeps of a call (1 GB in float32); more are computed again
-    block_elements: int = 2**26  # of all blocks of a call that are kept for a next layer rather than made again
-
-
-COSTS = {"cpu": Costs()}
-"""By kind of device; the place to change them.  A kind that is not here is planned for as a CPU"""
-
-
-class Sizes(NamedTuple):
-    """What a memory is, as far as its cost goes."""
-
-    heads: int
-    writes_per_chunk: int
-    matrices: tuple[tuple[int, int], ...]  # of the memory model
-    num_elements: int  # of all its parameters
-    num_channels: int  # entries of their last axes
-    representation: Representation
-
-    @property
-    def width(self) -> int:
-        """Numbers that go into and come out of all matrices for one token."""
-        return sum(i + j for i, j in self.matrices)
-
-
 class CallPlan(NamedTuple):
     """How one call is run."""
 
     spans: tuple[tuple[BlockPlan, ...], ...]  # blocks that are projected, and recomputed, together
     recomputes: bool  # a span is computed again in the backward pass
     keeps_blocks: bool  # blocks stay for whoever looks at the weights; else they are made again
+    longest_series: int = 1  # how many blocks go through one loop, or are stored at once; 1: block by block
+    at_once: bool = False  # those that are surprised at one base, as far as there is no loop between bases
+    has_loop: bool = False  # where a base is renewed
 
     @property
     def num_chunks(self) -> int:
@@ -94,10 +61,13 @@ class CallPlan(NamedTuple):
     def explain(self) -> str:
         """What will be done, in a sentence."""
         num_blocks = sum(block.num_chunks > 0 for span in self.spans for block in span)
+        way = "block by block" if self.longest_series == 1 else f"up to {self.longest_series} blocks in one loop"
+        way += ", all at once where they share a base" if self.at_once else ""
         return (
             f"{self.num_chunks} chunk(s) in {num_blocks} block(s), {len(self.spans)} span(s), "
             f"{'computed again in a backward pass' if self.recomputes else 'kept if a backward pass may come'}; "
-            f"weights {'kept' if self.keeps_blocks else 'made again'} for whoever looks at them"
+            f"weights {'kept' if self.keeps_blocks else 'made again'} for whoever looks at them; "
+            f"{way}"
         )
 
 
@@ -111,23 +81,35 @@ def plan_call(
     first_chunk: int,
     has_grad: bool,
     can_recompute: bool,
+    may_loop: bool = False,
     device: str = "cpu",
 ) -> CallPlan:
     """The plan of a call.
 
     first_token: position of its first token; first_chunk: the first chunk that was not yet complete before it;
-    has_grad: a backward pass may follow; can_recompute: in which spans may be computed again; device: kind of device
+    has_grad: a backward pass may follow; can_recompute: in which spans may be computed again;
+    may_loop: whether several blocks may go through one loop; device: kind of device
     """
     costs = COSTS.get(device, COSTS["cpu"])
     rows = batch * sizes.heads
     kept = rows * kept_elements(sizes, costs)
     longest = max(1, min(costs.span_tokens // (rows * layout.store_chunk), costs.span_elements // max(kept, 1)))
-    blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, block_chunks(sizes, rows, costs))
+    at_once = costs.at_once and sizes.can_fold and layout.retrieve_chunk == layout.store_chunk
+    has_loop, longest_series = sizes.has_loop and may_loop, 1
+    if has_loop or at_once:
+        longest_series = max(1, costs.series_elements // (rows * sizes.num_elements * sizes.num_slots))
+    is_serial = longest_series > 1
+    most = block_chunks(sizes, rows, costs)
+    if has_loop and is_serial and layout.batch is not None and layout.batch <= costs.loop_chunks * layout.store_chunk:
+        most = 1
+    blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, most, is_serial)
     num_chunks, num_blocks = sum(b.num_chunks for b in blocks), sum(b.num_chunks > 0 for b in blocks)
     recomputes = has_grad and can_recompute and num_chunks * kept > costs.kept_elements
     is_small = num_chunks * rows * held_elements(sizes) <= costs.block_elements
     keeps_blocks = num_blocks <= 1 or (has_grad and (is_small or not recomputes))
-    return CallPlan(in_spans(blocks, longest), recomputes, keeps_blocks)
+    return CallPlan(
+        in_spans(blocks, longest), recomputes, keeps_blocks, longest_series, at_once and is_serial, has_loop
+    )
 
 
 def in_spans(blocks: list[BlockPlan], longest: int) -> tuple[tuple[BlockPlan, ...], ...]:
@@ -175,11 +157,12 @@ def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> int:
 
 
 def plan_blocks(
-    layout: Layout, first_token: int, num_tokens: int, first_chunk: int, max_chunks: int
+    layout: Layout, first_token: int, num_tokens: int, first_chunk: int, max_chunks: int, are_equal: bool = False
 ) -> list[BlockPlan]:
     """All blocks of a call.  The last one stores nothing: it serves what reads the weights as they are at the end.
 
-    first_token: position of the call's first token; first_chunk: the first chunk that was not yet complete before it
+    first_token: position of the call's first token; first_chunk: the first chunk that was not yet complete before it;
+    are_equal: whether blocks are as long as they may be but for the last of a batch, else all are about equally long
     """
     end = (first_token + num_tokens - 1) // layout.store_chunk
     first_group = first_token // layout.retrieve_chunk
@@ -191,7 +174,7 @@ def plan_blocks(
 
     blocks = []
     for start, stop, renews in batches(layout, first_chunk, end):
-        for chunk, num_chunks in even(start, stop, max_chunks):
+        for chunk, num_chunks in (full if are_equal else even)(start, stop, max_chunks):
             is_last = chunk + num_chunks == stop
             last = max(min(layout.first_group(chunk + num_chunks), last_group), first_group)
             blocks.append(block(chunk, num_chunks, last, renews and is_last))
@@ -212,3 +195,10 @@ def even(start: int, stop: int, most: int) -> list[tuple[int, int]]:
     num_runs = -(-(stop - start) // most)
     edges = [start + (stop - start) * run // num_runs for run in range(num_runs + 1)]
     return [(a, b - a) for a, b in pairwise(edges)]
+
+
+def full(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    """start..stop in equal runs, as long as they may be or half as long; if there are none, with a rest."""
+    total = stop - start
+    size = next((size for size in range(min(most, total), most // 2, -1) if total % size == 0), most)
+    return [(first, min(size, stop - first)) for first in range(start, stop, size)]

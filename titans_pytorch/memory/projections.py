@@ -14,20 +14,9 @@ from titans_pytorch.fast_weights.interface import Weights, Writes
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.memory.convolution import ConvolvedLinear, Tails, fresh_tail, projected
 from titans_pytorch.memory.gates import GateLayers, finite
+from titans_pytorch.memory.head_norms import MultiheadRMSNorm, head_norm
 from titans_pytorch.memory.options import GateOptions, ProjectionOptions
 from titans_pytorch.memory_models import NORM_GAIN
-
-
-class MultiheadRMSNorm(nn.Module):
-    """RMS norm with a gain `1 + gamma` for each head.  x: (b h t d)"""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.rmsnorm = nn.RMSNorm(dim, elementwise_affine=False)
-        self.gamma = nn.Parameter(torch.zeros(heads, 1, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rmsnorm(x) * (self.gamma + 1)
 
 
 class StoredTokens(NamedTuple):
@@ -47,26 +36,12 @@ class ProjectedWrites(NamedTuple):
     tails: Tails  # what the convolutions of the next chunks still see
 
 
-class L2Norm(nn.Module):
-    """Vectors of about length 1, with a bounded gradient; those much shorter than 0.001 stay short.  x: (... d)"""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
-
-
 def projection(dim_in: int, dim_out: int, options: ProjectionOptions) -> nn.Module:
     """A layer for queries, keys or values.  (b t dim_in) -> (b t dim_out)"""
     if options.conv_size is not None:
         return ConvolvedLinear(dim_in, dim_out, options.conv_size, options.activation)
     linear = nn.Linear(dim_in, dim_out, bias=False)
     return linear if options.activation is None else nn.Sequential(linear, options.activation)
-
-
-def head_norm(options: ProjectionOptions) -> nn.Module:
-    """The norm of queries and keys, head by head."""
-    if options.qk_l2norm:
-        return L2Norm()
-    return MultiheadRMSNorm(options.dim_head, options.heads) if options.qk_rmsnorm else nn.Identity()
 
 
 class Projections(GateLayers):

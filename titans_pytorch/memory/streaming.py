@@ -6,61 +6,31 @@ lengths give what one call gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.engine import BlockShares, Engine
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
-from titans_pytorch.fast_weights.interface import Block, Carry, Residual
-from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.fast_weights.interface import Block, Carry, Residual, Writes
+from titans_pytorch.fast_weights.loop.tables import Series
+from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.memory.pieces import Pieces, Stored
 from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout
 from titans_pytorch.memory.projections import ProjectedWrites, Projections
 from titans_pytorch.memory.reading import SpanReader
 from titans_pytorch.memory.recompute import recomputed
-from titans_pytorch.memory.state import ReadingGroup, Updates
-
-
-class Report(NamedTuple):
-    """How badly each write was predicted, and how eagerly it was stored.  (r n c) each"""
-
-    loss: Tensor
-    rates: Tensor
-
-
-class Moment(NamedTuple):
-    """A memory between two spans: all that the tokens to come need."""
-
-    carry: Carry
-    group: ReadingGroup
-    tails: Tails
-
-
-class SpanResult(NamedTuple):
-    """What one span gives."""
-
-    reads: Tensor | None  # (b t dim)
-    moment: Moment
-    report: Report | None
-    blocks: list[Block]
-
-
-class CallResult(NamedTuple):
-    """What a whole call gives; `blocks` are there or can be had by `replay`."""
-
-    reads: Tensor | None  # (b t dim)
-    moment: Moment
-    reports: list[Report]
-    blocks: list[Block]
-    replay: Callable[[], list[Block]] | None
-
+from titans_pytorch.memory.results import CallResult, Moment, SpanResult, report_of
+from titans_pytorch.memory.series import SeriesPlan, in_series
+from titans_pytorch.memory.state import Updates
 
 RunSpan = Callable[..., SpanResult]
+
+Done = tuple[BlockPlan, Block, Tensor | None]
+"""What was planned as a block, that block, and the loss of every write (r n c); None: nothing was stored"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +39,7 @@ class Stream:
 
     layers: Projections  # from tokens to writes and queries, from reads to tokens
     engine: Engine  # from writes to weights, from queries to reads
-    renewal: Callable[[int], Callable[[Carry], Carry]]  # of a batch: what happens where the base is renewed
+    renewal: Callable[[int], Renewal]  # of a batch: what happens where the base is renewed
     layout: Layout
     residual: Updates | None  # the weights of the previous memory layer
     first_token: int  # position of the first new token
@@ -81,7 +51,7 @@ class Stream:
         reads, reports, blocks = Pieces(0 if seq is None else seq.shape[1]), [], []
         begin = moment
         for span in plan.spans:
-            result = run(moment, seq, stored, previous, span, plan.keeps_blocks)
+            result = run(moment, seq, stored, previous, span, plan, plan.keeps_blocks)
             moment = result.moment
             if result.reads is not None:
                 reads.add(result.reads)
@@ -98,7 +68,7 @@ class Stream:
         blocks: list[Block] = []
         with torch.set_grad_enabled(is_differentiable):
             for span in plan.spans:
-                result = run(moment, None, stored, previous, span, True)
+                result = run(moment, None, stored, previous, span, plan, True)
                 moment = result.moment
                 blocks += result.blocks
         return blocks
@@ -121,6 +91,7 @@ class Stream:
         stored: Stored,
         previous: list[Block] | None,
         span: Sequence[BlockPlan],
+        call: CallPlan,
         keeps_blocks: bool,
     ) -> SpanResult:
         """Project a span, then store and read it block by block."""
@@ -128,29 +99,48 @@ class Stream:
         layer = None if self.residual is None or previous is None else self.residual.with_blocks(previous)
         projected = self.project(stored, span, moment)
         reader = None if seq is None else self.reader(seq, moment, span)
-        renew = self.renewal(len(stored.new.keys)) if any(plan.renews_base for plan in span) else None
-        shares = self.shares(projected, span)
+        renewal = self.renewal(len(stored.new.keys)) if any(plan.renews_base for plan in span) else None
+        series = in_series(span, call)
         blocks, losses = [], []
-        for plan in span:
-            if projected is None or plan.num_chunks == 0:
-                block = self.engine.at_rest(carry)
+        for each, shares in zip(series, self.shares(projected, series), strict=True):
+            if projected is None or each.num_chunks == 0:
+                done: Iterable[Done] = [(each.as_one(), self.engine.at_rest(carry), None)]
             else:
-                start = plan.first_chunk - first
-                writes = projected.writes.select(slice(start, start + plan.num_chunks))
-                residual = None if layer is None else Residual(layer, plan.first_chunk)
-                block, loss = self.engine.store(carry, writes, residual, next(shares))
-                losses.append(loss)
-                blocks += [block] if keeps_blocks else []
-            if reader is not None:
-                reader.read(block, plan)
-            carry = block.finish()
-            if renew is not None and plan.renews_base:
-                carry = renew(carry)
+                start = each.first_chunk - first
+                writes = projected.writes.select(slice(start, start + each.num_chunks))
+                residual = None if layer is None else Residual(layer, each.first_chunk)
+                if each.is_single:
+                    done = [(each.as_one(), *self.engine.store(carry, writes, residual, shares))]
+                elif each.renews_inside(call.at_once):
+                    done = self.stored_by_loops(each, carry, writes, renewal, call.longest_series)
+                else:
+                    done = [(each.as_one(), *self.engine.store_at_once(carry, writes, residual, each.per_renewal))]
+            for plan, block, loss in done:
+                if loss is not None:
+                    losses.append(loss)
+                    blocks += [block] if keeps_blocks else []
+                if reader is not None:
+                    reader.read(block, plan)
+                carry = block.finish()
+                if renewal is not None and plan.renews_base and not each.renews_inside(call.at_once):
+                    carry = renewal(carry)
         report = None if projected is None else report_of(projected, torch.cat(losses, dim=1))
         reads, group = (None, moment.group) if reader is None else reader.finish()
         tails = moment.tails if projected is None else projected.tails
         tails = tails if reader is None else tails._replace(queries=reader.tail)
         return SpanResult(reads, Moment(carry, group, tails), report, blocks)
+
+    def stored_by_loops(
+        self, series: SeriesPlan, carry: Carry, writes: Writes, renewal: Renewal | None, longest: int
+    ) -> Iterator[Done]:
+        """A series in loops of at most so many blocks, each read before the next one runs."""
+        form = Series(len(series.blocks), series.per_renewal, series.blocks[-1].renews_base)
+        limit = None if renewal is None else renewal.limit
+        first, chunks = 0, series.blocks[0].num_chunks
+        for block, loss in self.engine.store_series(carry, writes, form, limit, longest // series.per_renewal):
+            last = first + block.num_chunks // chunks
+            yield series.as_one(first, last), block, loss
+            first = last
 
     def project(self, stored: Stored, span: Sequence[BlockPlan], moment: Moment) -> ProjectedWrites | None:
         """The writes of a span's chunks; None: it has none."""
@@ -159,14 +149,14 @@ class Stream:
             return None
         chunk, start = self.layout.store_chunk, span[0].first_chunk - self.first_chunk
         tokens = stored.select(start * chunk, (start + num_chunks) * chunk)
-        return self.layers.project_writes(tokens, chunk, dtype_of(moment.carry), moment.tails)
+        return self.layers.project_writes(tokens, chunk, moment.dtype, moment.tails)
 
-    def shares(self, projected: ProjectedWrites | None, span: Sequence[BlockPlan]) -> Iterator[BlockShares]:
-        """What the weights of each block are sums of; they depend on gates alone, so all of them are had at once."""
+    def shares(self, projected: ProjectedWrites | None, series: Sequence[SeriesPlan]) -> list[BlockShares]:
+        """What the weights of each single block are sums of; they depend on gates alone, so all are had at once."""
         if projected is None:
-            return iter(())
-        sizes = [plan.num_chunks for plan in span if plan.num_chunks]
-        return iter(self.engine.shares_of_blocks(projected.writes.gates, sizes))
+            return [None] * len(series)
+        sizes = [each.num_chunks if each.is_single else -each.num_chunks for each in series]
+        return self.engine.shares_of_blocks(projected.writes.gates, sizes)
 
     def reader(self, seq: Tensor, moment: Moment, span: Sequence[BlockPlan]) -> SpanReader:
         """Whoever reads the span's tokens; the first span of a call begins with a group that may have begun earlier."""
@@ -181,23 +171,8 @@ class Stream:
             self.first_token + start,
             moment.group,
             moment.tails.queries,
-            dtype_of(moment.carry),
+            moment.dtype,
         )
         if is_first:
             reader.read_older(span[0].first_group)
         return reader
-
-
-def dtype_of(carry: Carry) -> torch.dtype:
-    """In which a memory's weights are kept."""
-    return next(iter(carry.weights.values())).dtype
-
-
-def report_of(projected: ProjectedWrites, loss: Tensor) -> Report:
-    """Loss and rate (the mean of those of all parameters) of every write, where it stood; 0 where nothing is stored."""
-    of_all = projected.writes.rates
-    rates = of_all.any if of_all.is_shared else torch.stack(list(of_all.each.values())).mean(dim=0)
-    if projected.order is not None:
-        back = projected.order.argsort(dim=-1)
-        loss, rates = loss.gather(2, back), rates.gather(2, back)
-    return Report(loss if projected.is_stored is None else torch.where(projected.is_stored, loss, 0.0), rates)

@@ -11,7 +11,7 @@ Only what is carried to the next block, W and M, is ever a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,16 +65,20 @@ class SummedBlock(Block):
         scales, tensors = zip(*((share[..., -1], tensor) for share, tensor in self.parts(name)), strict=True)
         starts: list[Tensor | None] = [scaled_sum(scales, tensors)]
         starts += [scaled_sum(row, momenta) if momenta else None for row in shares.last_past]
+        weights, *moved = self.with_surprises(name, starts)
+        return Memory(weights, tuple(moved))
+
+    def with_surprises(self, name: str, starts: Sequence[Tensor | None]) -> list[Tensor]:
+        """What weights and momenta start from, and what the block's chunks bring them.  None: nothing"""
+        shares = self.shares[name]
         ends = (shares.surprise[..., -1, :], *shares.last_surprise)
         factors, steps = self.surprises.factors.get(name), self.surprises.tensors.get(name)
         if factors is not None:
-            found = [add_outer_products(start, factors, end) for start, end in zip(starts, ends, strict=True)]
-        elif steps is not None:
-            found = [add_steps(start, end, steps) for start, end in zip(starts, ends, strict=True)]
-        else:
-            weight = self.start.weights[name]
-            found = [torch.zeros_like(weight) if start is None else start for start in starts]
-        return Memory(found[0], tuple(found[1:]))
+            return [add_outer_products(start, factors, end) for start, end in zip(starts, ends, strict=True)]
+        if steps is not None:
+            return [add_steps(start, end, steps) for start, end in zip(starts, ends, strict=True)]
+        nothing = self.start.weights[name].new_zeros(len(ends[0]), *self.start.weights[name].shape[1:])
+        return [nothing if start is None else start for start in starts]
 
 
 @record

@@ -1,0 +1,123 @@
+"""Many equal blocks in a row as one: what they hold is read and built for all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
+from titans_pytorch.fast_weights.interface import Block, Carry, Entries, Weights, record
+
+
+@record
+class StartsBlock(Block):
+    """Blocks of one chunk, each by the weights it begins with."""
+
+    starts: Weights  # (N k r i j), vectors (N k r 1 d), of n = N k chunks; rows lie before k
+    last: Carry
+
+    @property
+    def num_chunks(self) -> int:
+        n, k = next(iter(self.starts.values())).shape[:2]
+        return n * k
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self.starts
+
+    def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
+        """x: (r g k i) -> (r g k j)"""
+        starts = self.starts[name]
+        if isinstance(entries, slice):
+            around = (0, 0, 0, 0, entries.start, self.num_chunks - entries.stop)
+            padded = F.pad(x, around) if any(around) else x
+            out = torch.bmm(folded(padded, starts), self.rows_of(starts, is_transposed))
+            out = out.unflatten(0, (starts.shape[0], starts.shape[2], starts.shape[1])).movedim(1, 0).flatten(1, 2)
+            return out[:, entries] if any(around) else out
+        weights = self.all_entries(name)[entries].flatten(0, 1)
+        out = torch.bmm(x.movedim(1, 0).flatten(0, 1), weights.mT if is_transposed else weights)
+        return out.unflatten(0, (x.shape[1], -1)).movedim(0, 1)
+
+    def rows_of(self, starts: Tensor, is_transposed: bool) -> Tensor:
+        """-> (N·r·k i j), where they lie"""
+        weights = starts.movedim(2, 1).flatten(0, 2)
+        return weights.mT if is_transposed else weights
+
+    def vector(self, name: str, entries: Entries) -> Tensor:
+        """-> (r g 1 d)"""
+        entered = self.starts[name].flatten(0, 1) if isinstance(entries, slice) else self.all_entries(name)
+        return entered[entries].movedim(0, 1)
+
+    def all_entries(self, name: str) -> Tensor:
+        """The weights before each chunk and after the last.  -> (n+1 r i j), vectors (n+1 r 1 d)"""
+        starts = self.starts[name].flatten(0, 1)
+        return torch.cat((starts, self.last.weights[name].reshape(1, *starts.shape[1:])))
+
+    def materialise(self, name: str) -> Tensor:
+        """-> (r n+1 ...)"""
+        starts, last = self.starts[name].flatten(0, 1).movedim(0, 1), self.last.weights[name].unsqueeze(1)
+        return torch.cat((starts.reshape(*starts.shape[:2], *last.shape[2:]), last), dim=1)
+
+    def entry(self, index: int) -> Weights:
+        if index == self.num_chunks:
+            return self.last.weights
+        last = self.last.weights
+        return {name: w.flatten(0, 1)[index].reshape(last[name].shape) for name, w in self.starts.items()}
+
+    def finish(self) -> Carry:
+        return self.last
+
+
+def folded(x: Tensor, starts: Tensor) -> Tensor:
+    """Groups of queries beside the weights they read.  x: (r N·k c i), starts: (N k r i j) -> (N·r·k c i)"""
+    return x.unflatten(1, (starts.shape[0], starts.shape[1])).movedim(1, 0).flatten(0, 2)
+
+
+@record
+class FoldedBlock(Block):
+    """Blocks of several chunks: one block whose rows are those of all of them, (T·r)."""
+
+    inner: FactoredBlock
+    last: Carry
+    num_blocks: int
+
+    @property
+    def num_chunks(self) -> int:
+        return self.inner.num_chunks * self.num_blocks
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self.inner.names
+
+    def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
+        """x: (r g k i) -> (r g k j).  Groups before and after those that are asked for are filled with zeros."""
+        if not isinstance(entries, slice):
+            raise TypeError("blocks of several chunks are read by groups as long as chunks")
+        around = (0, 0, 0, 0, entries.start, self.num_chunks - entries.stop)
+        padded = F.pad(x, around) if any(around) else x
+        each = slice(0, self.inner.num_chunks)
+        folded = padded.unflatten(1, (self.num_blocks, -1)).movedim(1, 0).flatten(0, 1)
+        out = self.inner.product(name, folded, each, is_transposed)
+        return self.unfolded(out)[:, entries] if any(around) else self.unfolded(out)
+
+    def unfolded(self, x: Tensor) -> Tensor:
+        """(T·r b ...) -> (r T·b ...)"""
+        return x.unflatten(0, (self.num_blocks, -1)).movedim(0, 1).flatten(1, 2)
+
+    def vector(self, name: str, entries: Entries) -> Tensor:
+        """-> (r g 1 d)"""
+        return self.before(name)[:, entries].unsqueeze(2)
+
+    def before(self, name: str) -> Tensor:
+        """The weights before each chunk.  -> (r n ...)"""
+        return self.unfolded(self.inner.materialise(name)[:, : self.inner.num_chunks])
+
+    def materialise(self, name: str) -> Tensor:
+        """-> (r n+1 ...)"""
+        return torch.cat((self.before(name), self.last.weights[name].unsqueeze(1)), dim=1)
+
+    def finish(self) -> Carry:
+        return self.last

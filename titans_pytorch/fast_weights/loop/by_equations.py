@@ -1,0 +1,257 @@
+"""Blocks of one chunk: the rule's own sums, one after the other, and backwards through them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.fast_weights.loop.equations import Equation, Source
+from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, PackFactors
+
+Parts = list[tuple[Tensor, Tensor | None]]
+"""Values (g r p q), and the gate (g r 1 1) that multiplies each, None: 1"""
+
+
+class ByEquations(Evolution):
+    """The rule's sums, one after the other, in blocks of one chunk.
+
+    weights: (g N+1 r k p q), momenta: (T+1 o g r p q); gates: (T G g r 1 1), those that the equations multiply by;
+    sums: (T s g r p q), sums that become no slot, and the surprises where a gate multiplies them
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        momenta: Tensor,
+        factors: PackFactors,
+        equations: tuple[Equation, ...],
+        gates: Tensor,
+        sums: Tensor,
+    ) -> None:
+        self.equations, self.gates, self.sums, self.weights = equations, gates, sums, weights
+        self.per_renewal = k = weights.shape[3]
+        in_order = weights.permute(1, 3, 0, 2, 4, 5).flatten(0, 1) if k == 1 else None
+        per_block = (
+            in_order.unbind(0)
+            if in_order is not None
+            else [block for renewal in weights.unbind(1) for block in renewal.unbind(2)]
+        )
+        self.slots = [list(per_block[: len(gates) + 1]), *(list(slot.unbind(0)) for slot in momenta.unbind(1))]
+        self.momenta = momenta
+        self.left, self.right = (
+            [part.unflatten(1, (k, -1)).flatten(0, 1) for part in factor.unbind(0)] for factor in factors
+        )  # (g·r·k l p) each
+        self.each_gate = [list(gate.unbind(0)) for gate in gates.unbind(1)]
+        self.each_sum = [list(each.unbind(0)) for each in sums.unbind(1)]
+        inner = [number for number, equation in enumerate(equations) if equation.slot is None]
+        self.place = {number: place for place, number in enumerate(inner)}  # in `sums`
+        self.keeps_surprise = gates_surprise(equations)
+        self.sorted = [sorted_terms(equation) for equation in equations]
+        self.gated = [term.source for equation in equations for term in equation.terms if term.gate is not None]
+
+    def of_slot(self, slot: int, index: int) -> Tensor:
+        if slot == 0:
+            return self.weights[index, :-1].movedim(2, 1)
+        return self.momenta[:-1, slot - 1, index].unflatten(0, (-1, self.per_renewal))
+
+    def bases(self, index: int) -> Tensor:
+        return self.weights[index, :-1, :, 0]
+
+    def forward(self, n: int) -> None:
+        k, like = self.per_renewal, self.slots[0][0]
+        surprises = torch.bmm(self.left[n].mT, self.right[n]).view(*like.shape[:2], k, *like.shape[2:])
+        for block, surprise in enumerate(surprises.unbind(2), n * k):
+            if self.keeps_surprise:
+                surprise = self.each_sum[-1][block].copy_(surprise)
+            for number, (plain, gated) in enumerate(self.sorted):
+                sum_into(
+                    self.value(Source("new", number), block, surprise),
+                    [self.value(source, block, surprise) for source in plain],
+                    [(self.value(source, block, surprise), self.each_gate[gate][block]) for gate, source in gated],
+                )
+
+    def value(self, source: Source, block: int, surprise: Tensor) -> Tensor:
+        """-> (g r p q)"""
+        if source.kind == "surprise":
+            return surprise
+        if source.kind == "old":
+            return self.slots[source.number][block]
+        slot = self.equations[source.number].slot
+        return self.each_sum[self.place[source.number]][block] if slot is None else self.slots[slot][block + 1]
+
+    def begin_backward(self, last_bars: list[Tensor | None], others: list[Others | None]) -> None:
+        like = self.slots[0][0]
+        self.others = others[0]
+        # gradients at the end of a block lie where one product reads those of a whole renewal
+        n, shape = len(self.left), (*like.shape[:2], self.per_renewal, *like.shape[2:])
+        # only those of two renewals are needed at a time: what is written again and again stays in the cache
+        self.end_bars = two_by_turns(like.new_empty(2, len(self.slots), *shape), n)
+        self.sum_bars = [like.new_empty(shape) for _ in self.place]
+        self.surprise_bar = None if self.carrier >= 0 else like.new_empty(shape)
+        self.scratch = like.new_empty(shape)
+        firsts = like.new_empty(len(self.slots), *like.shape)
+        self.bars = [[firsts[slot], *self.by_block(slot)] for slot in range(len(self.slots))]
+        self.each_sum_bar = [bars.unbind(2) * n for bars in self.sum_bars]
+        for bars, last in zip(self.bars, last_bars, strict=True):
+            _ = bars[-1].zero_() if last is None else bars[-1].copy_(last)
+        self.to_start: list[Parts] = []
+        self.found: list[list[Tensor | None]] = []
+        self.values = [self.all_values_of(source) for source in self.gated]
+
+    def of_readers(self, n: int) -> Tensor:
+        if self.others is None:
+            self.read = self.scratch.new_zeros(self.per_renewal, *self.slots[0][0].shape)
+        else:
+            self.read = self.others.of_renewal(n)
+        return self.read[0]
+
+    def by_block(self, slot: int) -> list[Tensor]:
+        """A slot's gradients after each block.  -> (g r p q) each"""
+        return [block for renewal in self.end_bars for block in renewal[slot].unbind(2)]
+
+    @property
+    def carrier(self) -> int:
+        """The one equation that adds the surprise as it is, so its gradient is that of the surprise; -1: none is."""
+        uses = [
+            (number, term.gate)
+            for number, equation in enumerate(self.equations)
+            for term in equation.terms
+            if term.source.kind == "surprise"
+        ]
+        return uses[0][0] if len(uses) == 1 and uses[0][1] is None else -1
+
+    def bars_after(self, n: int) -> Tensor:
+        return self.end_bars[n][:, :, :, -1]
+
+    def bar(self, number: int, block: int) -> Tensor:
+        """The gradient of a sum, added up in place.  -> (g r p q)"""
+        slot = self.equations[number].slot
+        return self.each_sum_bar[self.place[number]][block] if slot is None else self.bars[slot][block + 1]
+
+    def bars_of(self, number: int, n: int) -> Tensor:
+        """-> (g r k p q)"""
+        slot = self.equations[number].slot
+        return self.sum_bars[self.place[number]] if slot is None else self.end_bars[n][slot]
+
+    def factor_bars(self, n: int) -> tuple[Tensor, Tensor]:
+        first = n * self.per_renewal
+        for bars in self.sum_bars:
+            bars.zero_()
+        for block in reversed(range(first, first + self.per_renewal)):
+            of_surprise = self.block_backward(block)
+            if self.surprise_bar is not None:
+                sum_parts(self.surprise_bar[:, :, block - first], of_surprise)
+            if block > first:
+                self.start_of(block)
+        self.add_gate_bars(n)
+        bars = self.bars_of(self.carrier, n) if self.surprise_bar is None else self.surprise_bar
+        bar = bars.flatten(0, 2)
+        left_bar, right_bar = torch.bmm(self.right[n], bar.mT), torch.bmm(self.left[n], bar)
+        rows = len(bar) // self.per_renewal
+        return left_bar.view(rows, -1, left_bar.shape[-1]), right_bar.view(rows, -1, right_bar.shape[-1])
+
+    def block_backward(self, block: int) -> Parts:
+        """From the gradients of a block's end to those of all its sums.  -> those of its surprise"""
+        of_surprise: Parts = []
+        self.to_start = [[] for _ in self.slots]
+        for number in reversed(range(len(self.equations))):
+            bar = self.bar(number, block)
+            for gate_number, source in self.equations[number].terms:
+                gate = None if gate_number is None else self.each_gate[gate_number][block]
+                if source.kind == "surprise":
+                    of_surprise.append((bar, gate))
+                elif source.kind == "old":
+                    self.to_start[source.number].append((bar, gate))
+                else:
+                    target = self.bar(source.number, block)
+                    _ = target.add_(bar) if gate is None else target.addcmul_(bar, gate)
+        return of_surprise
+
+    def start_bar(self, n: int) -> None:
+        self.start_of(n * self.per_renewal)
+
+    def start_of(self, block: int) -> None:
+        """From the gradients of a block's sums to those of its start."""
+        for slot, parts in enumerate(self.to_start):
+            read: Parts = [(self.read[block % self.per_renewal], None)] if slot == 0 else []
+            sum_parts(self.bars[slot][block], [*parts, *read])
+
+    def add_gate_bars(self, n: int) -> None:
+        """Every gate has the dot product of what it multiplies and the gradient of what it is added to."""
+        found: list[Tensor | None] = [None] * self.gates.shape[1]
+        uses = [(t.gate, number) for number, e in enumerate(self.equations) for t in e.terms if t.gate is not None]
+        for (gate, number), values in zip(uses, self.values, strict=True):
+            bar = torch.mul(self.bars_of(number, n), values[n], out=self.scratch).sum(dim=(-2, -1))
+            so_far = found[gate]
+            found[gate] = bar if so_far is None else so_far + bar
+        self.found.append(found)
+
+    def gate_bars(self) -> list[Tensor]:
+        if not self.gated:
+            return [torch.zeros_like(self.gates)]
+        nothing = torch.zeros_like(self.scratch[..., 0, 0])
+        each = [nothing if bar is None else bar for found in self.found[::-1] for bar in found]
+        bars = torch.stack(each).unflatten(0, (len(self.left), -1))  # (N G g r k)
+        return [bars.movedim(4, 1).flatten(0, 1)[..., None, None]]
+
+    def all_values_of(self, source: Source) -> Tensor:
+        """-> (N g r k p q)"""
+        slot = source.number if source.kind == "old" else self.equations[source.number].slot
+        if source.kind == "old" and slot == 0:
+            return self.weights[:, :-1].movedim(1, 0)
+        if source.kind == "surprise":
+            values = self.sums[:, -1]
+        elif slot is None:
+            values = self.sums[:, self.place[source.number]]
+        elif slot == 0:
+            values = torch.stack(self.slots[0][1:])  # the weights after each block; no rule of ours asks for it
+        else:
+            values = self.momenta[:-1, slot - 1] if source.kind == "old" else self.momenta[1:, slot - 1]
+        return values.unflatten(0, (-1, self.per_renewal)).movedim(1, 3)
+
+
+def two_by_turns(pair: Tensor, num: int) -> list[Tensor]:
+    """So many things, of which only neighbours are there at a time.  (2 ...) -> (...) each"""
+    return [pair[number % 2] for number in range(num)]
+
+
+def num_sums(equations: tuple[Equation, ...]) -> int:
+    """How many sums there are to keep beside the slots."""
+    return sum(equation.slot is None for equation in equations) + gates_surprise(equations)
+
+
+def gates_surprise(equations: tuple[Equation, ...]) -> bool:
+    """Whether a gate multiplies the surprise itself."""
+    return any(t.gate is not None and t.source.kind == "surprise" for equation in equations for t in equation.terms)
+
+
+def sorted_terms(equation: Equation) -> tuple[list[Source], list[tuple[int, Source]]]:
+    """What an equation adds as it is, and what it multiplies by gates."""
+    plain = [term.source for term in equation.terms if term.gate is None]
+    return plain, [(term.gate, term.source) for term in equation.terms if term.gate is not None]
+
+
+def sum_into(out: Tensor, plain: list[Tensor], gated: list[tuple[Tensor, Tensor]]) -> None:
+    """out = all that is plain + every value times its gate, in as few operations as there are terms but one."""
+    if len(plain) > 1:
+        torch.add(plain[0], plain[1], out=out)
+    elif plain and gated:
+        torch.addcmul(plain[0], *gated[0], out=out)
+        gated = gated[1:]
+    elif plain:
+        out.copy_(plain[0])
+    elif gated:
+        torch.mul(*gated[0], out=out)
+        gated = gated[1:]
+    else:
+        out.zero_()
+    for more in plain[2:]:
+        out.add_(more)
+    for value, gate in gated:
+        out.addcmul_(value, gate)
+
+
+def sum_parts(out: Tensor, parts: Parts) -> None:
+    """out = all parts, each times its gate if it has one."""
+    plain = [value for value, gate in parts if gate is None]
+    sum_into(out, plain, [(value, gate) for value, gate in parts if gate is not None])

@@ -1,0 +1,89 @@
+"""How weights and momenta move through the blocks of a loop, forwards and backwards, in place.
+
+    by shares       all chunks of a block at once: what it begins with times shares, and one product with all its tokens
+    by equations    blocks of one chunk: its surprise is built once, then the rule's own sums are worked out
+    by table        the same for a gain, all blocks of a renewal in one small product
+
+Each holds a pack's slots where blocks begin and after the last one: slot 0 are weights, the others momenta.
+A `bar` is the gradient of what it is named for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Slots = list[list[Tensor]]
+"""[slot][block] -> (g r p q)"""
+
+
+class PackFactors(NamedTuple):
+    """A pack's surprises as products, token by token, for N renewals of L tokens."""
+
+    left: Tensor  # (N g·r L p)
+    right: Tensor  # (N g·r L q)
+
+
+class Others:
+    """Gradients of what blocks begin with, of one slot, from whoever reads it.
+
+    parts: of each parameter of a pack, (N k r p q); None: nobody reads it
+    """
+
+    def __init__(self, parts: list[Tensor | None], like: tuple[int, ...], form: Tensor) -> None:
+        nothing = form.new_zeros(()).expand(like)
+        self.parts = [nothing if part is None else part for part in parts]
+
+    def of_renewal(self, n: int) -> Tensor:
+        """-> (k g r p q), ours to add to"""
+        return torch.stack([part[n] for part in self.parts], dim=1)
+
+
+class Evolution(ABC):
+    """One pack through N renewals of k blocks each, T in all."""
+
+    per_renewal: int
+    slots: Slots
+    bars: Slots
+
+    @abstractmethod
+    def of_slot(self, slot: int, index: int) -> Tensor:
+        """One parameter's slot at the start of every block.  -> (N k r p q)"""
+
+    @abstractmethod
+    def bases(self, index: int) -> Tensor:
+        """One parameter's weights at the start of every renewal, where they lie.  -> (N r p q)"""
+
+    @abstractmethod
+    def forward(self, n: int) -> None:
+        """Through the blocks of a renewal, whose factors are there."""
+
+    @abstractmethod
+    def begin_backward(self, last_bars: list[Tensor | None], others: list[Others | None]) -> None:
+        """Gradients of every slot: after the last block (g r p q), and where blocks begin, from whoever reads it."""
+
+    @abstractmethod
+    def of_readers(self, n: int) -> Tensor:
+        """Where gradients of the weights that a renewal begins with are added up, before those of its blocks.
+
+        Those from whoever reads them are there.  -> (g r p q)
+        """
+
+    @abstractmethod
+    def bars_after(self, n: int) -> Tensor:
+        """Gradients of all slots after a renewal.  -> (... p q)"""
+
+    @abstractmethod
+    def factor_bars(self, n: int) -> tuple[Tensor, Tensor]:
+        """Gradients of the factors of a renewal, from those of its end.  -> (g·r L p), (g·r L q)"""
+
+    @abstractmethod
+    def start_bar(self, n: int) -> None:
+        """The gradient of what a renewal begins with, after `factor_bars` and all that is added to `of_readers`."""
+
+    @abstractmethod
+    def gate_bars(self) -> list[Tensor]:
+        """Gradients of what multiplies, after all renewals."""

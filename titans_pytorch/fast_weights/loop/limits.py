@@ -1,0 +1,50 @@
+"""Limits of a loop: a base that has outgrown its own, a gradient that would overflow.  In place, over all packs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.fast_weights.renewal import MAX_CARRIED_GRADIENT
+
+
+def limit_growth(weights: Sequence[Tensor], limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Make a memory smaller whose norm has outgrown a limit.
+
+    weights: of packs (g r p q), limit: (r) -> by how much (r), 1 where it was not; the norm before (r)
+    """
+    norm, *more = (torch.linalg.vector_norm(weight, dim=(0, 2, 3)) for weight in weights)
+    for other in more:
+        norm = torch.hypot(norm, other)
+    scale = limit / torch.maximum(norm, limit)
+    for weight in weights:
+        weight.mul_(scale[:, None, None])
+    return scale, norm
+
+
+def growth_backward(
+    bars: Sequence[Tensor], weights: Sequence[Tensor], limit: Tensor, scale: Tensor, norm: Tensor
+) -> Tensor:
+    """From the gradients of limited weights to those of the weights before.  -> that of the limit (r)
+
+    With s = limit / norm and w' = s w:
+
+        w_bar = s w'_bar - <w'_bar, w'> / (limit norm) w',  limit_bar = <w'_bar, w'> / limit
+    """
+    along = sum((bar * weight).sum(dim=(0, 2, 3)) for bar, weight in zip(bars, weights, strict=True))
+    along = torch.where(norm > limit, along, 0.0)
+    for bar, weight in zip(bars, weights, strict=True):
+        bar.mul_(scale[:, None, None]).addcmul_(weight, (-along / (limit * norm))[:, None, None])
+    return along / limit
+
+
+def limit_gradient(bar: Tensor) -> None:
+    """Where the inner loop is chaotic its gradient would overflow, see `renewal.LimitGradient`.  bar: (... p q)"""
+    bound = MAX_CARRIED_GRADIENT
+    bar.clamp_(-bound, bound)
+    if bar.is_contiguous():
+        bar.view(-1, bar.shape[-2:].numel()).renorm_(2, 0, bound)
+    else:
+        bar.div_((torch.linalg.vector_norm(bar, dim=(-2, -1), keepdim=True) / bound).clamp_(min=1.0))

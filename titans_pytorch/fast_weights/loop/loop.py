@@ -1,0 +1,252 @@
+"""A loop over renewals: surprises at a base, the next weights, the next base; and all of it backwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.fast_weights.loop.by_equations import ByEquations
+from titans_pytorch.fast_weights.loop.by_shares import ByShares
+from titans_pytorch.fast_weights.loop.by_table import ByTable
+from titans_pytorch.fast_weights.loop.evolution import Evolution, Others
+from titans_pytorch.fast_weights.loop.limits import growth_backward, limit_gradient, limit_growth
+from titans_pytorch.fast_weights.loop.mlp import Base, MLPSurprise, Normed
+from titans_pytorch.fast_weights.loop.parts import Inputs, Kept, Results, Shape, begin
+from titans_pytorch.memory_models import NORM_GAIN
+
+
+class Loop:
+    """The parts of one loop, laid over what it keeps."""
+
+    def __init__(self, shape: Shape, inputs: Inputs, kept: Kept) -> None:
+        self.shape, self.inputs, self.kept = shape, inputs, kept
+        self.rows = inputs.tokens.keys.shape[1]
+        self.evolutions = [self.evolution(pack) for pack in range(len(kept.states))]
+        places = [shape.packing.places[name] for name in shape.matrices]
+        sides = [kept.factors[place.pack][:: -1 if place.is_turned else 1] for place in places]
+        self.inputs_of = [self.rows_of(side[0], place.number) for side, place in zip(sides, places, strict=True)]
+        self.errors_of = [self.rows_of(side[1], place.number) for side, place in zip(sides, places, strict=True)]
+        self.gain_pack = shape.packing.places[NORM_GAIN].pack if NORM_GAIN in shape.packing.places else None
+        of_gain = None if self.gain_pack is None else kept.factors[self.gain_pack].right
+        self.surprise = MLPSurprise(inputs.tokens, kept.products, self.inputs_of, self.errors_of, of_gain)
+        self.matrices = [self.at_bases(name).unbind(0) for name in shape.matrices]
+        self.fast_gains = None if self.gain_pack is None else self.at_bases(NORM_GAIN).unbind(0)
+        self.weights = [evolution.slots[0] for evolution in self.evolutions]
+
+    def evolution(self, pack: int) -> Evolution:
+        """One pack's way through the blocks."""
+        kept, mix = self.kept, self.inputs.mixes[pack]
+        if self.shape.equations is None:
+            return ByShares(kept.states[pack], kept.factors[pack], mix, self.inputs.shares[pack].flatten(1, 2))
+        if self.shape.packing.packs[pack] == (NORM_GAIN,):
+            return ByTable(kept.states[pack], mix, self.inputs.states[pack].shape[2])
+        of_pack = kept.states[pack], kept.momenta[pack], kept.factors[pack]
+        return ByEquations(*of_pack, self.shape.equations, mix, kept.sums[pack])
+
+    def rows_of(self, factor: Tensor, index: int) -> Tensor:
+        """One parameter's part of a pack's factor.  (N g·r L p) -> (N r L p)"""
+        return factor.narrow(1, index * self.rows, self.rows)
+
+    def at_bases(self, name: str) -> Tensor:
+        """What a parameter is at the start of every renewal.  -> (N r i j)"""
+        place = self.shape.packing.places[name]
+        return self.shape.packing.turned(name, self.evolutions[place.pack].bases(place.number))
+
+    def base(self, n: int) -> Base:
+        """Where the surprises of a renewal are taken."""
+        first = self.inputs.base
+        if n == 0 and first is not None:
+
+            def weight(name: str) -> Tensor:
+                place = self.shape.packing.places[name]
+                return self.shape.packing.turned(name, first[place.pack][place.number])
+
+            gain = self.inputs.gain if self.gain_pack is None else weight(NORM_GAIN) + 1
+            return Base([weight(name) for name in self.shape.matrices], gain)
+        gain = self.inputs.gain if self.fast_gains is None else self.fast_gains[n] + 1
+        return Base([weights[n] for weights in self.matrices], gain)
+
+    def gains(self) -> Tensor | None:
+        """The norm's gain in every renewal.  -> (N|1 r 1 d)"""
+        if self.gain_pack is None:
+            return None if self.inputs.gain is None else self.inputs.gain.unsqueeze(0)
+        found = self.at_bases(NORM_GAIN)
+        if self.inputs.base is not None:
+            found = torch.cat((self.inputs.base[self.gain_pack], found[1:]))
+        return found + 1
+
+    # ---- forwards
+
+    def forward(self) -> tuple[list[Normed | Tensor], list[Tensor], list[Tensor]]:
+        """-> what the norm left of every renewal; how much each base was made smaller, and the norms that it had"""
+        left, scales, norms = [], [], []
+        for n in range(self.shape.num_renewals):
+            left.append(self.surprise.forward(n, self.base(n)))
+            for evolution in self.evolutions:
+                evolution.forward(n)
+            if self.inputs.limit is not None and self.shape.renews(n):
+                after = [weights[(n + 1) * self.shape.per_renewal] for weights in self.weights]
+                scale, norm = limit_growth(after, self.inputs.limit)
+                scales.append(scale)
+                norms.append(norm)
+        return left, scales, norms
+
+    def results(self) -> Results:
+        places = self.shape.packing.places
+        num_slots = 1 if self.shape.equations is not None else self.kept.states[0].shape[3]
+
+        def starts(name: str) -> list[Tensor]:
+            place = places[name]
+            return [self.evolutions[place.pack].of_slot(slot, place.number) for slot in range(num_slots)]
+
+        def last(name: str) -> list[Tensor]:
+            place = places[name]
+            ends = [slot[-1][place.number] for slot in self.evolutions[place.pack].slots]
+            return [self.shape.packing.turned(name, end).clone(memory_format=torch.contiguous_format) for end in ends]
+
+        inputs: dict[str, Tensor] = {}
+        errors: dict[str, Tensor] = {}
+        if self.shape.equations is None:
+            inputs = {name: x.contiguous() for name, x in zip(self.shape.matrices[1:], self.inputs_of[1:], strict=True)}
+            errors = {name: x.contiguous() for name, x in zip(self.shape.matrices, self.errors_of, strict=True)}
+            if self.gain_pack is not None:
+                errors[NORM_GAIN] = self.kept.factors[self.gain_pack].right.clone()
+        return Results(
+            {name: last(name) for name in places},
+            {name: starts(name) for name in places},
+            inputs,
+            errors,
+            self.predicted() + self.inputs.tokens.offset,
+        )
+
+    def predicted(self) -> Tensor:
+        """What the error is, but for its offset."""
+        left, gains = self.kept.left, self.gains()
+        if isinstance(left, Tensor):
+            return left
+        return left.normed if gains is None else left.normed * gains
+
+    # ---- backwards
+
+    def backward(self, bars: Results) -> Inputs:
+        """bars: gradients of what came out, None where there is none"""
+        left, gains = self.kept.left, self.gains()
+        normed = None if isinstance(left, Tensor) else left
+        self.surprise.begin_backward(normed, gains, bars.error)
+        for pack, evolution in enumerate(self.evolutions):
+            evolution.begin_backward(self.last_bars(bars, pack), self.others(bars, pack))
+        may_have_limited = self.may_have_limited()
+        gain_bars, limit_bars, base_bars = [], [], None
+        for n in reversed(range(self.shape.num_renewals)):
+            if self.shape.renews(n):
+                limit_bars.append(self.limits_backward(n, may_have_limited))
+            targets = [evolution.of_readers(n) for evolution in self.evolutions]
+            factor_bars = [evolution.factor_bars(n) for evolution in self.evolutions]
+            if n == 0 and self.inputs.base is not None:  # surprised elsewhere than where its blocks begin
+                targets = base_bars = [torch.zeros_like(weights[0]) for weights in self.weights]
+            gain_bar = self.surprise_backward(n, factor_bars, bars, targets)
+            gain_bars.append(gain_bar)
+            for evolution in self.evolutions:
+                evolution.start_bar(n)
+        gate_bars = [evolution.gate_bars() for evolution in self.evolutions]
+        return Inputs(
+            self.surprise.token_bars(self.predicted()),
+            total(gain_bars) if self.gain_pack is None else None,
+            base_bars,
+            [torch.stack([slot[0] for slot in evolution.bars], dim=2) for evolution in self.evolutions],
+            [each[0] for each in gate_bars],
+            [bar[1].view_as(share) for bar, share in zip(gate_bars, self.inputs.shares, strict=False)],
+            total(limit_bars),
+        )
+
+    def last_bars(self, bars: Results, pack: int) -> list[Tensor | None]:
+        """Gradients of what is there after the last block, slot by slot.  (g r p q) each"""
+        names = self.shape.packing.packs[pack]
+        found: list[Tensor | None] = []
+        for slot, like in enumerate(self.evolutions[pack].slots):
+            parts = [bars.last[name][slot] for name in names]
+            nothing = like[0].new_zeros(()).expand(like[0].shape[1:])
+            turned = [
+                nothing if x is None else self.shape.packing.turned(n, x) for n, x in zip(names, parts, strict=True)
+            ]
+            found.append(None if all(part is None for part in parts) else torch.stack(turned))
+        return found
+
+    def others(self, bars: Results, pack: int) -> list[Others | None]:
+        """Gradients of what blocks begin with, slot by slot."""
+        of_names = [bars.starts[name] for name in self.shape.packing.packs[pack]]
+        found: list[Others | None] = []
+        for slot, like in enumerate(self.evolutions[pack].slots):
+            parts = [slots[slot] if slot < len(slots) else None for slots in of_names]
+            shape = (self.shape.num_renewals, self.shape.per_renewal, *like[0].shape[1:])
+            found.append(None if all(part is None for part in parts) else Others(parts, shape, like[0]))
+        return found
+
+    def surprise_backward(
+        self, n: int, factor_bars: list[tuple[Tensor, Tensor]], bars: Results, targets: list[Tensor]
+    ) -> Tensor | None:
+        """Gradients of a renewal's base, added to the targets, of packs (g r p q).  -> that of a gain from outside"""
+        places = [self.shape.packing.places[name] for name in self.shape.matrices]
+        input_bars, error_bars = [], []
+        for name, place in zip(self.shape.matrices, places, strict=True):
+            both = factor_bars[place.pack][:: -1 if place.is_turned else 1]
+            input_bar, error_bar = (bar.narrow(0, place.number * self.rows, self.rows) for bar in both)
+            input_bars.append(plus(input_bar, bars.inputs.get(name), n))
+            error_bars.append(plus(error_bar, bars.errors.get(name), n))
+        of_gain_bar = None
+        if self.gain_pack is not None:
+            of_gain_bar = plus(factor_bars[self.gain_pack][1], bars.errors.get(NORM_GAIN), n)
+
+        def add(layer: int, a: Tensor, b: Tensor) -> None:
+            place = places[layer]
+            a, b = (b, a) if place.is_turned else (a, b)
+            targets[place.pack][place.number].baddbmm_(a.mT, b)
+
+        gain_bar = self.surprise.backward(n, self.base(n), input_bars, error_bars, of_gain_bar, add)
+        if self.gain_pack is None or gain_bar is None:
+            return gain_bar
+        targets[self.gain_pack][0].add_(gain_bar)
+        return None
+
+    def may_have_limited(self) -> bool:
+        """Whether a limit may have acted; looking is free on a CPU alone."""
+        scales = self.kept.scales
+        return scales is not None and (scales.device.type != "cpu" or not bool((scales == 1).all()))
+
+    def limits_backward(self, n: int, may_have_limited: bool) -> Tensor | None:
+        """Back through what happens after a renewal.  -> the gradient of the limit (r)"""
+        for evolution in self.evolutions:
+            limit_gradient(evolution.bars_after(n))
+        limit, scales, norms = self.inputs.limit, self.kept.scales, self.kept.norms
+        if limit is None or scales is None or norms is None or not may_have_limited:
+            return None
+        block = (n + 1) * self.shape.per_renewal
+        bars = [evolution.bars[0][block] for evolution in self.evolutions]
+        return growth_backward(bars, [of_pack[block] for of_pack in self.weights], limit, scales[n], norms[n])
+
+
+def total(bars: list[Tensor | None]) -> Tensor | None:
+    """The sum of what is there."""
+    there = [bar for bar in bars if bar is not None]
+    return torch.stack(there).sum(dim=0) if there else None
+
+
+def plus(bar: Tensor, others: Tensor | None, n: int) -> Tensor:
+    return bar if others is None else bar + others[n]
+
+
+def run(shape: Shape, inputs: Inputs, has_backward: bool) -> tuple[Results, Kept]:
+    """has_backward: whether all is kept that a backward pass needs"""
+    loop = Loop(shape, inputs, begin(shape, inputs, has_backward or shape.equations is None))
+    left, scales, norms = loop.forward()
+    together: Normed | Tensor
+    if isinstance(left[0], Tensor):
+        together = torch.stack(left)  # type: ignore[arg-type]
+    else:
+        parts = zip(*left, strict=True)
+        whole = [torch.stack(part) if has_backward or i == 1 else part[0] for i, part in enumerate(parts)]
+        together = Normed(*whole)
+    loop.kept = loop.kept._replace(left=together)
+    if scales and has_backward:
+        loop.kept = loop.kept._replace(scales=torch.stack(scales), norms=torch.stack(norms))
+    return loop.results(), loop.kept

@@ -1,0 +1,120 @@
+"""What goes into a loop, what comes out of it, and what it keeps for its backward pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from titans_pytorch.fast_weights.loop.by_equations import num_sums
+from titans_pytorch.fast_weights.loop.equations import Equation, moves_in_place
+from titans_pytorch.fast_weights.loop.evolution import PackFactors
+from titans_pytorch.fast_weights.loop.mlp import Normed, Products, Tokens
+from titans_pytorch.fast_weights.loop.packing import Packing
+from titans_pytorch.memory_models import NORM_GAIN
+
+
+class Shape(NamedTuple):
+    """What the loop does, as far as it is no tensor."""
+
+    packing: Packing
+    matrices: tuple[str, ...]  # of the memory model, in the order of its layers
+    has_norm: bool
+    num_blocks: int  # T
+    per_renewal: int  # blocks of a renewal, k
+    equations: tuple[Equation, ...] | None  # of blocks of one chunk; None: by shares
+    renews_last: bool  # whether the base is renewed after the last block
+
+    @property
+    def num_renewals(self) -> int:
+        return self.num_blocks // self.per_renewal
+
+    def renews(self, renewal: int) -> bool:
+        """Whether the base is renewed after a renewal's blocks."""
+        return renewal + 1 < self.num_renewals or self.renews_last
+
+
+class Inputs(NamedTuple):
+    """What goes in; lists are of packs."""
+
+    tokens: Tokens
+    gain: Tensor | None  # (r 1 d)  of a norm, where storing does not change it
+    base: list[Tensor] | None  # (g r p q)  of the first renewal; None: the weights
+    states: list[Tensor]  # (g r a p q)  weights and momenta
+    mixes: list[Tensor]  # by shares (T g r a a), by equations (T G g r 1 1), of a gain (N r a+k-1 a+k-1+L)
+    shares: list[Tensor]  # (T g r l a) by shares
+    limit: Tensor | None  # (r)  the largest norm of a base
+
+
+class Results(NamedTuple):
+    """What comes out."""
+
+    last: dict[str, list[Tensor]]  # of each parameter's slots, after the last block  (r i j), vectors (r 1 d)
+    starts: dict[str, list[Tensor]]  # the same where blocks begin, as they lie in packs  (N k r p q)
+    inputs: dict[str, Tensor]  # of every matrix but the first  (N r L i)
+    errors: dict[str, Tensor]  # of every parameter  (N r L j)
+    error: Tensor  # (N r L d)  of what was predicted
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs beside what goes in."""
+
+    states: list[Tensor]  # by shares (T+1 g r a p q), by equations weights (g N+1 r k p q), of a gain (N+1 r a+k-1+L d)
+    momenta: list[Tensor]  # by equations (T+1 o g r p q)
+    factors: list[PackFactors]
+    sums: list[Tensor]  # (T s g r p q) by equations
+    products: list[Products]
+    left: Normed | Tensor  # (N r L .)
+    scales: Tensor | None  # (N r)  by which a base was made smaller, 1 where it was not
+    norms: Tensor | None  # (N r)
+
+
+def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
+    """Room for all that a loop keeps; where nobody asks for it afterwards, every renewal uses the same again."""
+    keys = inputs.tokens.keys
+    n, rows, length, _ = keys.shape
+
+    def room(*sizes: int) -> Tensor:
+        """(N ...)"""
+        return keys.new_empty(n if keeps_all else 1, *sizes).expand(n, *sizes)
+
+    states, momenta, factors, sums = [], [], [], []
+    for number, start in enumerate(inputs.states):
+        count, _, num_slots, p, q = start.shape
+        is_gain = shape.packing.packs[number] == (NORM_GAIN,)
+        if shape.equations is None:
+            states.append(start.new_empty(shape.num_blocks + 1, *start.shape))
+            states[-1][0] = start
+        elif is_gain:
+            head = num_slots + shape.per_renewal - 1
+            states.append(start.new_zeros(n + 1, rows, head + length, q))
+            states[-1][0, :, :num_slots] = start[0, :, :, 0]
+            momenta.append(start)
+            sums.append(start)
+            factors.append(PackFactors(keys, states[-1][:-1, :, head:]))
+            continue
+        else:
+            states.append(start.new_empty(count, n + 1, rows, shape.per_renewal, p, q))
+            states[-1][:, 0, :, 0] = start[:, :, 0]
+            num_kept = shape.num_blocks + 1 if keeps_all or not moves_in_place(shape.equations) else 1
+            kept_momenta = start.new_empty(num_kept, num_slots - 1, count, rows, p, q)
+            kept_momenta[0] = start[:, :, 1:].movedim(2, 0)
+            momenta.append(kept_momenta.expand(shape.num_blocks + 1, *kept_momenta.shape[1:]))
+            sums.append(start.new_empty(shape.num_blocks, num_sums(shape.equations), count, rows, p, q))
+        if is_gain:  # summed over tokens: its left factor is 1
+            left = keys.new_ones(()).expand(n, rows, length, 1)
+        else:
+            holds_keys = number == shape.packing.places[shape.matrices[0]].pack
+            left = keys.new_empty(n, count * rows, length, p) if holds_keys else room(count * rows, length, p)
+        factors.append(PackFactors(left, room(count * rows, length, q)))
+    place = shape.packing.places[shape.matrices[0]]
+    factors[place.pack].left.narrow(1, place.number * rows, rows).copy_(keys)  # the first of a pack is never turned
+    widths = [widths_of(inputs, shape, name) for name in shape.matrices[:-1]]
+    products = [Products(*(room(rows, length, width) for _ in range(2))) for width in widths]
+    return Kept(states, momenta, factors, sums, products, keys, None, None)
+
+
+def widths_of(inputs: Inputs, shape: Shape, name: str) -> int:
+    """How many numbers come out of a matrix."""
+    place = shape.packing.places[name]
+    return inputs.states[place.pack].shape[-2 if place.is_turned else -1]

@@ -1,0 +1,63 @@
+"""The loop over renewals as one differentiable operation.
+
+Only what is sequential is in it; what is read is read afterwards, for all blocks at once. Its backward pass is written
+out as well, so a renewal is a few dozen operations on tensors that stay where they are. What is kept for it are the
+weights at the start of every block and a few numbers of every token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from titans_pytorch.fast_weights.loop.loop import Loop, run
+from titans_pytorch.fast_weights.loop.parts import Inputs, Results, Shape
+from titans_pytorch.fast_weights.precision import full_precision
+
+
+class Renewals(torch.autograd.Function):
+    """`run`, differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: Shape, structure: TreeSpec, forms: list[TreeSpec], *leaves: Any) -> Any:
+        inputs = tree_unflatten(list(leaves), structure)
+        with full_precision(inputs.tokens.keys):
+            results, kept = run(shape, inputs, any(ctx.needs_input_grad))
+        found, form = tree_flatten(results)
+        forms.append(form)
+        ctx.set_materialize_grads(False)
+        if any(ctx.needs_input_grad):
+            saved, ctx.saved_form = tree_flatten((inputs, kept))
+            ctx.is_tensor = [isinstance(part, Tensor) for part in saved]
+            ctx.save_for_backward(*(part for part in saved if isinstance(part, Tensor)))
+            ctx.shape, ctx.form, ctx.structure = shape, form, structure
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a memory that runs in loops can be differentiated once, got create_graph=True; where "
+                "titans_pytorch.memory.costs.COSTS has series_elements=0 it runs block by block and can be again"
+            )
+        tensors = iter(ctx.saved_tensors)
+        saved = [next(tensors) if is_tensor else None for is_tensor in ctx.is_tensor]
+        inputs, kept = tree_unflatten(saved, ctx.saved_form)
+        with full_precision(inputs.tokens.keys):
+            found = Loop(ctx.shape, inputs, kept).backward(tree_unflatten(list(bars), ctx.form))
+        if inputs.base is None:
+            found = found._replace(base=None)
+        leaves = tree_flatten(found)[0]
+        return None, None, None, *leaves
+
+
+def renewals(shape: Shape, inputs: Inputs) -> Results:
+    """All renewals of a loop."""
+    leaves, structure = tree_flatten(inputs)
+    forms: list[TreeSpec] = []
+    found = Renewals.apply(shape, structure, forms, *leaves)
+    results: Results = tree_unflatten(list(found), forms[0])
+    return results

@@ -1,0 +1,64 @@
+"""What plans are made from: what things cost on each kind of device, and what a memory is as far as its cost goes."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Representation = Literal["factored", "channels", "built"]
+"""How weights are kept: as sums, as sums with a share for each channel, or as tensors"""
+
+
+class Costs(NamedTuple):
+    """What decides the sizes of blocks and spans; those of a CPU were measured on two cores, in float32."""
+
+    block_overhead: float = 5e8  # of starting a block, in multiplications
+    carry_cost: float = 400  # of carrying an element of the weights through a block, in multiplications
+    channel_cost: float = 400  # of scaling one factor of a write for one group
+    channel_chunks: tuple[int, int] = (8, 16)  # fewer in a block are slower than one by one, more need too much memory
+    built_elements: int = 2**22  # of the weights of a block, where they are built
+    span_tokens: int = 8192  # of all rows together, that are projected at once
+    span_elements: int = 2**26  # that training keeps of a span
+    kept_elements: int = 2**28  # that training keeps of a call (1 GB in float32); more are computed again
+    block_elements: int = 2**26  # of all blocks of a call that are kept for a next layer rather than made again
+    series_elements: int = 9 * 2**20  # of the weights and momenta of blocks that go through one loop
+    loop_chunks: int = 2  # of a batch, up to which each is a block of its own in a loop
+    at_once: bool = False  # blocks that are surprised at one base do not wait for each other
+
+
+COSTS = {
+    "cpu": Costs(),
+    # Derived, not measured: an operation costs as much as a billion multiplications, so blocks are as large as memory
+    # allows, and there are as few loops as possible. docs/performance.md says how.
+    "cuda": Costs(
+        block_overhead=0.0,
+        carry_cost=7000.0,
+        built_elements=2**26,
+        span_tokens=2**20,
+        span_elements=2**30,
+        kept_elements=2**31,
+        block_elements=2**28,
+        series_elements=2**28,
+        loop_chunks=1,
+        at_once=True,
+    ),
+}
+"""By kind of device; the place to change them.  A kind that is not here is planned for as a CPU"""
+
+
+class Sizes(NamedTuple):
+    """What a memory is, as far as its cost goes."""
+
+    heads: int
+    writes_per_chunk: int
+    matrices: tuple[tuple[int, int], ...]  # of the memory model
+    num_elements: int  # of all its parameters
+    num_channels: int  # entries of their last axes
+    representation: Representation
+    num_slots: int = 1  # tensors of every parameter that move: its weights and their momenta
+    has_loop: bool = False  # whether several blocks can go through one loop
+    can_fold: bool = False  # whether several blocks can be stored at once
+
+    @property
+    def width(self) -> int:
+        """Numbers that go into and come out of all matrices for one token."""
+        return sum(i + j for i, j in self.matrices)

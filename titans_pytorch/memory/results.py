@@ -1,0 +1,63 @@
+"""What a call of a memory gives on the way: of one span, of all of them, and what each write was worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.fast_weights.interface import Block, Carry
+from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.projections import ProjectedWrites
+from titans_pytorch.memory.state import ReadingGroup
+
+
+class Report(NamedTuple):
+    """How badly each write was predicted, and how eagerly it was stored.  (r n c) each"""
+
+    loss: Tensor
+    rates: Tensor
+
+
+class Moment(NamedTuple):
+    """A memory between two spans: all that the tokens to come need."""
+
+    carry: Carry
+    group: ReadingGroup
+    tails: Tails
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the memory's weights are kept."""
+        return next(iter(self.carry.weights.values())).dtype
+
+
+class SpanResult(NamedTuple):
+    """What one span gives."""
+
+    reads: Tensor | None  # (b t dim)
+    moment: Moment
+    report: Report | None
+    blocks: list[Block]
+
+
+class CallResult(NamedTuple):
+    """What a whole call gives; `blocks` are there or can be had by `replay`."""
+
+    reads: Tensor | None  # (b t dim)
+    moment: Moment
+    reports: list[Report]
+    blocks: list[Block]
+    replay: Callable[[], list[Block]] | None
+
+
+def report_of(projected: ProjectedWrites, loss: Tensor) -> Report:
+    """Loss and rate (the mean of those of all parameters) of every write, where it stood; 0 where nothing is stored."""
+    of_all = projected.writes.rates
+    rates = of_all.any if of_all.is_shared else torch.stack(list(of_all.each.values())).mean(dim=0)
+    if projected.order is not None:
+        back = projected.order.argsort(dim=-1)
+        loss, rates = loss.gather(2, back), rates.gather(2, back)
+    return Report(loss if projected.is_stored is None else torch.where(projected.is_stored, loss, 0.0), rates)
