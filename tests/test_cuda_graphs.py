@@ -123,10 +123,9 @@ def backbone(variant: str) -> TitansBackbone:
     return disturbed(TitansBackbone(variant, config()).double())
 
 
-def stream_of(module: nn.Module, state: Any, period: int, graphs: FakeGraphs) -> CapturedStream[Any]:
-    return CapturedStream(
-        lambda x, state: module(x, state=state), state, randn(2, 1, DIM), period=period, recorder=graphs
-    )
+def stream_of(module: nn.Module, state: Any, period: int, graphs: FakeGraphs | None) -> CapturedStream[Any]:
+    example = randn(2, 1, DIM).to(next(module.parameters()).device)
+    return CapturedStream(lambda x, state: module(x, state=state), state, example, period=period, recorder=graphs)
 
 
 @pytest.mark.parametrize("name", STREAMS)
