@@ -91,8 +91,14 @@ def test_float32_rounds_about_as_a_cpu_does(name: str) -> None:
     given = given.detach().float().requires_grad_() if given.is_floating_point() else given
     on_cpu = values_and_gradients(reader, copy.deepcopy(module), given)
     found = values_and_gradients(reader, module.to(DEVICE), given)
+    check_rounding(found, on_cpu, exact)
+
+
+def check_rounding(found: list[Tensor], on_cpu: list[Tensor], exact: list[Tensor]) -> None:
+    """Not much farther from what is exact than a CPU is; what is nearly zero is measured by what is not."""
+    floor = 1e-2 * max(x.norm() for x in exact)
     for x, mine, its in zip(exact, found, on_cpu, strict=True):
-        error, usual = ((each - x).norm() / x.norm().clamp(min=1e-6) for each in (mine, its))
+        error, usual = ((each - x).norm() / x.norm().clamp(min=floor) for each in (mine, its))
         assert error < max(20 * usual, 1e-4)
 
 
@@ -110,28 +116,28 @@ def larger(name: str) -> NeuralMemory:
     return NeuralMemory(**LARGER[name], default_step_transform_max_lr=0.02)
 
 
-def answers(module: nn.Module, seq: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """What a memory says under autocast, and all gradients, on the CPU."""
-    device = next(module.parameters()).device
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        outputs, _ = module(seq.to(device))
-    outputs.float().square().mean().backward()
-    return [each.detach().float().cpu() for each in (outputs, *(p.grad for p in module.parameters()))]  # type: ignore[union-attr]
+def answers(module: nn.Module, seq: Tensor, is_half: bool = False) -> list[Tensor]:
+    """What a memory says, under autocast if it is to be half, and all gradients, on the CPU in float64."""
+    like = next(module.parameters())
+    with torch.autocast(like.device.type, torch.bfloat16, enabled=is_half):
+        outputs, _ = module(seq.to(like))
+    outputs.to(like.dtype).square().mean().backward()
+    return [each.detach().double().cpu() for each in (outputs, *(p.grad for p in module.parameters()))]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", LARGER)
 def test_memories_of_some_size(name: str) -> None:
-    seq = randn(2, 500, 64, dtype=torch.float32)
-    expected = answers(larger(name), seq, torch.float32)
-    for got, wanted in zip(answers(larger(name).to(DEVICE), seq, torch.float32), expected, strict=True):
-        assert rms_error(got, wanted) < 1e-3
+    seq = randn(2, 500, 64)
+    exact, on_cpu = answers(larger(name).double(), seq), answers(larger(name), seq)
+    check_rounding(answers(larger(name).to(DEVICE), seq), on_cpu, exact)
+    assert_close(answers(larger(name).double().to(DEVICE), seq), exact, **LOSSLESS)
 
 
 @pytest.mark.parametrize("name", [name for name in LARGER if name != "spectral norm"])
 def test_bfloat16_autocast(name: str) -> None:
-    seq = randn(2, 100, 64, dtype=torch.float32)
-    expected, got = answers(larger(name), seq, torch.float32), answers(larger(name).to(DEVICE), seq, torch.bfloat16)
-    assert rms_error(got[0], expected[0]) < 0.02
+    seq = randn(2, 100, 64)
+    expected, got = answers(larger(name), seq), answers(larger(name).to(DEVICE), seq, is_half=True)
+    assert rms_error(got[0], expected[0]) < 0.03
     assert all(each.isfinite().all() for each in got)
 
 

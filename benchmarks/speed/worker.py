@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 import statistics
@@ -45,16 +46,26 @@ class Session:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name(self.device) if on_cuda else None,
+            "has_accelerated_scan": importlib.util.find_spec("accelerated_scan") is not None,
         }
 
     def build(self, memory: Answer, batch: int, tokens: int, dtype: str) -> Answer:
         """Both sides draw from the same seed, and never zeros."""
+        self.forget()
         torch.manual_seed(0)
         self.module = self.library.NeuralMemory(**memory).to(self.device)
         self.seq = torch.randn(batch, tokens, memory["dim"]).to(self.device)
         self.probe = torch.randn_like(self.seq)
         self.dtype = getattr(torch, dtype)
         self.state, self.seen = None, 0
+        return {}
+
+    def forget(self) -> Answer:
+        """Give back the memory of what was built before; a GPU's is shared with other processes."""
+        self.module = self.seq = self.probe = self.state = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         return {}
 
     def publish(self, path: str) -> Answer:
@@ -149,11 +160,19 @@ class Session:
 
     @contextlib.contextmanager
     def _clock(self) -> Iterator[Callable[[], float]]:
+        """Seconds of what happens inside, on a GPU between two events of its own."""
         self._synchronize()
         elapsed: list[float] = []
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield lambda: elapsed[0]
+            end.record()
+            self._synchronize()
+            elapsed.append(begin.elapsed_time(end) / 1e3)
+            return
         start = time.perf_counter()
         yield lambda: elapsed[0]
-        self._synchronize()
         elapsed.append(time.perf_counter() - start)
 
     def _synchronize(self) -> None:
