@@ -1,4 +1,4 @@
-"""Every public module runs on the meta device, where nothing has a value and nothing may be on another device.
+"""Every public module runs on the meta device, where nothing has a value, and keeps everything there.
 
 So no forward or backward pass looks at a number on the host, which would hold up an accelerator, and none makes a
 tensor where its input is not.
@@ -6,15 +6,17 @@ tensor where its input is not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.one_device import OneDevice
 from tests.support.sequence_modules import NUM_TOKENS, READERS, Reader, public_modules
 from titans_pytorch import NeuralMemory, TitansConfig, TitansLMM, TitansMAG
-from titans_pytorch.attention_transformer import AttentionTransformer
 from titans_pytorch.titans.mixers import MIXERS
 
 META = torch.device("meta")
@@ -27,9 +29,14 @@ NO_AUTOCAST = pytest.mark.xfail(
 )
 
 
-def on_meta(reader: Reader) -> nn.Module:
+def on_meta(build: Callable[[], Any]) -> Any:
+    """What is made there; a memory model is tried on the CPU meanwhile, which is no part of what runs later."""
     with META:
-        return reader.made()
+        return build()
+
+
+def given_on_meta(reader: Reader, batch: int, count: int) -> Tensor:
+    return on_meta(lambda: reader.drawn(batch, count, None))
 
 
 def backward(outputs: Tensor, module: nn.Module, given: Tensor) -> None:
@@ -51,62 +58,75 @@ def test_every_public_module_is_among_them() -> None:
 @pytest.mark.parametrize("name", READERS)
 def test_forward_and_backward(name: str) -> None:
     reader = READERS[name]
-    module, given = on_meta(reader), reader.given(2, 13).to(META)
+    module, given = on_meta(reader.made), given_on_meta(reader, 2, 13)
     given = given.requires_grad_(given.is_floating_point())
-    outputs = reader.outputs(module, given)
-    assert outputs.device.type == "meta"
-    assert outputs.shape[:2] == (2, 13)
-    backward(outputs, module, given)
+    with OneDevice(META):
+        outputs = module.loss(given) if reader.reads == "ids" else reader.outputs(module, given)
+        assert outputs.shape[:2] == (() if reader.reads == "ids" else (2, 13))
+        backward(outputs, module, given)
 
 
 @pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader.stream is not None])
+@torch.no_grad()
 def test_pieces(name: str) -> None:
     reader = READERS[name]
-    module, state = on_meta(reader), None
-    for seed, count in enumerate(PIECES):
-        with torch.no_grad():
-            outputs, state = reader.stream(module, reader.given(2, count, seed).to(META), state)  # type: ignore[misc]
-        assert outputs.device.type == "meta"
+    module, state = on_meta(reader.made), None
+    for count in PIECES:
+        piece = given_on_meta(reader, 2, count)
+        with OneDevice(META):
+            outputs, state = reader.stream(module, piece, state)  # type: ignore[misc]
+        assert outputs.shape[:2] == (2, count)
 
 
-@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader.reads == "ids"])
-def test_loss_and_sampling(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if hasattr(reader.kind, "sample")])
+def test_sampling(name: str) -> None:
     reader = READERS[name]
-    model, ids = on_meta(reader), reader.given(2, 9).to(META)
-    model.loss(ids).backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    if not isinstance(model, AttentionTransformer):  # which is only trained and read
-        assert model.sample(ids, 12, use_cache=True, show_progress=False).shape == (2, 3)
+    model, ids = on_meta(reader.made), given_on_meta(reader, 2, 4)
+    with OneDevice(META):
+        assert model.sample(ids, 6, use_cache=True, show_progress=False).shape == (2, 2)
 
 
 def test_a_mask_and_surprises() -> None:
-    with META:
-        memory = NeuralMemory(8, 4, batch_size=8)
-    seq = torch.randn(2, 13, 8, device=META)
-    mask = torch.ones(2, 13, dtype=torch.bool, device=META)
-    outputs, state, (loss, rates) = memory(seq, store_mask=mask, return_surprises=True)
-    assert {each.device.type for each in (outputs, loss, rates, *state.updates.values())} == {"meta"}
-    backward(outputs, memory, seq)
-    fresh = memory.reset(state, mask[:, 0]).select([1, 0])
-    assert fresh.waiting.device.type == "meta"
+    memory = on_meta(lambda: NeuralMemory(8, 4, batch_size=8))
+    seq, mask = on_meta(lambda: (torch.randn(2, 13, 8), torch.ones(2, 13, dtype=torch.bool)))
+    with OneDevice(META):
+        outputs, state, _ = memory(seq, store_mask=mask, return_surprises=True)
+        assert len(dict(state.updates)) > 0
+        backward(outputs, memory, seq)
+        memory.reset(state, mask[:, 0]).repeat(2)
 
 
 @NO_AUTOCAST
 def test_a_call_that_is_computed_again_in_the_backward_pass() -> None:
     """Nothing is computed on the meta device, so that a long call costs no more than a short one."""
-    with META:
-        memory = NeuralMemory(384, 64)
+    memory, seq = on_meta(lambda: (NeuralMemory(384, 64), torch.randn(8, 2048, 384, requires_grad=True)))
     assert memory.plan(8, 2048).recomputes
-    seq = torch.randn(8, 2048, 384, device=META, requires_grad=True)
-    backward(memory(seq)[0], memory, seq)
+    with OneDevice(META):
+        backward(memory(seq)[0], memory, seq)
 
 
 @NO_AUTOCAST
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [TitansLMM, TitansMAG])
 def test_blocks_of_the_papers_size(kind: type[nn.Module]) -> None:
-    with META:
-        model = kind(NUM_TOKENS, replace(TitansConfig.preset("170M", kind.variant), depth=2, memory_refresh=None))
-    ids = torch.randint(0, NUM_TOKENS, (4, 4097), device=META)
-    model.loss(ids).backward()
+    config = replace(TitansConfig.preset("170M", kind.variant), depth=2, memory_refresh=None)
+    model, ids = on_meta(lambda: (kind(NUM_TOKENS, config), torch.randint(0, NUM_TOKENS, (4, 4097))))
+    with OneDevice(META):
+        model.loss(ids).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: x @ torch.ones(8, 8),
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: x * torch.tensor(2.0),
+        lambda x: x * x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x + torch.ones(8),
+    ],
+)
+def test_what_would_hold_up_or_fail_elsewhere_is_noticed(forward: Callable[[Tensor], Tensor]) -> None:
+    with OneDevice(META), pytest.raises(RuntimeError):
+        forward(torch.ones(8, 8, device=META))

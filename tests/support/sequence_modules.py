@@ -52,7 +52,10 @@ class Reader(NamedTuple):
 
     def given(self, batch: int, count: int, seed: int = 0) -> Tensor:
         """Random tokens, never zeros, on the CPU.  (b n) ids or (b n dim)"""
-        generator = torch.Generator().manual_seed(seed)
+        return self.drawn(batch, count, torch.Generator().manual_seed(seed))
+
+    def drawn(self, batch: int, count: int, generator: torch.Generator | None) -> Tensor:
+        """Random tokens where tensors are made.  generator: None for the global one"""
         if self.reads == "ids":
             return torch.randint(0, NUM_TOKENS, (batch, count), generator=generator)
         return torch.randn(batch, count, DIM, generator=generator)
