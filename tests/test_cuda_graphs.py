@@ -211,6 +211,12 @@ def test_what_a_captured_step_is_given(given: tuple[Any, ...], kind: type[Except
         replayed(*given)
 
 
+def test_examples_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="example 0 must be on a CUDA device, got one on cpu"):
+        captured(double, torch.ones(2))
+
+
 def test_what_cannot_be_captured() -> None:
     with pytest.raises(ValueError, match="at least one example tensor, got none"):
         captured(lambda: torch.ones(2))

@@ -121,12 +121,12 @@ def test_tables_have_all_rows_and_empty_cells(tmp_path: Path) -> None:
         model.key,
         dict(seconds=2.0, fastest=1.5, slowest=3.0, peak_bytes=5e9, tokens_per_second=2048.0, parameters=17e7),
     )
-    found.add(ITEMS[0].key, {"counts": {"passed": 7}})
+    found.add(ITEMS[0].key, {"counts": {"failed": 1, "passed": 7}, "failed": ["tests/test_a.py::test_b"]})
     found.add("decoding: a thing", {"reason": "it cannot be"})
     write(found.path, tmp_path / "gpu.md")
     page = (tmp_path / "gpu.md").read_text()
     assert "| LMM, renewed every 16 tokens | 170 M | 2 (1.5–3) | 2,048 | 5,000 |" in page
-    assert "`pytest -m cuda`: 7 passed." in page
+    assert "`pytest -m cuda`: 1 failed, 7 passed (`tests/test_a.py::test_b`)." in page
     assert "- decoding: a thing: it cannot be" in page
 
 

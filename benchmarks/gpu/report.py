@@ -115,8 +115,9 @@ def report(run: Record | None) -> str:
 def heading(run: Record) -> str:
     """Where it was measured, and whether the tests pass there."""
     key, settings = run["key"], run["settings"]
-    tests = run["items"].get(suite.ITEMS[0].key, {}).get("counts")
-    said = "not run" if tests is None else ", ".join(f"{count} {word}" for word, count in tests.items())
+    tests = run["items"].get(suite.ITEMS[0].key, {})
+    said = ", ".join(f"{count} {word}" for word, count in tests.get("counts", {}).items()) or "not run"
+    said += f" ({', '.join(f'`{name}`' for name in tests['failed'])})" if tests.get("failed") else ""
     return (
         f"{key['device']}, torch {key['torch']}, CUDA {settings['cuda']}; {place(run)}. "
         f"`pytest -m cuda`: {said}. Medians, with the fastest and the slowest call."
