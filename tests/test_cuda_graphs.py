@@ -20,6 +20,7 @@ from titans_pytorch import NeuralMemory, TitansBackbone
 from titans_pytorch.checks import tensor_checks
 from titans_pytorch.cuda_graphs import CapturedStream, captured
 from titans_pytorch.cuda_graphs.step import WARM_UPS
+from titans_pytorch.memory.plan import COSTS, Costs
 
 EXACT = dict(rtol=0, atol=0)
 
@@ -57,6 +58,20 @@ def test_a_captured_training_step_trains_as_the_step_does() -> None:
     assert (graphs.num_warm_ups, graphs.num_graphs, graphs.num_replays) == (WARM_UPS, 1, 4)
     for mine, its in zip(other.parameters(), one.parameters(), strict=True):
         assert_close(mine, its, **EXACT)
+
+
+def test_a_step_that_computes_spans_again_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COSTS, "cpu", Costs(span_tokens=8, kept_elements=0))
+    module, seq = memory(), randn(2, 25, DIM)
+    assert module.plan(2, 25).recomputes
+
+    def step(seq: Tensor) -> list[Tensor]:
+        module.zero_grad()
+        module(seq)[0].square().sum().backward()
+        return [p.grad for p in module.parameters() if p.grad is not None]
+
+    replayed = captured(step, randn(2, 25, DIM, seed=1), changes=[module], recorder=FakeGraphs())
+    assert_close(replayed(seq), step(seq), rtol=1e-9, atol=1e-9)
 
 
 def test_capturing_changes_nothing_that_is_named() -> None:

@@ -10,6 +10,9 @@ import sys
 from benchmarks.gpu.bench import Bench, Item, Record
 from benchmarks.machine import CHECKOUT
 
+MARK = "mark.cuda"
+"""What stands in files with such tests; to collect all others would take as long as to run these"""
+
 NUM_PROCESSES = 4
 """Each of which needs some of the device's memory for itself"""
 
@@ -19,8 +22,9 @@ NUM_NAMED = 20
 
 def run_tests(bench: Bench) -> Record:
     """How many passed, failed and were skipped, and which failed."""
-    which = ["tests/test_cuda.py"] if bench.is_quick else [*in_parallel()]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "--tb=line", "-p", "no:cacheprovider", *which]
+    files = [str(file.relative_to(CHECKOUT)) for file in (CHECKOUT / "tests").glob("*.py") if MARK in file.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "--tb=line", "-p", "no:cacheprovider", *files]
+    command += [] if bench.is_quick else in_parallel()
     with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
         try:
             output, _ = tests.communicate()

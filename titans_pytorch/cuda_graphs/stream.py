@@ -54,7 +54,6 @@ class CapturedStream(Generic[State]):
         self.first = state = map_rows(lambda _, tensor: tensor.detach().clone(), state)
         self.states: list[State] = [state]  # by place in the period: memory that stays, numbers of the first period
         self.numbers: list[list[int]] = []  # of the states of the second period
-        self.now = state  # numbers of the moment, as far as the step itself still runs
         self.graphs: list[tuple[Any, Callable[[], None]]] = []
         self.masks: tuple[Tensor, ...] = ()
 
@@ -79,20 +78,16 @@ class CapturedStream(Generic[State]):
         periods, place = divmod(self.count, self.period)
         state = self.states[place]
         if periods > 0:
-            first, second = list(whole_numbers(state)), self.numbers_after_one(place)
-            state = with_numbers(state, [a + periods * (b - a) for a, b in zip(first, second, strict=True)])
+            both = zip(whole_numbers(state), self.numbers[place], strict=True)
+            state = with_numbers(state, [first + periods * (second - first) for first, second in both])
         return map_rows(lambda _, tensor: tensor.clone(), state)
-
-    def numbers_after_one(self, place: int) -> list[int]:
-        """The numbers of the host at a place in the second period."""
-        return self.numbers[place] if place < len(self.numbers) else list(whole_numbers(self.now))
 
     def capture(self, place: int) -> None:
         """Make the graph of a place; where the period ends, it hands the state back to where it begins."""
         state, is_last = self.states[place], place == self.period - 1
-        _, self.now = self.recorder.warm_up(lambda: self.run(state))
+        _, expected = self.recorder.warm_up(lambda: self.run(state))
         if is_last:
-            check_returns(self.first, self.now, self.period)
+            check_returns(self.first, expected, self.period)
 
         def run() -> tuple[Any, State]:
             outputs, after = self.run(state)
@@ -105,7 +100,7 @@ class CapturedStream(Generic[State]):
         (outputs, after), replay = self.recorder.record(run)
         self.graphs.append((outputs, replay))
         if is_last:
-            self.numbers.append(list(whole_numbers(self.now)))
+            self.numbers.append(list(whole_numbers(after)))
         else:
             self.states.append(after)
         self.masks = tuple(KEPT.masks.values())  # that graphs read have to live as long as they do
@@ -119,12 +114,14 @@ class CapturedStream(Generic[State]):
         """Replay a graph, and refuse it if the step itself, which knows the position, says something else."""
         numbers = self.numbers[place]
         state = map_rows(lambda _, tensor: tensor.clone(), with_numbers(self.states[place], numbers))
-        outputs, self.now = self.recorder.warm_up(lambda: self.run(state))
+        outputs, expected_after = self.recorder.warm_up(lambda: self.run(state))
         self.graphs[place][1]()
         if place + 1 < self.period:
-            self.numbers.append(list(whole_numbers(self.now)))
+            self.numbers.append(list(whole_numbers(expected_after)))
         after = self.states[(place + 1) % self.period]
-        expected, got = ([*leaves(o), *tensors(s)] for o, s in ((outputs, self.now), (self.graphs[place][0], after)))
+        expected, got = (
+            [*leaves(o), *tensors(s)] for o, s in ((outputs, expected_after), (self.graphs[place][0], after))
+        )
         if not all(map(are_close, got, expected)):
             raise ValueError(
                 f"a step must do the same every period of {self.period} calls, got another answer than the step itself "
