@@ -124,13 +124,13 @@ def gradients_of_both(given: Renewals, precision: Precision, scale: float = 1.0)
     """
 
     def gradients(given: Renewals, run: Callable[[Renewals], tuple[Tensor, ...]]) -> Renewals:
-        leaves = mapped(lambda tensor: tensor.detach().requires_grad_(), given)
-        outs = run(leaves)
+        leaves = mapped(lambda tensor: tensor.detach().requires_grad_(), given._replace(stores=None))
+        outs = run(leaves._replace(stores=given.stores))
         torch.manual_seed(0)
         of_outs = [torch.randn(out.shape, dtype=torch.float64) for out in outs]
         of_outs = [(of_out * by).to(out) for of_out, by, out in zip(of_outs, (1.0, scale), outs, strict=True)]
         tensors = [tensor for tensor in leaves if tensor is not None]
-        return Renewals(*torch.autograd.grad(outs, tensors, of_outs), *([None] * (given.limit is None)))
+        return Renewals(*torch.autograd.grad(outs, tensors, of_outs))
 
     by_library = gradients(given, lambda leaves: twins.loop_by_library(*leaves)[:2])
     return by_library, gradients(single(given), lambda leaves: renewal_loop(*leaves, precision=precision))
@@ -162,6 +162,26 @@ def test_what_is_not_finite_stays_in_its_row_and_after_its_renewal(is_limited: b
         of_rows = gradient if name in ("gain", "state", "limit") else gradient.movedim(1, 0)
         assert of_rows[1].isfinite().all(), name
         assert name == "limit" or of_rows[0].isnan().any(), name
+
+
+def test_a_chunk_that_stores_nothing_leaves_weights_and_momenta() -> None:
+    given = with_gaps(inputs(3, 2, 8, 16, 32, True))
+    reads, last, *_ = twins.loop_by_library(*given)
+    for precision in PRECISIONS:
+        found = renewal_loop(*single(given), precision=precision)
+        near(found[0], reads, RELATIVE[precision])
+        near(found[1], last, RELATIVE[precision])
+    expected, gradients = gradients_of_both(given, "ieee")
+    for name in ("state", "values", "gain", "limit"):
+        near(getattr(gradients, name), getattr(expected, name))
+    near(gradients.keep * given.stores, expected.keep * given.stores)
+
+
+def with_gaps(given: Renewals) -> Renewals:
+    """The first row stores nothing in the middle, the second nothing at first."""
+    stores = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=given.keep.dtype, device=DEVICE)
+    keep, eta = (torch.where(stores > 0, gate, 1.0) for gate in (given.keep, given.eta))
+    return given._replace(stores=stores, keep=keep, eta=eta, descents=given.descents * stores.unsqueeze(2))
 
 
 def test_what_has_no_descent_is_only_forgotten() -> None:

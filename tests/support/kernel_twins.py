@@ -34,6 +34,7 @@ def loop_by_library(
     gain: Tensor,
     state: Tensor,
     limit: Tensor | None = None,
+    stores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The library's own blocks, one renewal after the other.  Arguments as of `Renewals`, in float64
 
@@ -44,9 +45,12 @@ def loop_by_library(
     weights, slow = {FIRST: first, SECOND: second.mT}, {NORM_GAIN: gain - 1}
     carry = Carry(weights, weights, {FIRST: (of_first,), SECOND: (of_second.mT,)}, {})
     reads, states, norms = [], [], []
-    for k, v, descent, q, kept, moved in zip(keys, values, descents, queries, keep, eta, strict=True):
+    is_stored = [None] * len(keys) if stores is None else stores.bool().unsqueeze(2)
+    for k, v, descent, q, kept, moved, stored in zip(
+        keys, values, descents, queries, keep, eta, is_stored, strict=True
+    ):
         states.append(state_of(carry))
-        gates = Gates({"keep": kept.log()[None, :, None], "momentum": moved.log()[None, :, None]}, {}, None)
+        gates = Gates({"keep": kept.log()[None, :, None], "momentum": moved.log()[None, :, None]}, {}, stored)
         rates = PerParameter.shared(weights, -descent.unsqueeze(1) / 2)
         shared = PerParameter.shared(weights, gates)
         writes = Writes(k.unsqueeze(1), v.unsqueeze(1), rates, shared, {}, None, slow)

@@ -8,6 +8,7 @@ One renewal is a chunk, read before it is stored, at the weights W = W_1 and V =
     S_W = eta S_W + K^T D1,  W = keep W + S_W                    (10, 14), (13)
     S_V = eta S_V + D2^T A,  V = keep V + S_V
 
+(where a chunk stores nothing, eta and keep are 1 and no momentum is added)
 and then, where W and V together have outgrown the limit, both are scaled back to it.
 The letters in shapes: `n` renewals, `r` rows, `c` tokens of a chunk; a state (r 4 d h) is W, V, S_W, S_V.
 """
@@ -60,6 +61,15 @@ def read(q: tl.tensor, g: tl.tensor, w: tl.tensor, v: tl.tensor, D: tl.constexpr
 
 
 @triton.jit
+def added(stores: tl.tensor, chunk: tl.tensor) -> tl.tensor:
+    """The share of the momentum that is added to the weights: none where a chunk stores nothing."""
+    share = 1.0
+    if stores is not None:
+        share = tl.load(stores + chunk)
+    return share
+
+
+@triton.jit
 def shrinking(w: tl.tensor, v: tl.tensor, limit: tl.tensor) -> tl.tensor:
     """The factor that brings W and V back to their limit; 1 where they have not outgrown it, or are not finite."""
     norm = tl.sqrt_rn(tl.sum(w * w) + tl.sum(v * v))
@@ -105,6 +115,7 @@ def loop_kernel(
     eta: tl.tensor,
     gain: tl.tensor,  # (r d)
     limit: tl.tensor,  # (r) or None
+    stores: tl.tensor,  # (n r), 1 where a chunk stores anything, else 0; or None
     state: tl.tensor,  # (r 4 d h), like last
     reads: tl.tensor,
     last: tl.tensor,
@@ -154,8 +165,8 @@ def loop_kernel(
         else:
             step_w = moved_in_memory(home_w, copy_w, k, d1, e, PRECISION)
             step_v = moved_in_memory(home_v, copy_v, d2, act, e, PRECISION)
-        kept = tl.load(keep + chunk)
-        w, v = kept * w + step_w, kept * v + step_v  # eq. 13
+        kept, share = tl.load(keep + chunk), added(stores, chunk)
+        w, v = kept * w + share * step_w, kept * v + share * step_v  # eq. 13
         if limit is not None:
             shrink = shrinking(w, v, tl.load(limit + row))
             w, v = w * shrink, v * shrink

@@ -26,7 +26,7 @@ from titans_pytorch.kernels.formulas import (
     through_norm_twice,
 )
 from titans_pytorch.kernels.language import tl, triton
-from titans_pytorch.kernels.loop import in_tokens
+from titans_pytorch.kernels.loop import added, in_tokens
 from titans_pytorch.kernels.loop_tiled import through_tile, tile_of
 
 
@@ -43,6 +43,7 @@ def steps_of_tile(
     limit: tl.tensor,
     shrink: tl.tensor,
     kept: tl.tensor,
+    share: tl.tensor,
     bound: float,
     D: tl.constexpr,
     H: tl.constexpr,
@@ -59,7 +60,7 @@ def steps_of_tile(
     if limit is not None:
         newer = tl.load(tile_of(after, at_after, PART, tile, D, H, T))
         of_weight = before_shrinking(of_weight, newer, shorts[4], limit, shrink)
-    u = within(tl.load(to_momentum), bound) * shorts[PART + 2] + of_weight
+    u = within(tl.load(to_momentum), bound) * shorts[PART + 2] + share * of_weight
     weight = tl.load(tile_of(states, at, PART, tile, D, H, T))
     momentum = tl.load(tile_of(states, at, PART + 2, tile, D, H, T))
     tl.debug_barrier()
@@ -154,6 +155,7 @@ def sums_over_tiles(
     limit: tl.tensor,
     shrink: tl.tensor,
     kept: tl.tensor,
+    share: tl.tensor,
     BOUND: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -169,10 +171,10 @@ def sums_over_tiles(
     z2, of_d2, z2_read = tl.zeros([C, D], tl.float32), tl.zeros([C, D], tl.float32), tl.zeros([C, D], tl.float32)
     for tile in range(H // T):
         u_w, w, keep_w, eta_w = steps_of_tile(
-            of_state, states, after, row, at, at_after, tile, shorts, limit, shrink, kept, BOUND, D, H, T, 0
+            of_state, states, after, row, at, at_after, tile, shorts, limit, shrink, kept, share, BOUND, D, H, T, 0
         )
         u_v, v, keep_v, eta_v = steps_of_tile(
-            of_state, states, after, row, at, at_after, tile, shorts, limit, shrink, kept, BOUND, D, H, T, 1
+            of_state, states, after, row, at, at_after, tile, shorts, limit, shrink, kept, share, BOUND, D, H, T, 1
         )
         due_keep += keep_w + keep_v
         due_eta += eta_w + eta_v
@@ -232,6 +234,7 @@ def loop_backward_kernel(
     eta: tl.tensor,
     gain: tl.tensor,  # (r d)
     limit: tl.tensor,  # (r) or None
+    stores: tl.tensor,  # (n r), 1 where a chunk stores anything, else 0; or None
     states: tl.tensor,  # (n r 4 d h), before each renewal
     last: tl.tensor,  # (r 4 d h)
     shrinks: tl.tensor,  # None without a limit
@@ -273,7 +276,21 @@ def loop_backward_kernel(
             most, shrink = tl.load(limit + row), tl.load(shrinks + chunk)
             sum_limit += tl.where(shrink < 1, shorts[4] / most, 0.0)
         z2, of_d2, z2_read, due_keep, due_eta = sums_over_tiles(
-            *(k, q, of_state, states, after, row, chunk, at_after, shorts, most, shrink, tl.load(keep + chunk)),
+            *(
+                k,
+                q,
+                of_state,
+                states,
+                after,
+                row,
+                chunk,
+                at_after,
+                shorts,
+                most,
+                shrink,
+                tl.load(keep + chunk),
+                added(stores, chunk),
+            ),
             *(BOUND, C, D, H, T, PRECISION),
         )
         tl.store(of_keep + chunk, due_keep)

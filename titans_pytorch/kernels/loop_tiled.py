@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from titans_pytorch.kernels.formulas import gelu, gelu_slope, normalised, through_norm
 from titans_pytorch.kernels.language import tl, triton
-from titans_pytorch.kernels.loop import in_tokens, moved
+from titans_pytorch.kernels.loop import added, in_tokens, moved
 
 
 @triton.jit
@@ -56,6 +56,7 @@ def tiled_loop_kernel(
     eta: tl.tensor,
     gain: tl.tensor,  # (r d)
     limit: tl.tensor,  # (r) or None
+    stores: tl.tensor,  # (n r), 1 where a chunk stores anything, else 0; or None
     reads: tl.tensor,
     last: tl.tensor,  # (r 4 d h), goes in as the first state
     states: tl.tensor,  # (n r 4 d h), before each renewal, or None
@@ -95,7 +96,7 @@ def tiled_loop_kernel(
         descent = tl.load(descents + token, mask=is_there, other=0.0)
         d2 = through_norm(descent * g * (g * normed + k - value), normed, rstd, D)
 
-        kept, e = tl.load(keep + chunk), tl.load(eta + chunk)
+        kept, e, share = tl.load(keep + chunk), tl.load(eta + chunk), added(stores, chunk)
         square = 0.0
         for tile in range(H // T):
             to_w, to_v = tile_of(last, row, 0, tile, D, H, T), tile_of(last, row, 1, tile, D, H, T)
@@ -107,7 +108,7 @@ def tiled_loop_kernel(
             z1 = tl.dot(k, w, input_precision=PRECISION)
             d1 = tl.dot(d2, v, input_precision=PRECISION) * gelu_slope(z1)
             sw, sv = moved(sw, k, d1, e, PRECISION), moved(sv, d2, gelu(z1), e, PRECISION)
-            w, v = kept * w + sw, kept * v + sv  # eq. 13
+            w, v = kept * w + share * sw, kept * v + share * sv  # eq. 13
             square += tl.sum(w * w) + tl.sum(v * v)
             tl.debug_barrier()  # a tile may have been loaded by other threads than those that store it
             tl.store(to_w, w)

@@ -33,7 +33,8 @@ class Renewals(NamedTuple):
     eta: Tensor  # (n r)    share of the momentum that goes on
     gain: Tensor  # (r d)    g, the one of `1 + gamma` included
     state: Tensor  # (r 4 d h)  W_1, W_2^T and their momenta
-    limit: Tensor | None  # (r)      the largest norm of a row's weights; None: any
+    limit: Tensor | None = None  # (r)      the largest norm of a row's weights; None: any
+    stores: Tensor | None = None  # (n r)    1 where a chunk stores anything, else 0, with keep and eta 1; None: all do
 
 
 class LoopResult(NamedTuple):
@@ -55,6 +56,7 @@ def renewal_loop(
     gain: Tensor,
     state: Tensor,
     limit: Tensor | None = None,
+    stores: Tensor | None = None,
     *,
     precision: Precision | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -62,7 +64,7 @@ def renewal_loop(
 
     precision: of products; None: as torch multiplies matrices (`torch.set_float32_matmul_precision`)
     """
-    given = Renewals(keys, values, descents, queries, keep, eta, gain, state, limit)
+    given = Renewals(keys, values, descents, queries, keep, eta, gain, state, limit, stores)
     check_renewals(given)
     precision = torchs_own() if precision is None else precision
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
@@ -87,7 +89,7 @@ def check_renewals(given: Renewals) -> None:
     n, r, c, d = given.keys.shape
     h = given.state.shape[-1]
     tokens, gate = (n, r, c, d), (n, r)
-    shapes = (tokens, tokens, (n, r, c), tokens, gate, gate, (r, d), (r, 4, d, h), (r,))
+    shapes = (tokens, tokens, (n, r, c), tokens, gate, gate, (r, d), (r, 4, d, h), (r,), gate)
     for name, tensor, shape in zip(Renewals._fields, given, shapes, strict=True):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have the shape {shape} beside keys and state, got {tuple(tensor.shape)}")
@@ -113,7 +115,7 @@ def run_loop(given: Renewals, precision: Precision, keeps_states: bool) -> LoopR
     reads, last = torch.empty_like(given.queries), torch.empty_like(given.state)
     states = last.new_empty(n, *last.shape) if keeps_states else None
     shrinks = last.new_empty(n, r) if keeps_states and given.limit is not None else None
-    front = (given.keys, given.values, given.descents, given.queries, given.keep, given.eta, given.gain, given.limit)
+    front = (*given[:7], given.limit, given.stores)
     back = (reads, last, states, shrinks, n, r)
     with on_device_of(last):
         if compilation.stays_in_registers(*sizes):
@@ -130,11 +132,11 @@ def run_loop_backward(
     """Gradients of what the loop was given."""
     given = each(Tensor.contiguous, given)
     n, r, c, d = given.keys.shape
-    of = each(torch.empty_like, given)
+    of = each(torch.empty_like, given)._replace(stores=None)
     of.state.copy_(of_last)
     with on_device_of(given.state):
         loop_backward_kernel[(r,)](
-            *(given.keys, given.values, given.descents, given.queries, given.keep, given.eta, given.gain, given.limit),
+            *(*given[:7], given.limit, given.stores),
             *(result.states, result.last, result.shrinks, of_reads.contiguous(), of.state),
             *(of.keys, of.values, of.descents, of.queries, of.keep, of.eta, of.gain, of.limit, n, r),
             BOUND=MAX_CARRIED_GRADIENT,
@@ -159,6 +161,6 @@ class RenewalLoop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_reads: Tensor, of_last: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        given, (last, states, shrinks) = Renewals(*saved[:9]), saved[9:]
+        given, (last, states, shrinks) = Renewals(*saved[:10]), saved[10:]
         result = LoopResult(of_reads, last, states, shrinks)
         return (None, *run_loop_backward(given, result, of_reads, of_last, ctx.precision))
