@@ -42,22 +42,9 @@ FOR_MASKS = frozenset({"stores"})
 FOR_BACKWARD = frozenset({"states", "shrinks"})
 """Tensors that are not there where no backward pass follows"""
 
-COLUMNS = {
-    "kernel": "kernel",
-    "dim": "dim",
-    "hidden": "hidden",
-    "tokens": "tokens",
-    "products": "products",
-    "tile": "tile",
-    "warps": "warps",
-    "capability": "sm",
-    "registers": "registers",
-    "stack": "stack, bytes",
-    "spills": "spills",
-    "shared": "shared, bytes",
-    "tensor core instructions": "tensor core instructions",
-}
-"""Of a record, and what a table calls them"""
+CHOSEN = ("kernel", "dim", "hidden", "tokens", "products", "tile", "warps")
+FOUND = ("registers", "stack", "spills", "shared")
+"""Of a record: what is compiled, what it needs"""
 
 
 class Case(NamedTuple):
@@ -167,13 +154,9 @@ def usage(machine_code: bytes) -> dict[str, int]:
         raise RuntimeError(f"no registers in what {tool.name} says: {resources}")
     count = {
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
-        "tensor core instructions": len(re.findall(r"\bH?G?MMA\b", instructions)),
+        "tensor core instructions": len(re.findall(r"\b(?:HMMA|HGMMA)\b", instructions)),
     }
     return {"registers": int(found[1]), "stack": int(found[2]), **count}
-
-
-def row(record: dict[str, Any]) -> list[str]:
-    return [str(record[name]) for name in COLUMNS]
 
 
 def record_of(case: Case, capability: int) -> dict[str, Any]:
@@ -181,6 +164,17 @@ def record_of(case: Case, capability: int) -> dict[str, Any]:
     about = dict(zip(("dim", "hidden", "tokens"), case.sizes, strict=True))
     chosen = dict(products=case.precision, tile=case.constants.get("T", ""), capability=capability)
     return {"kernel": case.name, **about, **chosen, **compiled(case, capability), "trial": case.is_trial}
+
+
+def table(records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each kernel; what it needs, on one compute capability after the other."""
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        rows.setdefault(tuple(str(record[name]) for name in CHOSEN), []).append(record)
+    found = [
+        [*chosen, *(" / ".join(str(each[name]) for each in same) for name in FOUND)] for chosen, same in rows.items()
+    ]
+    return [[*CHOSEN, *FOUND], *found]
 
 
 def main() -> None:
@@ -193,7 +187,7 @@ def main() -> None:
             continue
         for capability in ARCHITECTURES:
             records.append(record_of(case, capability))
-            print(" | ".join(row(records[-1])), flush=True)
+            print(" | ".join(f"{name} {value}" for name, value in records[-1].items()), flush=True)
     if arguments.only is None:
         write(dict(machine=describe_machine(), triton=triton.__version__, kernels=records))
 
@@ -204,8 +198,7 @@ def write(found: dict[str, Any]) -> None:
     about = f"Triton {found['triton']}, {found['machine']['date']}, commit {found['machine']['commit']}."
     tables = []
     for title, is_trial in (("What is run:", False), ("What was tried besides:", True)):
-        rows = [row(record) for record in found["kernels"] if record["trial"] is is_trial]
-        tables.append(f"{title}\n\n{markdown([list(COLUMNS.values()), *rows])}")
+        tables += [title, markdown(table([record for record in found["kernels"] if record["trial"] is is_trial]))]
     put(DOCS / "kernels.md", "compiled", "\n\n".join([about, *tables]))
 
 

@@ -10,12 +10,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tests.support import kernel_twins as twins
+from titans_pytorch import NeuralMemory
+from titans_pytorch.fast_weights.norms import total_norm
 from titans_pytorch.fast_weights.renewal import MAX_CARRIED_GRADIENT
 from titans_pytorch.kernels import epilogues
 from titans_pytorch.kernels.renewals import Precision, Renewals, renewal_loop, run_loop
+from titans_pytorch.losses import summed_squared_error
+from titans_pytorch.memory.projections import StoredTokens
+from titans_pytorch.memory_models import NORM_GAIN
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -203,6 +209,11 @@ def test_pieces_are_the_whole() -> None:
     assert_close((torch.cat(pieces), state), (reads, last), rtol=0, atol=0)
 
 
+def wide(n: int, r: int, c: int, d: int, h: int) -> dict[str, Tensor]:
+    """Tensors of other sizes that belong together."""
+    return single(inputs(n, r, c, d, h))._asdict()
+
+
 @pytest.mark.parametrize(
     "change, error, words",
     [
@@ -211,12 +222,86 @@ def test_pieces_are_the_whole() -> None:
         (dict(eta=torch.zeros(3, 2, dtype=torch.float64)), TypeError, "eta must be of dtype float32"),
         (dict(limit=torch.zeros(3)), ValueError, r"limit must have the shape \(2,\)"),
         (dict(state=torch.zeros(2, 4, 32, 40)), ValueError, "hidden a multiple of 16"),
+        (wide(3, 2, 17, 128, 64), ValueError, "at most 2048 features in ieee"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Tensor], error: type[Exception], words: str) -> None:
     given = single(inputs(3, 2, 8, 32, 64))._replace(**change)
     with pytest.raises(error, match=words):
         renewal_loop(*given)
+
+
+# ---- a whole memory
+
+
+@pytest.mark.parametrize(
+    "summed_loss, growth",
+    [pytest.param(False, None, marks=pytest.mark.slow), (True, 1.1)],
+    ids=["mean", "sum, limited"],
+)
+def test_a_memory_by_kernels_is_the_memory(summed_loss: bool, growth: float | None) -> None:
+    """What is read, the state, and the gradient of every parameter; one token after the last whole chunk."""
+    torch.manual_seed(0)
+    options = dict(learned_norm_gain=True, summed_loss=summed_loss, max_weight_growth=growth)
+    model, rate = dict(depth=2, expansion_factor=2.0), dict(init_adaptive_step_bias=-3.0)
+    memory = NeuralMemory(32, 8, 8, 16, 2, default_model_kwargs=model, **rate, **options).double().to(DEVICE)
+    with torch.no_grad():
+        memory.memory_norm_gamma.normal_(std=0.3)
+    seq = torch.randn(2, 25, 32, dtype=torch.float64, device=DEVICE)
+    expected, state = memory(seq)
+    reads, last = by_kernels(memory, seq)
+    near(reads, expected.detach())
+    first, second = state.current.values()
+    near(last[:, 0], first.detach())
+    near(last[:, 1], second.mT.detach())
+    if growth is not None:
+        grown = total_norm(state.current) / total_norm(memory.initial_weights()).repeat(2)
+        assert grown.isclose(torch.full_like(grown, growth)).any(), "nothing was limited"
+    parameters = dict(memory.named_parameters())
+    of_reads = torch.randn_like(expected)
+    found, gradients = (
+        torch.autograd.grad((out * of_reads).sum(), list(parameters.values()), allow_unused=True, retain_graph=True)
+        for out in (reads, expected)
+    )
+    for name, a, b in zip(parameters, found, gradients, strict=True):
+        assert (a is None) == (b is None), name
+        if b is not None:
+            near(a, b, 1e-4)
+
+
+def by_kernels(memory: NeuralMemory, seq: Tensor) -> tuple[Tensor, Tensor]:
+    """What is read from a fresh state, and the last state.
+
+    A chunk reads before it is stored, and reads lag one token behind: the first token is put before itself.
+    """
+    chunk, tails = memory.layout.store_chunk, memory.fresh_tails(len(seq))
+    num_stored = (seq.shape[1] - 1) // chunk * chunk
+    whole = seq[:, :num_stored]
+    writes = memory.project_writes(StoredTokens(whole, whole, None), chunk, seq.dtype, tails).writes
+    normed = memory.retrieve_norm(seq)
+    queries, _ = memory.queries(normed, tails.queries)
+    queries = torch.cat((queries[:, :1], queries), dim=1)
+    lagging = queries[:, :num_stored].unflatten(1, (-1, chunk))
+    per_loss = 2 if memory.evolution.model.loss_fn is summed_squared_error else 2 / writes.keys.shape[-1]
+    gates = writes.gates.any
+    first, second = memory.init_weights(len(seq)).values()
+    state = torch.stack((first, second.mT, torch.zeros_like(first), torch.zeros_like(first)), dim=1)
+    limit = None
+    if memory.max_weight_growth is not None:
+        limit = (memory.max_weight_growth * total_norm(memory.initial_weights())).repeat(len(seq))
+    given = Renewals(
+        *(x.transpose(0, 1) for x in (writes.keys, writes.values, -per_loss * writes.rates.any, lagging)),
+        *(gates.factors[name][0].exp().T for name in ("keep", "momentum")),
+        writes.slow[NORM_GAIN] + 1,
+        state,
+        limit,
+    )
+    reads, last = renewal_loop(*single(given), precision="ieee")
+    reads, last = reads.double().transpose(0, 1).flatten(1, 2), last.double()
+    w, v = last[:, 0], last[:, 1]
+    rest = queries[:, num_stored:]
+    rest = rest + given.gain.unsqueeze(1) * F.layer_norm(F.gelu(rest @ w) @ v.mT, rest.shape[-1:])
+    return memory.merge(torch.cat((reads, rest), dim=1)[:, 1:], normed), last
 
 
 # ---- epilogues

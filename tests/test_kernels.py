@@ -64,6 +64,19 @@ def test_every_way_to_call_the_loop_can_be_compiled(dim: int, hidden: int, absen
         assert compiled(case._replace(absent=frozenset(gone), constants=constants), 90)["registers"] <= 255
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
+@pytest.mark.parametrize("dim, tokens", [(128, 16), (64, 32), (64, 16)])
+def test_the_largest_that_is_taken_fits_an_a100(dim: int, tokens: int, precision: str) -> None:
+    """163 kB of shared memory, whatever the hidden width."""
+    from benchmarks.kernels import backward, compiled
+    from titans_pytorch.kernels.compilation import fits
+
+    shared = compiled(backward(dim, 64, tokens, precision), 80)["shared"]
+    assert (shared <= 163 * 1024) == fits(dim, 64, tokens, precision)
+
+
 def test_without_triton_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     for name in [name for name in sys.modules if name.startswith("titans_pytorch.kernels.")]:

@@ -27,13 +27,22 @@ WEIGHT_ELEMENTS = 64 * 128
 STATE_ELEMENTS = 32 * 128
 """Of one matrix, up to which both and their momenta stay in registers"""
 
+MOST_FEATURES: dict[Precision, int] = {"tf32": 64 * 32, "ieee": 64 * 32, "tf32x3": 64 * 16}
+"""Of a block's tokens together, up to which every kernel fits the 163 kB that an A100 shares among threads"""
+
 LAUNCH = dict(num_stages=1, enable_fp_fusion=True)
-"""Options that do not depend on sizes"""
+"""Options that do not depend on sizes.  One stage: loads of a state must not run ahead of what stores it"""
 
 
-def fits(dim: int, hidden: int, tokens: int) -> bool:
+def fits(dim: int, hidden: int, tokens: int, precision: Precision) -> bool:
     """Whether the kernels take a memory of this size, and chunks of this length."""
-    return dim in DIMS and hidden > 0 and hidden % HIDDEN_UNIT == 0 and 1 <= tokens <= MAX_TOKENS
+    is_known = dim in DIMS and hidden > 0 and hidden % HIDDEN_UNIT == 0 and 1 <= tokens <= MAX_TOKENS
+    return is_known and dim * padded(tokens) <= MOST_FEATURES[precision]
+
+
+def padded(tokens: int) -> int:
+    """How many tokens a block has for a chunk of so many."""
+    return max(MIN_TOKENS, int(triton.next_power_of_2(tokens)))
 
 
 def stays_in_registers(dim: int, hidden: int, tokens: int, precision: Precision) -> bool:
@@ -44,14 +53,13 @@ def stays_in_registers(dim: int, hidden: int, tokens: int, precision: Precision)
 
 def sizes(dim: int, hidden: int, tokens: int, precision: Precision) -> dict[str, Any]:
     """What every kernel of the loop has to know."""
-    block = max(MIN_TOKENS, triton.next_power_of_2(tokens))
-    return dict(LENGTH=tokens, C=block, D=dim, H=hidden, PRECISION=precision)
+    return dict(LENGTH=tokens, C=padded(tokens), D=dim, H=hidden, PRECISION=precision)
 
 
 def of_loop(dim: int, hidden: int, tokens: int, precision: Precision) -> dict[str, Any]:
     """Constants of the forward kernel that keeps weights in registers, and its number of warps."""
-    stay, warps = dim * hidden <= STATE_ELEMENTS, 4 if dim * hidden <= 16 * 64 else 8
-    return dict(sizes(dim, hidden, tokens, precision), MOMENTA_STAY=stay, num_warps=warps)
+    stay = dim * hidden <= STATE_ELEMENTS
+    return dict(sizes(dim, hidden, tokens, precision), MOMENTA_STAY=stay, num_warps=8)
 
 
 def of_tiled_loop(dim: int, hidden: int, tokens: int, precision: Precision) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def renewal_loop(
     precision: of products; None: as torch multiplies matrices (`torch.set_float32_matmul_precision`)
     """
     given = Renewals(keys, values, descents, queries, keep, eta, gain, state, limit, stores)
-    check_renewals(given)
     precision = torchs_own() if precision is None else precision
+    check_renewals(given, precision)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
         reads, last = RenewalLoop.apply(precision, *given)
         return reads, last
@@ -79,7 +79,7 @@ def torchs_own() -> Precision:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def check_renewals(given: Renewals) -> None:
+def check_renewals(given: Renewals, precision: Precision) -> None:
     """Raises where shapes do not belong together, or are not for these kernels."""
     if given.keys.ndim != 4 or given.state.ndim != 4:
         raise ValueError(
@@ -95,10 +95,11 @@ def check_renewals(given: Renewals) -> None:
             raise ValueError(f"{name} must have the shape {shape} beside keys and state, got {tuple(tensor.shape)}")
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(f"{name} must be of dtype float32, got {tensor.dtype}")
-    if not compilation.fits(d, h, c):
+    if not compilation.fits(d, h, c, precision):
         raise ValueError(
             f"dim must be one of {compilation.DIMS}, hidden a multiple of {compilation.HIDDEN_UNIT}, "
-            f"and chunks must have at most {compilation.MAX_TOKENS} tokens; got dim {d}, hidden {h}, {c} tokens"
+            f"and chunks, filled up to 16 or 32 tokens, at most {compilation.MOST_FEATURES[precision]} features "
+            f"in {precision}; got dim {d}, hidden {h}, {c} tokens"
         )
 
 
