@@ -275,24 +275,11 @@ def loop_backward_kernel(
         if limit is not None:
             most, shrink = tl.load(limit + row), tl.load(shrinks + chunk)
             sum_limit += tl.where(shrink < 1, shorts[4] / most, 0.0)
+        kept, share, e = tl.load(keep + chunk), added(stores, chunk), tl.load(eta + chunk)
         z2, of_d2, z2_read, due_keep, due_eta = sums_over_tiles(
-            *(
-                k,
-                q,
-                of_state,
-                states,
-                after,
-                row,
-                chunk,
-                at_after,
-                shorts,
-                most,
-                shrink,
-                tl.load(keep + chunk),
-                added(stores, chunk),
-            ),
-            *(BOUND, C, D, H, T, PRECISION),
-        )
+            k, q, of_state, states, after, row, chunk, at_after, shorts, most, shrink, kept, share,
+            BOUND, C, D, H, T, PRECISION,
+        )  # fmt: skip
         tl.store(of_keep + chunk, due_keep)
         tl.store(of_eta + chunk, due_eta)
 
@@ -308,8 +295,7 @@ def loop_backward_kernel(
         of_z2_read = through_norm(of_q * g, normed, rstd, D)
 
         of_k, of_q = through_tiles(
-            *(k, q, d2, of_z2, of_z2_read, of_k, of_q, of_state, states, row, chunk, tl.load(eta + chunk)),
-            *(D, H, T, PRECISION),
+            k, q, d2, of_z2, of_z2_read, of_k, of_q, of_state, states, row, chunk, e, D, H, T, PRECISION
         )
         tl.store(of_keys + here, of_k, mask=is_there)
         tl.store(of_queries + here, of_q, mask=is_there)
