@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from titans_pytorch import NeuralMemory
+from titans_pytorch.fast_weights.rules import orthogonal
 from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
 from titans_pytorch.memory import streaming
 from titans_pytorch.memory.costs import COSTS, Costs
@@ -56,3 +57,23 @@ def test_a_spectral_step_keeps_little_and_can_be_differentiated_twice() -> None:
     steps = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(orthogonalised, steps)
     assert torch.autograd.gradgradcheck(orthogonalised, steps)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 5, 4), (3, 4, 4)])
+@pytest.mark.parametrize("cached_bytes", [1, 1 << 20])
+def test_the_gradient_of_a_spectral_step_is_that_of_its_iterations(
+    shape: tuple[int, ...], cached_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of one that is zero, and of one that is so small that its norm is not divided by."""
+    monkeypatch.setattr(orthogonal, "CACHED_BYTES", cached_bytes)
+    torch.manual_seed(0)
+    steps, later = torch.randn(2, 2, *shape, dtype=torch.float64)
+    steps[0, 1], steps[1, 1] = 0.0, 1e-10 * steps[1, 1]
+    steps.requires_grad_()
+    plain = orthogonal.iterated(steps.flatten(0, 1)).view_as(steps)
+    (expected,) = torch.autograd.grad(plain, steps, later)
+    out = orthogonalised(steps)
+    assert_close(out, plain)
+    assert_close(torch.autograd.grad(out, steps, later)[0], expected)
+    with torch.no_grad():
+        assert torch.equal(orthogonalised(steps), out)

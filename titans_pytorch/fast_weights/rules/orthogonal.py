@@ -1,24 +1,37 @@
 """Orthogonal steps: five Newton-Schulz iterations towards the nearest matrix with equal singular values.
 
 Each iteration multiplies t from the left by a polynomial of A = t t^T,  t <- P t with P = a + b A + c A A.  All P
-commute with A, so the iterations can run on the small square side alone,  A <- P A P^T = A P^2;  t is touched twice.
+commute with A, so the iterations can run on the small square side alone,  A <- P A P = A P^2;  t is touched twice.
+
+What comes out is F t, F being the product of all P: the singular values of t after one function, which makes the
+Jacobian symmetric. So the gradient is the derivative in the direction G of the gradient that comes in,
+
+    F G + F' t     F' being that of F where A moves by  A' = G t^T + t G^T
+
+and it is made of squares on the small side, that cost one product each:  (A A)' = A A' + (A A')^T.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.norms import safe_norm
+from titans_pytorch.fast_weights.precision import full_precision
 from titans_pytorch.fast_weights.rules.gates import ChunkGates, Gates
 from titans_pytorch.fast_weights.rules.rule import Coefficients, Rule, Term
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 SMALLEST_NORM = 1e-7
+
+CACHED_BYTES = 1 << 20
+"""Square matrices that a CPU works on at once, found on one with 2 MB of cache: what is made of them stays in there"""
 
 
 class Orthogonal(Rule):
@@ -46,44 +59,152 @@ class Orthogonal(Rule):
 
 def orthogonalised(t: Tensor) -> Tensor:
     """t: (... i j) -> (... i j), every matrix on its own"""
-    if t.shape[-2] > t.shape[-1]:
-        return orthogonalised(t.mT).mT
-    norm = safe_norm(t.square().sum(dim=(-2, -1), keepdim=True)).clamp(min=SMALLEST_NORM)
-    t = t / norm
-    gram = t @ t.mT
-    factor: Tensor = Polynomial.apply(gram) if gram.requires_grad and plain_autograd_works() else polynomial(gram)
-    return factor @ t
+    flat = t.flatten(0, -3)
+    has_graph = flat.requires_grad and torch.is_grad_enabled() and plain_autograd_works()
+    out: Tensor = Iterated.apply(flat) if has_graph else joined([iterated(part) for part in slices(flat)])
+    return out.unflatten(0, t.shape[:-2])
 
 
-def polynomial(gram: Tensor) -> Tensor:
-    """The product of all iterations' polynomials of the Gram matrix.  (... i i) -> (... i i)"""
-    a, b, c = COEFFICIENTS
-    shape, gram = gram.shape, gram.flatten(0, -3)
-    scaled_identity = a * torch.eye(shape[-1], dtype=gram.dtype, device=gram.device)
-    total = None
-    for iteration in range(NUM_ITERATIONS):
-        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        step = step + scaled_identity.to(step.dtype)
-        total = step if total is None else step @ total
-        if iteration + 1 < NUM_ITERATIONS:
-            gram = gram @ step @ step
-    return gram.unflatten(0, shape[:-2]) if total is None else total.unflatten(0, shape[:-2])
+class Iteration(NamedTuple):
+    """One iteration on the small side.  (m i i) each, symmetric"""
+
+    gram: Tensor  # A before it
+    step: Tensor  # P
+    factor: Tensor  # F after it, the product of all P so far
 
 
-class Polynomial(torch.autograd.Function):
-    """Keeps the Gram matrix alone for its backward pass: the iterations fill twenty times the memory of what they act
-    on, and repeating them costs less than writing and reading all that."""
+class Iterated(torch.autograd.Function):
+    """All iterations.  Of what they make, the Gram matrices are kept, which cost most to make and to a quarter fill it.
+
+    (m i j) -> same
+    """
 
     @staticmethod
-    def forward(ctx: Any, gram: Tensor) -> Tensor:
-        ctx.save_for_backward(gram)
-        return polynomial(gram)
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        outs: list[Tensor] = []
+        kept: list[Tensor] = []
+        for part in slices(t):
+            gram, norm = scaled_gram(part)
+            grams, _, factors = zip(*iterations(gram), strict=True)
+            outs.append(on_small_side(factors[-1] / norm, part))
+            kept += grams[1:]
+        ctx.save_for_backward(t, *kept)
+        return joined(outs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (gram,) = ctx.saved_tensors
-        is_differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            gram = gram if is_differentiable else gram.detach().requires_grad_()
-            (found,) = torch.autograd.grad(polynomial(gram), gram, gradient, create_graph=is_differentiable)
-        return found
+        t, *kept = ctx.saved_tensors
+        parts = slices(t)
+        if torch.is_grad_enabled():  # it will be differentiated itself, so all is made of t again
+            kept = []
+        size = len(kept) // len(parts)
+        with full_precision(gradient):
+            of_parts = [
+                gradient_of_iterated(part, of_part, kept[i * size : (i + 1) * size])
+                for i, (part, of_part) in enumerate(
+                    zip(parts, gradient.split([len(part) for part in parts]), strict=True)
+                )
+            ]
+        return joined(of_parts)
+
+
+def iterated(t: Tensor) -> Tensor:
+    """All iterations, of which nothing is kept.  (m i j) -> same"""
+    gram, norm = scaled_gram(t)
+    (last,) = deque(iterations(gram), maxlen=1)
+    return on_small_side(last.factor / norm, t)
+
+
+def gradient_of_iterated(t: Tensor, gradient: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """The gradient of what went in, for that of what came out.  (m i j) each -> same
+
+    With the norm n of t, u = t / n and the gradient G of u, which is found as the head of this file says, that of t is
+    (G - u <u, G>) / n.  Both are sums of t and the gradient that came in, with factors that are made on the small side.
+    kept: the Gram matrices of all iterations but the first; none: they are made again
+    """
+    gram, norm = scaled_gram(t)
+    moves = doubled(small_side(t, gradient) / norm)
+    factor, change = factor_and_change(iterations(gram, kept), moves)
+    along = (change * gram).add(factor * moves, alpha=0.5).sum(dim=(-2, -1), keepdim=True)
+    along = torch.where(norm > SMALLEST_NORM, along, 0.0)  # a norm that is clamped does not move
+    change = (change - along * eye_like(gram)) / norm.square()
+    return on_small_side(factor / norm, gradient) + on_small_side(change, t)
+
+
+def iterations(gram: Tensor, later: Sequence[Tensor] = ()) -> Iterator[Iteration]:
+    """All iterations, from the Gram matrices of what they begin with.  (m i i); later: those that follow, if known"""
+    identity = eye_like(gram)
+    step = factor = polynomial(gram, identity)
+    yield Iteration(gram, step, factor)
+    for number in range(NUM_ITERATIONS - 1):
+        gram = later[number] if later else gram @ step @ step
+        step = polynomial(gram, identity)
+        factor = step @ factor
+        yield Iteration(gram, step, factor)
+
+
+def factor_and_change(done: Iterable[Iteration], moves: Tensor) -> tuple[Tensor, Tensor]:
+    """F and F' after all iterations, where the first Gram matrix A moves by A'.  moves: (m i i), symmetric -> same"""
+    _, b, c = COEFFICIENTS
+
+    def of_step(iteration: Iteration, moves: Tensor) -> Tensor:
+        """P' = b A' + c (A A)'"""
+        return doubled(torch.baddbmm(moves, iteration.gram, moves, beta=b / 2, alpha=c))
+
+    rest = iter(done)
+    last = next(rest)
+    change = step_moves = of_step(last, moves)
+    for iteration in rest:
+        gram, step, factor = last
+        moves = doubled(torch.baddbmm(step_moves @ gram, step, moves, alpha=0.5) @ step)  # (P A P)'
+        step_moves = of_step(iteration, moves)
+        change = torch.baddbmm(step_moves @ factor, iteration.step, change)  # (P F)' = P' F + P F'
+        last = iteration
+    return last.factor, change
+
+
+def polynomial(gram: Tensor, identity: Tensor) -> Tensor:
+    """P = a + A (b + c A).  (m i i) -> same"""
+    a, b, c = COEFFICIENTS
+    return torch.baddbmm((a * identity).expand_as(gram), gram, torch.add(b * identity, gram, alpha=c))
+
+
+def scaled_gram(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrices of matrices of norm 1, and the norms that these have had.  (m i j) -> (m i i), (m 1 1)"""
+    gram = small_side(t, t)
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    norm = safe_norm(square).clamp(min=SMALLEST_NORM)[:, None, None]
+    return gram / norm.square(), norm
+
+
+def doubled(x: Tensor) -> Tensor:
+    """A matrix and its transpose: twice the symmetric part.  (m i i) -> same"""
+    return x + x.mT
+
+
+def eye_like(gram: Tensor) -> Tensor:
+    """(m i i) -> (i i)"""
+    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def small_side(x: Tensor, y: Tensor) -> Tensor:
+    """Products of the rows of two matrices, of their columns if these are fewer.  (m i j) each -> (m i i), (m j j)"""
+    return x.mT @ y if x.shape[-2] > x.shape[-1] else x @ y.mT
+
+
+def on_small_side(factor: Tensor, t: Tensor) -> Tensor:
+    """A symmetric factor (m i i) before t (m i j), or one (m j j) behind it.  -> same as t"""
+    return t @ factor.mT if t.shape[-2] > t.shape[-1] else factor @ t
+
+
+def slices(matrices: Tensor) -> Sequence[Tensor]:
+    """All of the matrices (m i j), on a CPU in parts that stay in its cache."""
+    if matrices.device.type != "cpu" or torch.compiler.is_compiling():
+        return [matrices]
+    _, *shape = matrices.shape
+    return matrices.split(max(1, CACHED_BYTES // (min(shape) ** 2 * matrices.element_size())))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts as one again."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
