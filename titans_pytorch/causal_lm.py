@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.checks import tensor_checks, value_checks
+from titans_pytorch.fast_weights.precision import at_least_float32
 from titans_pytorch.sampling import evaluating, generate
 
 State = TypeVar("State")
@@ -23,7 +24,7 @@ def next_token_loss(logits: Tensor, ids: Tensor, per_token: bool = False) -> Ten
 
     logits: (b n-1 v), ids: (b n)
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(at_least_float32(logits.dtype))
     targets = ids[:, 1:].long()
     if not per_token:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from titans_pytorch.fast_weights.precision import at_least_float32
+
+Turns = tuple[Tensor, Tensor]
+"""For every position and feature, what multiplies the feature (cosine) and what its neighbour (minus or plus sine).
+
+(t turning) each
+"""
+
 
 class RotaryEmbedding(nn.Module):
     """Turns neighbouring features (0 1), (2 3), ... of a head, the first `dim` of them; the others stay as they are.
@@ -19,22 +27,23 @@ class RotaryEmbedding(nn.Module):
         pairs = dim // 2
         self.register_buffer("freqs", theta ** -(torch.arange(pairs) * 2 / dim))
 
-    def turns(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for the positions start, start + 1, ...  -> (t pairs) each, in at least float32"""
+    def turns(self, start: int, count: int) -> Turns:
+        """Cosine and sine for the positions start, start + 1, ..., in at least float32."""
         positions = torch.arange(start, start + count, device=self.freqs.device, dtype=torch.float64)
-        angles = positions[:, None] * self.freqs.double()
-        dtype = torch.promote_types(self.freqs.dtype, torch.float32)
+        freqs = self.freqs.double()
+        angles = positions[:, None] * torch.stack((-freqs, freqs), dim=-1).flatten()
+        dtype = at_least_float32(self.freqs.dtype)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """x: (... t d), the first token being at position `start` -> same"""
-        turning = 2 * self.freqs.shape[0]
-        return turned(x, turning, *self.turns(start, x.shape[-2]))
+        return turned(x, *self.turns(start, x.shape[-2]))
 
 
-def turned(x: Tensor, turning: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (... t d), of which the first `turning` features turn -> same"""
-    still = x[..., turning:]
-    even, odd = x[..., :turning].to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: (... t d), of which as many features turn as the turns have -> same"""
+    turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    neighbours = torch.stack((odd, even), dim=-1).flatten(-2)
+    turned = torch.addcmul(turning * cos, neighbours, sin).to(x.dtype)
     return turned if still.shape[-1] == 0 else torch.cat((turned, still), dim=-1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from titans_pytorch.attention.flex import create_mac_block_mask, flex_backend
 from titans_pytorch.attention.key_values import KeyValueCache, KeyValues, joined
-from titans_pytorch.attention.rotary import RotaryEmbedding
+from titans_pytorch.attention.rotary import RotaryEmbedding, Turns, turned
 from titans_pytorch.attention.windowed import Windows, attend_in_windows
 from titans_pytorch.checks import tensor_checks, value_checks
 
@@ -87,6 +87,7 @@ class SegmentedAttention(nn.Module):
         disable_flex_attn: bool = False,
         output_gating: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        turns: Turns | None = None,
     ) -> tuple[Tensor, AttnIntermediates]:
         """Attend, for a whole sequence or the next piece of one.
 
@@ -97,16 +98,19 @@ class SegmentedAttention(nn.Module):
             disable_flex_attn: take the dense path although use_flex_attn is on
             output_gating: (b n dim), multiplies what comes out
             cache: what the piece before returned
+            turns: those of its positions (`rotary_emb.turns`), if they have been computed before
 
         Returns: (b n dim), and (the layer's own values, the cache for the next piece)
         """
         self.check_input(seq, value_residual, output_gating, cache)
         normed, start = self.norm(seq), 0 if cache is None else cache.num_seen
-        q, k, v = rearrange(self.to_qkv(normed), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        own_values = v
+        split = rearrange(self.to_qkv(normed), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        queries_keys, (own_values,) = split.split((2, 1))
+        v = own_values
         if self.to_learned_v_mix is not None and value_residual is not None:
             v = v.lerp(value_residual, self.to_learned_v_mix(normed))
-        q, k = self.rotary_emb(torch.stack((q, k)), start)
+        turns = self.rotary_emb.turns(start, seq.shape[1]) if turns is None else turns
+        q, k = turned(queries_keys, *turns)
 
         if self.persistent_memory.shape[2] == 0 and torch.is_grad_enabled():  # every parameter must have a gradient
             v = v + self.persistent_memory.sum()

@@ -1,4 +1,4 @@
-"""Where autocast must not reach: gates, and weights that are summed."""
+"""Where half precision must not reach: gates, and weights that are summed."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """A context without autocast, on the device of a tensor."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums of numbers of this dtype; torch's own promotion of dtypes is an operation like any other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,6 +13,7 @@ from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.fast_weights.engine import Engine, EngineName
 from titans_pytorch.fast_weights.interface import LossFn, Weights
 from titans_pytorch.fast_weights.norms import total_norm
+from titans_pytorch.fast_weights.precision import at_least_float32
 from titans_pytorch.fast_weights.probe import check_contents, inspect_model
 from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule
@@ -101,7 +102,7 @@ class MemoryCore(Projections):
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of weights and gates while they are in use: at least float32."""
-        return self.dtype if self.dtype.itemsize >= 4 else torch.float32
+        return at_least_float32(self.dtype)
 
     def fast_forms(self) -> dict[str, nn.Parameter]:
         """The parameters of the memory model that storing changes; their values here do not matter."""

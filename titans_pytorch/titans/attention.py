@@ -8,10 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.attention.key_values import KeyValues
-from titans_pytorch.attention.rotary import RotaryEmbedding, turned
+from titans_pytorch.attention.rotary import RotaryEmbedding, Turns, turned
 from titans_pytorch.attention.windowed import Windows, attend_in_windows
-
-Turns = tuple[Tensor, Tensor]  # cosine and sine of each position, (t pairs)
 
 
 class Attention(nn.Module):
@@ -26,7 +24,7 @@ class Attention(nn.Module):
         self.rotary_emb = RotaryEmbedding(dim // heads)
 
     def turns(self, start: int, count: int) -> Turns:
-        """Cosine and sine for the positions start, start + 1, ..., (t pairs) each."""
+        """Cosine and sine for the positions start, start + 1, ..."""
         return self.rotary_emb.turns(start, count)
 
     def queries(self, x: Tensor) -> Tensor:
@@ -36,7 +34,7 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor, turns: Turns | None) -> KeyValues:
         """x: (b n dim); turns: None for tokens that have no position"""
         keys, values = rearrange(self.to_keys_values(x), "b n (kv h d) -> kv b h n d", kv=2, h=self.heads)
-        return KeyValues(keys if turns is None else turned(keys, keys.shape[-1], *turns), values)
+        return KeyValues(keys if turns is None else turned(keys, *turns), values)
 
     def out(self, attended: Tensor) -> Tensor:
         """(b h n d) -> (b n dim)"""
@@ -60,7 +58,7 @@ def attend_sliding(q: Tensor, turns: Turns, tokens: KeyValues, prefix: KeyValues
 
     q: (b h n d), not turned, of the last n of the tokens, before which are at most window - 1 others -> (b h n d)
     """
-    scale, placed = q.shape[-1] ** -0.5, turned(q, q.shape[-1], *turns)
+    scale, placed = q.shape[-1] ** -0.5, turned(q, *turns)
     if prefix is not None:
         placed, tokens, prefix = with_unplaced(placed, q, tokens, prefix)
     return attend_in_windows(placed, tokens, prefix, Windows(window, lookback=window - 1), scale=scale)

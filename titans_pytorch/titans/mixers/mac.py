@@ -93,7 +93,7 @@ class MemoryAsContext(AttentionMixer):
         mask = self.mask(count, offset + count, num_persistent, context is not None, x.device)
         keys_values = joined(state.prefix, context, recent)  # eq. (22)
         q = attention.queries(x)
-        y = attention.out(attend(turned(q, q.shape[-1], *turns), *keys_values, mask))  # eq. (23)
+        y = attention.out(attend(turned(q, *turns), *keys_values, mask))  # eq. (23)
         output, memory = y, state.memory
         if self.memory is not None and self.gate is not None:
             y = y.to(x.dtype)  # half precision under autocast
