@@ -9,8 +9,17 @@ from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import nn
 from torch.testing import assert_close
 
+from tests.support.operations import operations
 from tests.support.streams import disturbed
-from titans_pytorch.mac.residual_streams import doubly_stochastic, expand, make_connection, make_expansion, open_branch
+from titans_pytorch.mac.residual_streams import (
+    SINKHORN_ITERATIONS,
+    combined,
+    doubly_stochastic,
+    expand,
+    make_connection,
+    make_expansion,
+    open_branch,
+)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -42,6 +51,27 @@ def test_rows_and_columns_sum_to_one() -> None:
     assert_close(mixing.sum(-1), torch.ones(3, 4, dtype=torch.float64))
     assert_close(mixing.sum(-2), torch.ones(3, 4, dtype=torch.float64), rtol=1e-4, atol=1e-4)
     assert doubly_stochastic(torch.full((4, 4), -1e4)).isfinite().all()
+    assert doubly_stochastic(1e3 * torch.randn(5, 4, 4)).isfinite().all()
+
+
+def test_scaling_takes_one_operation_for_rows_and_one_for_columns() -> None:
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    assert operations(lambda: doubly_stochastic(logits.detach())) == 2 * SINKHORN_ITERATIONS + 1
+    gradient = torch.randn_like(logits)
+    both = operations(lambda: torch.autograd.grad(doubly_stochastic(logits), logits, gradient))
+    assert both == 2 * (2 * SINKHORN_ITERATIONS + 1)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_what_tokens_do_not_change_can_be_known_before(writes: bool) -> None:
+    connection = disturbed(make_connection(3, dim=6, number=1, writes=writes), 0.5)
+    streams = torch.randn(2, 5, 3, 6)
+    assert_close(open_branch(connection, streams, combined(connection)), open_branch(connection, streams))
+    with torch.no_grad():
+        known = combined(connection)
+        saved = operations(lambda: combined(connection))
+        assert operations(lambda: open_branch(connection, streams, known)) == (48 if writes else 7)
+        assert operations(lambda: open_branch(connection, streams)) == (48 if writes else 7) + saved
 
 
 @pytest.mark.parametrize("writes", [True, False])

@@ -12,9 +12,13 @@ from typing import NamedTuple
 import torch
 from hyper_connections import ManifoldConstrainedHyperConnections, mc_get_init_and_expand_reduce_stream_functions
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from titans_pytorch.fast_weights.precision import at_least_float32
 
 SINKHORN_ITERATIONS = 20
-SMALLEST_LOG = math.log(1e-30)  # relative to the largest, so that no sum is zero
+SMALLEST_LOG = math.log(1e-30)  # relative to the sum of a column, so that no sum of a row is zero
+SMALLEST_LENGTH = 1e-12
 
 
 def make_connection(num_streams: int, dim: int, number: int, *, writes: bool = True) -> nn.Module:
@@ -33,42 +37,65 @@ def make_expansion(num_streams: int, dim: int) -> nn.Module:
     return expansion
 
 
+class Combined(NamedTuple):
+    """The parameters of a connection as they are used: one map of all coefficients of a stream, and their constants.
+
+    Coefficients are in this order: the share of the answer that the stream receives (unless the branch does not write
+    back), the share of it that the branch reads, and its shares in the streams that go on.
+    """
+
+    weight: Tensor  # (coefficients d)
+    bias: Tensor  # (s coefficients)
+
+
 class Branch(NamedTuple):
     """What a layer reads, and where its answer goes."""
 
     input: Tensor  # (b n d)
     streams: Tensor  # (b n s d)  that go on beside the branch
-    shares: Tensor | None  # (b n s)  of the answer that each stream receives; None: all of it
+    shares: Tensor | None  # (b n s 1)  half of what each stream receives of the answer; None: all of it
 
     def add(self, answer: Tensor) -> Tensor:
         """answer: (b n d) -> streams (b n s d)"""
         answer = answer.unsqueeze(2)
-        return self.streams + (answer if self.shares is None else answer * self.shares.unsqueeze(-1))
+        return self.streams + answer if self.shares is None else self.streams.addcmul(answer, self.shares, value=2)
 
 
-def open_branch(connection: nn.Module, streams: Tensor) -> Branch:
+def combined(connection: nn.Module) -> Combined | None:
+    """What is the same for all tokens; None for a single stream, as in any transformer."""
+    if not isinstance(connection, ManifoldConstrainedHyperConnections):
+        return None
+    rows, constants = [connection.dynamic_alpha_fn[0].mT], [connection.static_alpha]
+    scales = [connection.pre_branch_scale, connection.residual_scale.expand(connection.num_residual_streams)]
+    if connection.add_branch_out_to_residual:
+        rows.insert(0, connection.dynamic_beta_fn[None])
+        constants.insert(0, connection.static_beta[:, None])
+        scales.insert(0, connection.h_post_scale[None])
+    weight = torch.cat(rows) * (connection.norm.gamma + 1) * torch.cat(scales)[:, None]
+    return Combined(weight, torch.cat(constants, dim=1))
+
+
+def open_branch(connection: nn.Module, streams: Tensor, known: Combined | None = None) -> Branch:
     """A learned mix of the streams for the branch, and others that go on.  streams: (b n s d)
 
     A connection that is built not to write back lets the streams pass unchanged.
+    known: its parameters as they are used, if they have been combined before
     """
-    if not isinstance(connection, ManifoldConstrainedHyperConnections):  # a single stream, as in any transformer
+    known = combined(connection) if known is None else known
+    if known is None:
         return Branch(streams.squeeze(2), streams, None)
     dtype, count = streams.dtype, streams.shape[2]
-    x = streams.to(torch.promote_types(dtype, torch.float32))
-    writes = connection.add_branch_out_to_residual
-    alpha_fn, scale = connection.dynamic_alpha_fn[0], x.shape[-1] ** 0.5
-    columns = torch.cat((alpha_fn, connection.dynamic_beta_fn[:, None]), dim=1) if writes else alpha_fn
-    gain = (connection.norm.gamma + 1) * scale
-    raw = (x @ (columns * gain[:, None]).to(x.dtype)) / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-
-    scales = torch.cat((connection.pre_branch_scale, connection.residual_scale.expand(count)))
-    alpha = raw[..., : count + 1] * scales + connection.static_alpha
-    read = alpha[..., :1].sigmoid()
-    if not writes:
-        return Branch((read * x).sum(dim=2).to(dtype), streams, None)
-    mixed = torch.cat((read, doubly_stochastic(alpha[..., 1:])), dim=-1).mT @ x
-    shares = 2 * (raw[..., -1] * connection.h_post_scale + connection.static_beta).sigmoid()
-    return Branch(mixed[:, :, 0].to(dtype), mixed[:, :, 1:].to(dtype), shares.to(dtype))
+    x = streams.to(at_least_float32(dtype))
+    length = F.threshold(torch.linalg.vector_norm(x, dim=-1, keepdim=True), SMALLEST_LENGTH, SMALLEST_LENGTH)
+    raw = F.linear(x, known.weight.to(x.dtype))
+    coefficients = torch.addcdiv(known.bias.to(x.dtype), raw, length, value=x.shape[-1] ** 0.5)
+    if not connection.add_branch_out_to_residual:
+        return Branch((coefficients[..., :1].sigmoid() * x).sum(dim=2).to(dtype), streams, None)
+    gates, mixing = coefficients.split((2, count), dim=-1)
+    shares, read = gates.sigmoid().split(1, dim=-1)
+    mixed = torch.cat((read, doubly_stochastic(mixing)), dim=-1).mT @ x
+    read_streams, others = mixed.split((1, count), dim=2)
+    return Branch(read_streams.squeeze(2).to(dtype), others.to(dtype), shares.to(dtype))
 
 
 def doubly_stochastic(logits: Tensor) -> Tensor:
@@ -76,11 +103,11 @@ def doubly_stochastic(logits: Tensor) -> Tensor:
 
     Dividing by a sum is a softmax of logarithms: one operation each way, with all tokens along the last axis.
     """
-    logs = logits.reshape(-1, *logits.shape[-2:]).permute(1, 2, 0)  # (s s tokens)
-    logs = (logs - logs.amax(dim=0).detach()).clamp(min=SMALLEST_LOG)
-    for _ in range(SINKHORN_ITERATIONS):
-        logs = logs.log_softmax(dim=0).log_softmax(dim=1)
-    return logs.exp().permute(2, 0, 1).reshape(logits.shape)
+    logs = logits.reshape(-1, *logits.shape[-2:]).permute(1, 2, 0).log_softmax(dim=0)  # (s s tokens)
+    logs = F.threshold(logs, SMALLEST_LOG, SMALLEST_LOG)
+    for _ in range(SINKHORN_ITERATIONS - 1):
+        logs = logs.log_softmax(dim=1).log_softmax(dim=0)
+    return logs.softmax(dim=1).permute(2, 0, 1).reshape(logits.shape)
 
 
 def expand(expand_streams: nn.Module, x: Tensor) -> Tensor:
