@@ -62,8 +62,7 @@ def gumbel_sample(logits: Tensor, temperature: float = 1.0, generator: Generator
     if temperature == 0:
         return logits.argmax(dim=-1)
     waits = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
-    gumbel = -waits.clamp(min=1e-30).log()
-    return (logits / temperature + gumbel).argmax(dim=-1)
+    return (logits / temperature - waits.clamp(min=1e-30).log()).argmax(dim=-1)
 
 
 def draw(
