@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.support.mac_configurations import NUM_TOKENS, build, choices, splits, window_of
+from tests.support.operations import operations
 from tests.support.streams import in_pieces
+from titans_pytorch.mac import ahead
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
@@ -51,6 +54,34 @@ def test_what_inference_mode_has_read_goes_on_outside_of_it(options: dict[str, A
     logits = model(ids[:, 14:], cache=cache)
     assert_close(logits, expected, **TOLERANCE)
     logits.sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("uses_state", [True, False])
+@pytest.mark.parametrize("chosen", GRID, ids=str)
+def test_what_is_worked_out_ahead_changes_nothing(
+    chosen: dict[str, Any], uses_state: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "STRETCH", 5)
+    model, ids = build(**chosen), random_ids(2, 24)
+    decoder = model.decoder(model(ids[:, :3], return_cache=True)[1], uses_state=uses_state)
+    whole = model(ids)
+    for piece in (slice(3, 7), *(slice(i, i + 1) for i in range(7, 24))):
+        assert_close(decoder(ids[:, piece]), whole[:, piece.stop - 1], **TOLERANCE)
+
+
+def test_a_decoded_token_takes_few_operations() -> None:
+    """Two layers without a memory: four branches of 49, and 77 in attention, feed-forwards, logits and drawing."""
+    torch.manual_seed(0)
+    layout = dict(segment_len=16, num_persist_mem_tokens=4, num_longterm_mem_tokens=2, neural_memory_layers=())
+    model = MemoryAsContextTransformer(num_tokens=32, dim=16, depth=2, dim_head=8, heads=2, **layout)
+    prompt = torch.zeros(1, 4, dtype=torch.long)
+
+    def taken(length: int) -> int:
+        return operations(lambda: model.sample(prompt, length, use_cache=True, show_progress=False))
+
+    counts = [taken(length) for length in (8, 10, 12)]
+    assert {after - before for before, after in pairwise(counts)} == {2 * (4 * 49 + 77)}
 
 
 @torch.no_grad()

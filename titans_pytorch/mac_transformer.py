@@ -14,6 +14,7 @@ from titans_pytorch.attention.key_values import KeyValueCache
 from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
 from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.checks import tensor_checks
+from titans_pytorch.mac.ahead import NOTHING_AHEAD, Ahead
 from titans_pytorch.mac.axial import AxialPositions, Factors
 from titans_pytorch.mac.cache import LayerCache, MACCache
 from titans_pytorch.mac.config import MACConfig
@@ -232,22 +233,31 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         state: MACCache | None = None,
         disable_flex_attn: bool = False,
         factorized_pos_emb: Factors | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Tensor, MACCache]:
-        """All layers.  ids: (b n) -> (b n dim) before the last norm, and what the next piece needs"""
+        """All layers.  ids: (b n) -> (b n dim) before the last norm, and what the next piece needs
+
+        ahead: what was worked out before for all tokens that follow
+        """
         if state is not None:
             self.check_cache(state, ids.shape[0])
         num_before, count = 0 if state is None else state.num_tokens, ids.shape[1]
         embedded = self.token_emb(ids)
         tensor_checks.check_shape("what token_emb gives", embedded, (*ids.shape[:2], self.dim))
         x = self.lengthened.insert(embedded, self.longterm_mems, num_before)
-        x = x + self.axial_pos_emb(self.lengthened.length(num_before), x.shape[1], factorized_pos_emb)
+        position, of_layers = self.lengthened.length(num_before), [NOTHING_AHEAD] * len(self.layers)
+        if ahead is None:
+            embedded = self.axial_pos_emb(position, x.shape[1], factorized_pos_emb)
+        else:
+            embedded, of_layers = ahead.at(position, x.shape[1])
+        x = x + embedded
         streams = expand(self.expand_streams, x)
         passed = Passed(seen=() if self.config.neural_memory_qkv_receives_diff_views else None)
         kept: list[LayerCache] = []
         befores: Sequence[LayerCache | None]
         befores = [None] * len(self.layers) if state is None else state.layers(self.have_memory)
-        for layer, before in zip(self.layers, befores, strict=True):
-            streams, passed, after = layer(streams, passed, before, disable_flex_attn)
+        for layer, before, part in zip(self.layers, befores, of_layers, strict=True):
+            streams, passed, after = layer(streams, passed, before, disable_flex_attn, part)
             kept.append(after if after.memory is None else after._replace(memory=after.memory.at_rest()))
         hidden = self.lengthened.drop(streams.sum(dim=2), num_before, count)
         return hidden, MACCache.of(num_before + count, kept)
@@ -257,11 +267,10 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         return self.to_logits(self.norm(hidden))
 
     def reader(self, state: MACCache | None, num_tokens: int | None) -> Callable[..., tuple[Tensor, MACCache]]:
-        """`hidden_states` with embedded positions for so many tokens after those of the cache."""
-        if num_tokens is None:
+        """`hidden_states` with what is the same for all tokens to come; with gradients, every call has its own."""
+        if torch.is_grad_enabled():
             return self.hidden_states
-        length = self.lengthened.length(num_tokens + (0 if state is None else state.num_tokens))
-        return partial(self.hidden_states, factorized_pos_emb=self.axial_pos_emb.factors(length))
+        return partial(self.hidden_states, ahead=Ahead(self.layers, self.axial_pos_emb))
 
     @torch.no_grad()
     def sample(

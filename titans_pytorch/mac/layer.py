@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.layers.feed_forward import feed_forward
+from titans_pytorch.mac.ahead import NOTHING_AHEAD, LayerAhead
 from titans_pytorch.mac.cache import LayerCache
 from titans_pytorch.mac.config import MACConfig
-from titans_pytorch.mac.residual_streams import make_connection, open_branch
+from titans_pytorch.mac.residual_streams import Branch, make_connection, open_branch
 from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.neural_memory import NeuralMemory
 
@@ -79,24 +80,32 @@ class MACLayer(nn.ModuleList):
             self.add_module(str(i), parts.get(name))
 
     def forward(
-        self, streams: Tensor, passed: Passed, cache: LayerCache | None, disable_flex_attn: bool = False
+        self,
+        streams: Tensor,
+        passed: Passed,
+        cache: LayerCache | None,
+        disable_flex_attn: bool = False,
+        ahead: LayerAhead = NOTHING_AHEAD,
     ) -> tuple[Tensor, Passed, LayerCache]:
         """streams: (b n s d) -> same, what the next layer is handed, what the next piece is"""
         gates, state = None, None
         if self.memory is not None:
-            streams, gates, state = self.remember(self.memory, streams, passed, None if cache is None else cache.memory)
+            branch = open_branch(self.memory_connection, streams, ahead.memory_connection)
+            before = None if cache is None else cache.memory
+            streams, gates, state = self.remember(self.memory, branch, passed, before)
             passed = passed._replace(memory=state)
 
-        branch = open_branch(self.attention_connection, streams)
+        branch = open_branch(self.attention_connection, streams, ahead.attention_connection)
         attended, (values, key_values) = self.attention(
             branch.input,
             value_residual=passed.values,
             disable_flex_attn=disable_flex_attn,
             output_gating=gates,
             cache=None if cache is None else cache.attention,
+            turns=ahead.turns,
         )
         streams = branch.add(attended)
-        ff_branch = open_branch(self.ff_connection, streams)
+        ff_branch = open_branch(self.ff_connection, streams, ahead.ff_connection)
         answer = self.ff(ff_branch.input)
         streams = ff_branch.add(answer)
         passed = Passed(
@@ -107,10 +116,9 @@ class MACLayer(nn.ModuleList):
         return streams, passed, LayerCache(key_values, state)
 
     def remember(
-        self, memory: NeuralMemory, streams: Tensor, passed: Passed, state: NeuralMemState | None
+        self, memory: NeuralMemory, branch: Branch, passed: Passed, state: NeuralMemState | None
     ) -> tuple[Tensor, Tensor | None, NeuralMemState]:
         """Store and read; what is read joins the streams or gates the attention.  -> streams, gates, state"""
-        branch = open_branch(self.memory_connection, streams)
         seq = branch.input
         if self.view_selector is not None:
             seq = self.view_selector.views([branch.input, *(passed.seen or ())])
@@ -118,7 +126,7 @@ class MACLayer(nn.ModuleList):
         prev_weights = passed.memory if accepts else None
         retrieved, state = memory(seq, state=state, prev_weights=prev_weights)
         if self.gates_attention:
-            return streams, retrieved.sigmoid(), state
+            return branch.streams, retrieved.sigmoid(), state
         return branch.add(retrieved), None, state
 
 
