@@ -22,13 +22,6 @@ from titans_pytorch.titans.mixers import MIXERS
 META = torch.device("meta")
 PIECES = (6, 1, 2)
 
-NO_AUTOCAST = pytest.mark.xfail(
-    raises=RuntimeError,
-    strict=True,
-    reason="memory/recompute.py asks torch.get_autocast_dtype about a device that has no autocast",
-)
-
-
 RARE = ("never refreshed", "memory in one block", "TitansBackbone", "chunks of reading")
 """Of names that are tried in the long run only; what they do, others do as well"""
 
@@ -104,7 +97,6 @@ def test_a_mask_and_surprises() -> None:
         memory.reset(state, mask[:, 0]).repeat(2)
 
 
-@NO_AUTOCAST
 def test_a_call_that_is_computed_again_in_the_backward_pass() -> None:
     """Nothing is computed on the meta device, so that a long call costs no more than a short one."""
     memory, seq = on_meta(lambda: (NeuralMemory(384, 64), torch.randn(8, 2048, 384, requires_grad=True)))
@@ -113,7 +105,6 @@ def test_a_call_that_is_computed_again_in_the_backward_pass() -> None:
         backward(memory(seq)[0], memory, seq)
 
 
-@NO_AUTOCAST
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [TitansLMM, TitansMAG])
 def test_blocks_of_the_papers_size(kind: type[nn.Module]) -> None:

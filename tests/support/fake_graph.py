@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from titans_pytorch.fast_weights.loop import limits
 
 Result = TypeVar("Result")
 
@@ -33,7 +36,7 @@ class FakeGraphs:
     def record(self, run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
         graph = Notes()
         self.num_graphs += 1
-        with graph:
+        with graph, patch.object(limits, "FREE_TO_LOOK", set()):
             result = run()
         graph.undo()
 

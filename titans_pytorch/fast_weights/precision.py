@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,14 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """A context without autocast, on the device of a tensor."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def same_autocast(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
+    """A way to come back later to the autocast that is on now, on the device of a tensor."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext
+    return partial(torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from titans_pytorch.fast_weights.precision import same_autocast
+
 Result = TypeVar("Result")
 
 
@@ -49,8 +51,7 @@ class Recompute(torch.autograd.Function):
         ctx.run, ctx.num = run, num
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        device = tensors[0].device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.autocast = same_autocast(tensors[0])
         return tuple(result.view_as(result) for result in run([tensor.detach() for tensor in tensors[:num]]))
 
     @staticmethod
@@ -60,8 +61,7 @@ class Recompute(torch.autograd.Function):
         tensors = list(ctx.saved_tensors)
         for place in range(ctx.num):
             tensors[place] = tensors[place].detach().requires_grad_(needed[place])
-        device, dtype, is_enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=is_enabled):
+        with torch.enable_grad(), ctx.autocast():
             results = ctx.run(tensors[: ctx.num])
         reached = [
             (result, g) for result, g in zip(results, gradients, strict=True) if result.requires_grad and g is not None

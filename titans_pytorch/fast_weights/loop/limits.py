@@ -24,6 +24,17 @@ def limit_growth(weights: Sequence[Tensor], limit: Tensor) -> tuple[Tensor, Tens
     return scale, norm
 
 
+FREE_TO_LOOK = {"cpu"}
+"""Kinds of device whose numbers can be looked at without waiting for them"""
+
+
+def may_have_acted(scales: Tensor | None) -> bool:
+    """Whether a limit may have made a base smaller.  scales: by how much, of all renewals (N r)"""
+    if scales is None:
+        return False
+    return scales.device.type not in FREE_TO_LOOK or not bool((scales == 1).all())
+
+
 def growth_backward(
     bars: Sequence[Tensor], weights: Sequence[Tensor], limit: Tensor, scale: Tensor, norm: Tensor
 ) -> Tensor:

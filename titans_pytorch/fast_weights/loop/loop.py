@@ -9,7 +9,7 @@ from titans_pytorch.fast_weights.loop.by_equations import ByEquations
 from titans_pytorch.fast_weights.loop.by_shares import ByShares
 from titans_pytorch.fast_weights.loop.by_table import ByTable
 from titans_pytorch.fast_weights.loop.evolution import Evolution, Others
-from titans_pytorch.fast_weights.loop.limits import growth_backward, limit_gradient, limit_growth
+from titans_pytorch.fast_weights.loop.limits import growth_backward, limit_gradient, limit_growth, may_have_acted
 from titans_pytorch.fast_weights.loop.mlp import Base, MLPSurprise, Normed
 from titans_pytorch.fast_weights.loop.parts import Inputs, Kept, Results, Shape, begin
 from titans_pytorch.memory_models import NORM_GAIN
@@ -135,7 +135,7 @@ class Loop:
         self.surprise.begin_backward(normed, gains, bars.error)
         for pack, evolution in enumerate(self.evolutions):
             evolution.begin_backward(self.last_bars(bars, pack), self.others(bars, pack))
-        may_have_limited = self.may_have_limited()
+        may_have_limited = may_have_acted(self.kept.scales)
         gain_bars, limit_bars, base_bars = [], [], None
         for n in reversed(range(self.shape.num_renewals)):
             if self.shape.renews(n):
@@ -207,11 +207,6 @@ class Loop:
             return gain_bar
         targets[self.gain_pack][0].add_(gain_bar)
         return None
-
-    def may_have_limited(self) -> bool:
-        """Whether a limit may have acted; looking is free on a CPU alone."""
-        scales = self.kept.scales
-        return scales is not None and (scales.device.type != "cpu" or not bool((scales == 1).all()))
 
     def limits_backward(self, n: int, may_have_limited: bool) -> Tensor | None:
         """Back through what happens after a renewal.  -> the gradient of the limit (r)"""

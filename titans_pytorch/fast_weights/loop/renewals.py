@@ -18,7 +18,7 @@ from titans_pytorch.fast_weights.loop.parts import Inputs, Results, Shape
 from titans_pytorch.fast_weights.precision import full_precision
 
 
-class Renewals(torch.autograd.Function):
+class LoopOperation(torch.autograd.Function):
     """`run`, differentiable once."""
 
     @staticmethod
@@ -58,6 +58,6 @@ def renewals(shape: Shape, inputs: Inputs) -> Results:
     """All renewals of a loop."""
     leaves, structure = tree_flatten(inputs)
     forms: list[TreeSpec] = []
-    found = Renewals.apply(shape, structure, forms, *leaves)
+    found = LoopOperation.apply(shape, structure, forms, *leaves)
     results: Results = tree_unflatten(list(found), forms[0])
     return results
