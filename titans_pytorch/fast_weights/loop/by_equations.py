@@ -59,6 +59,9 @@ class ByEquations(Evolution):
 
     def forward(self, n: int) -> None:
         k, like = self.per_renewal, self.slots[0][0]
+        if k == 1 and self.adds_in_place:
+            self.forward_in_place(n)
+            return
         surprises = torch.bmm(self.left[n].mT, self.right[n]).view(*like.shape[:2], k, *like.shape[2:])
         for block, surprise in enumerate(surprises.unbind(2), n * k):
             if self.keeps_surprise:
@@ -69,6 +72,21 @@ class ByEquations(Evolution):
                     [self.value(source, block, surprise) for source in plain],
                     [(self.value(source, block, surprise), self.each_gate[gate][block]) for gate, source in gated],
                 )
+
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether the surprise is added once, as it is, and need not be a tensor of its own."""
+        return self.carrier >= 0 and len(self.sorted[self.carrier][0]) == 1
+
+    def forward_in_place(self, block: int) -> None:
+        """A renewal of one block, whose surprise is added to what it moves."""
+        for number, (plain, gated) in enumerate(self.sorted):
+            out = self.value(Source("new", number), block, self.right[block])
+            is_carrier = number == self.carrier
+            values = [] if is_carrier else [self.value(source, block, out) for source in plain]
+            sum_into(out, values, [(self.value(source, block, out), self.each_gate[g][block]) for g, source in gated])
+            if is_carrier:
+                out.flatten(0, 1).baddbmm_(self.left[block].mT, self.right[block])
 
     def value(self, source: Source, block: int, surprise: Tensor) -> Tensor:
         """-> (g r p q)"""

@@ -10,14 +10,15 @@ from torch import Tensor
 from titans_pytorch.fast_weights.renewal import MAX_CARRIED_GRADIENT
 
 
-def limit_growth(weights: Sequence[Tensor], limit: Tensor) -> tuple[Tensor, Tensor]:
+def limit_growth(weights: Sequence[Tensor], limit: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """Make a memory smaller whose norm has outgrown a limit.
 
-    weights: of packs (g r p q), limit: (r) -> by how much (r), 1 where it was not; the norm before (r)
+    weights: of packs (g r p q), limit: (r), norms: room for those of all matrices, as one over packs would be slow
+    -> by how much (r), 1 where it was not; the norm before (r)
     """
-    norm, *more = (torch.linalg.vector_norm(weight, dim=(0, 2, 3)) for weight in weights)
-    for other in more:
-        norm = torch.hypot(norm, other)
+    for part, weight in zip(norms.split([len(weight) for weight in weights]), weights, strict=True):
+        torch.linalg.vector_norm(weight, dim=(2, 3), out=part)
+    norm = torch.linalg.vector_norm(norms, dim=0)
     scale = limit / torch.maximum(norm, limit)
     for weight in weights:
         weight.mul_(scale[:, None, None])

@@ -80,13 +80,15 @@ class Loop:
     def forward(self) -> tuple[list[Normed | Tensor], list[Tensor], list[Tensor]]:
         """-> what the norm left of every renewal; how much each base was made smaller, and the norms that it had"""
         left, scales, norms = [], [], []
+        num_matrices = sum(len(pack[0]) for pack in self.weights)
+        norms_of_matrices = self.weights[0][0].new_empty(num_matrices, self.rows)
         for n in range(self.shape.num_renewals):
             left.append(self.surprise.forward(n, self.base(n)))
             for evolution in self.evolutions:
                 evolution.forward(n)
             if self.inputs.limit is not None and self.shape.renews(n):
                 after = [weights[(n + 1) * self.shape.per_renewal] for weights in self.weights]
-                scale, norm = limit_growth(after, self.inputs.limit)
+                scale, norm = limit_growth(after, self.inputs.limit, norms_of_matrices)
                 scales.append(scale)
                 norms.append(norm)
         return left, scales, norms
