@@ -150,7 +150,7 @@ def a_limited_base_is_free_to_grow_on_the_way_back(patcher: pytest.MonkeyPatch) 
 
 @mutant("grown loop")
 def the_loop_limits_no_growth(patcher: pytest.MonkeyPatch) -> None:
-    def change(weights: Any, limit: Tensor) -> tuple[Tensor, Tensor]:
+    def change(weights: Any, limit: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(limit), torch.zeros_like(limit)
 
     patcher.setattr(loop, "limit_growth", change)
