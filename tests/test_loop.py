@@ -26,7 +26,6 @@ IN_LOOPS: dict[str, Any] = {
     "spectral_norm_surprises": False,
     "gated_transition": False,
     "channelwise_decay": False,
-    "per_parameter_gates": False,
 }
 """What a loop asks for; all other options are drawn"""
 

@@ -17,17 +17,15 @@ from titans_pytorch.fast_weights.loop.mlp import Tokens
 from titans_pytorch.fast_weights.loop.packing import Packing
 from titans_pytorch.fast_weights.loop.parts import Inputs, Results, Shape
 from titans_pytorch.fast_weights.loop.renewals import renewals
-from titans_pytorch.fast_weights.loop.tables import Series, Tables, tables_of
+from titans_pytorch.fast_weights.loop.tables import Series, Tables, own_share, tables_of
 from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.memory_models import NORM_GAIN
 
 
 def can_loop(rule: Rule) -> bool:
-    """Whether this file can work with a rule's gates: shared by all channels, and step sizes by all parameters."""
-    gates = {(gate.kind, gate.varies) for gate in rule.gates}
-    is_shared = ("rate", "parameter") not in gates and all(varies != "channel" for _, varies in gates)
-    return is_shared and not rule.uses_start
+    """Whether this file can work with a rule: one whose gates hold for all channels of a parameter."""
+    return all(gate.varies != "channel" for gate in rule.gates) and not rule.uses_start
 
 
 class Piece(NamedTuple):
@@ -62,7 +60,10 @@ class SeriesStore:
             return x.unflatten(1, (self.series.num_renewals, -1)).movedim(1, 0).flatten(2, 3)
 
         keys, values = renewals_first(self.writes.keys), renewals_first(self.writes.values)
-        step = renewals_first(self.writes.rates.any[..., None] * -self.model.slope(keys.shape[-1]))
+        rates, slope = self.writes.rates, -self.model.slope(keys.shape[-1])
+        # step sizes of every parameter are shares in one surprise, see `tables.own_share`
+        steps = rates.any * slope if rates.is_shared else torch.full_like(rates.any, slope)
+        step = renewals_first(steps[..., None])
         return Tokens(keys.contiguous(), keys - values if self.model.has_norm else -values, step)
 
     def pieces(self, carry: Carry, longest: int) -> Iterator[tuple[Block, Tensor]]:
@@ -167,16 +168,16 @@ class SeriesStore:
             """(N r kbc d) -> (T·r b c d)"""
             return x.unflatten(2, (k, -1, length)).movedim(2, 1).flatten(0, 2)
 
-        def modulated(x: Tensor, name: str) -> Tensor:
-            share = self.writes.modulation.get(name)
+        def shared(x: Tensor, name: str) -> Tensor:
+            share = own_share(self.writes, name)
             if share is None:
                 return x
-            of_blocks = share.unflatten(1, (self.series.num_blocks, -1)).movedim(1, 0)  # (T r b)
-            return x * of_blocks.narrow(0, piece.first * k, piece.num * k).flatten(0, 1)[..., None, None]
+            of_blocks = share.unflatten(1, (self.series.num_blocks, -1)).movedim(1, 0)  # (T r b c)
+            return x * of_blocks.narrow(0, piece.first * k, piece.num * k).flatten(0, 1).unsqueeze(-1)
 
         factors, tensors = {}, {}
         for name, error in results.errors.items():
-            right = modulated(in_blocks(error), name)
+            right = shared(in_blocks(error), name)
             if name == NORM_GAIN:
                 tensors[name] = right.sum(dim=2)
             else:

@@ -39,7 +39,7 @@ class Tables(NamedTuple):
 def tables_of(rule: Rule, writes: Writes, packing: Packing, series: Series) -> Tables:
     """By the rule's equations where a block is one chunk, by shares where it has several."""
     length, names = writes.keys.shape[2], packing.places
-    if writes.num_chunks == series.num_blocks and not writes.modulation:
+    if writes.num_chunks == series.num_blocks and writes.rates.is_shared and not writes.modulation:
         equations = equations_of_all(rule, writes.gates)
         if equations is not None:
             mixes = packing.of_rows(equations.map(gates_of_blocks).each, 2)
@@ -49,7 +49,7 @@ def tables_of(rule: Rule, writes: Writes, packing: Packing, series: Series) -> T
             return Tables(equations.any.each, mixes, [], None)
     shares = writes.gates.map(lambda gates: shares_of(rule, gates, series.num_blocks))
     mixes = packing.of_rows(shares.map(lambda found: mix_of(found, series.num_blocks)).each, 1)
-    of_tokens = {name: share_of(shares[name], writes.modulation.get(name), series, length) for name in names}
+    of_tokens = {name: share_of(shares[name], own_share(writes, name), series, length) for name in names}
     return Tables(None, mixes, packing.of_rows(of_tokens, 1), shares)
 
 
@@ -78,13 +78,22 @@ def mix_of(shares: Shares, num_blocks: int) -> Tensor:
     return torch.stack((of_weights, *of_momenta), dim=-2).unflatten(0, (num_blocks, -1))
 
 
-def share_of(shares: Shares, modulation: Tensor | None, series: Series, length: int) -> Tensor:
+def own_share(writes: Writes, name: str) -> Tensor | None:
+    """How much of every write's surprise a parameter takes, where others take other shares.  -> (r n c), (r n 1)"""
+    modulation, rates = writes.modulation.get(name), None if writes.rates.is_shared else writes.rates[name]
+    if modulation is None:
+        return rates
+    return modulation.unsqueeze(2) if rates is None else modulation.unsqueeze(2) * rates
+
+
+def share_of(shares: Shares, own: Tensor | None, series: Series, length: int) -> Tensor:
     """What every token's surprise adds to weights and momenta at the end of its block.  -> (T r l a)"""
     of_chunks = torch.stack((shares.surprise[..., -1, :], *shares.last_surprise), dim=-1)  # (T·r b a)
-    of_chunks = of_chunks.unflatten(0, (series.num_blocks, -1))
-    if modulation is not None:
-        of_chunks = of_chunks * modulation.unflatten(1, (series.num_blocks, -1)).movedim(1, 0).unsqueeze(-1)
-    return of_chunks.repeat_interleave(length, dim=2)
+    of_tokens = of_chunks.unflatten(0, (series.num_blocks, -1)).repeat_interleave(length, dim=2)
+    if own is None:
+        return of_tokens
+    by_block = own.expand(-1, -1, length).unflatten(1, (series.num_blocks, -1))  # (r T b c)
+    return of_tokens * by_block.movedim(1, 0).flatten(2).unsqueeze(-1)
 
 
 def table_of(shares: Shares, series: Series, length: int) -> Tensor:
