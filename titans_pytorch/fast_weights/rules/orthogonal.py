@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.norms import safe_norm
 from titans_pytorch.fast_weights.precision import full_precision
 from titans_pytorch.fast_weights.rules.gates import ChunkGates, Gates
@@ -60,7 +59,8 @@ class Orthogonal(Rule):
 def orthogonalised(t: Tensor) -> Tensor:
     """t: (... i j) -> (... i j), every matrix on its own"""
     flat = t.flatten(0, -3)
-    has_graph = flat.requires_grad and torch.is_grad_enabled() and plain_autograd_works()
+    is_transformed = torch._C._are_functorch_transforms_active()
+    has_graph = flat.requires_grad and torch.is_grad_enabled() and not is_transformed
     out: Tensor = Iterated.apply(flat) if has_graph else joined([iterated(part) for part in slices(flat)])
     return out.unflatten(0, t.shape[:-2])
 
