@@ -53,6 +53,7 @@ class CallPlan(NamedTuple):
     longest_series: int = 1  # how many blocks go through one loop, or are stored at once; 1: block by block
     at_once: bool = False  # those that are surprised at one base, as far as there is no loop between bases
     has_loop: bool = False  # where a base is renewed
+    why: str = ""  # blocks are as long as they are
 
     @property
     def num_chunks(self) -> int:
@@ -67,7 +68,7 @@ class CallPlan(NamedTuple):
             f"{self.num_chunks} chunk(s) in {num_blocks} block(s), {len(self.spans)} span(s), "
             f"{'computed again in a backward pass' if self.recomputes else 'kept if a backward pass may come'}; "
             f"weights {'kept' if self.keeps_blocks else 'made again'} for whoever looks at them; "
-            f"{way}"
+            f"{way}{f'; {self.why}' if self.why else ''}"
         )
 
 
@@ -99,16 +100,16 @@ def plan_call(
     if has_loop or at_once:
         longest_series = max(1, costs.series_elements // (rows * sizes.num_elements * sizes.num_slots))
     is_serial = longest_series > 1
-    most = block_chunks(sizes, rows, costs)
+    most, why = block_chunks(sizes, rows, costs)
     if has_loop and is_serial and layout.batch is not None and layout.batch <= costs.loop_chunks * layout.store_chunk:
-        most = 1
+        most, why = 1, "in a loop each chunk of so short a batch is moved by itself"
     blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, most, is_serial)
     num_chunks, num_blocks = sum(b.num_chunks for b in blocks), sum(b.num_chunks > 0 for b in blocks)
     recomputes = has_grad and can_recompute and num_chunks * kept > costs.kept_elements
     is_small = num_chunks * rows * held_elements(sizes) <= costs.block_elements
     keeps_blocks = num_blocks <= 1 or (has_grad and (is_small or not recomputes))
     return CallPlan(
-        in_spans(blocks, longest), recomputes, keeps_blocks, longest_series, at_once and is_serial, has_loop
+        in_spans(blocks, longest), recomputes, keeps_blocks, longest_series, at_once and is_serial, has_loop, why
     )
 
 
@@ -135,8 +136,8 @@ def held_elements(sizes: Sizes) -> int:
     return sizes.num_elements if sizes.representation == "built" else sizes.writes_per_chunk * sizes.width
 
 
-def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> int:
-    """How many chunks make the cheapest block.
+def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> tuple[int, str]:
+    """How many chunks make the cheapest block, and why.
 
     Products over pairs of writes grow with its square; the cost of a block itself (starting it, carrying the weights)
     is shared by its writes. Long chunks are best alone: they need not read and carry the momentum through products.
@@ -144,16 +145,18 @@ def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> int:
     elements, writes = rows * sizes.num_elements, max(sizes.writes_per_chunk, 1)
     block = costs.block_overhead + costs.carry_cost * elements
     if sizes.representation == "built":
-        return max(1, costs.built_elements // elements)
+        return max(1, costs.built_elements // elements), "weights are built, as many as fit"
     if sizes.representation == "channels":  # every group of queries scales all factors of its block for itself
         best = round(math.sqrt(block / (costs.channel_cost * rows * sizes.num_channels * writes)))
         fewest, most = costs.channel_chunks
-        return 1 if best < fewest else min(best, most)
+        return (1 if best < fewest else min(best, most)), "each group of queries scales the factors of its block"
     per_pair = 4 * rows * sizes.width
     best = max(2, round(math.sqrt(block / max(per_pair, 1)) / writes))
     together = block / best + writes * (22 * elements + best * writes * per_pair)
     alone = block + 14 * writes * elements
-    return 1 if alone < together else best
+    if alone < together:
+        return 1, f"{best} chunks to a block would cost {together / alone:.1f} times as much"
+    return best, f"one chunk to a block would cost {alone / together:.1f} times as much"
 
 
 def plan_blocks(
