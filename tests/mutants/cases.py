@@ -86,6 +86,7 @@ CASES = {
     "loop": case(LOOP | {"batch_size": 2}, split=(3, 8, 5)),
     "loop of two": case(LOOP, split=(5, 12)),
     "loop of shares": case(LOOP | {"batch_size": 8, "momentum_order": 2}, split=(17, 8)),
+    "gated loop": case(LOOP | {"gated_transition": True}, split=(17, 4)),
     "loop cut in a batch": case(LOOP, split=(2, 4, 5)),
     "grown loop": case(LOOP | {"max_weight_growth": 1.02, "default_step_transform_max_lr": 2.0}, split=(17,)),
     "gates of parameters": case(PAPER | {"channelwise_decay": False, "momentum_order": 2}),

@@ -190,3 +190,26 @@ def a_gain_between_blocks_is_that_of_the_renewal(patcher: pytest.MonkeyPatch) ->
         return found[:, :1].expand_as(found)
 
     wrapped(patcher, by_table.ByTable, "of_slot", change)
+
+
+@mutant("gated loop")
+def the_base_goes_all_the_way(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(loop, "approach", lambda *args: None)
+
+
+@mutant("gated loop")
+def the_old_base_is_forgotten_on_the_way_back(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, *args: Any) -> Any:
+        of_bases, of_share = original(*args)
+        return [torch.zeros_like(bar) for bar in of_bases], of_share
+
+    wrapped(patcher, loop, "approach_backward", change)
+
+
+@mutant("gated loop")
+def nobody_asks_how_far_the_base_went(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, *args: Any) -> Any:
+        of_bases, of_share = original(*args)
+        return of_bases, of_share * 0
+
+    wrapped(patcher, loop, "approach_backward", change)

@@ -38,6 +38,7 @@ from titans_pytorch.fast_weights.loop.tables import Series
 from titans_pytorch.fast_weights.opaque import OpaqueModel
 from titans_pytorch.fast_weights.precision import full_precision
 from titans_pytorch.fast_weights.probe import ModelTraits
+from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.surprises import Surprises, surprises_of
@@ -88,16 +89,16 @@ class Engine:
         return is_known and can_loop(self.rule)
 
     def store_series(
-        self, carry: Carry, writes: Writes, series: Series, limit: Tensor | None, longest: int
+        self, carry: Carry, writes: Writes, series: Series, renewal: Renewal, longest: int
     ) -> Iterator[tuple[Block, Tensor]]:
         """Many equal blocks, and where their base is renewed, by loops of at most so many renewals.
 
-        limit: (r), the largest norm of a base  -> blocks that hold many each, the loss of every write (r n c)
+        -> blocks that hold many each, the loss of every write (r n c)
         """
         if not isinstance(self.model, ClosedMLP):
             raise TypeError(f"only MLPs are stored in a loop, got {type(self.model).__name__}")
         with full_precision(writes.keys):
-            store = SeriesStore(self.model, self.rule, carry, writes, series, limit)
+            store = SeriesStore(self.model, self.rule, carry, writes, series, renewal)
         return store.pieces(carry, longest)
 
     def store_at_once(

@@ -50,16 +50,22 @@ class LimitGradient(torch.autograd.Function):
 class Renewal(NamedTuple):
     """What happens where a new batch begins: a memory's current weights become its base, within limits."""
 
-    gate: Tensor | None  # how far to go from the old base to the current weights (a logit); None: all the way
-    limit: Tensor | None  # (r)  the largest norm that a memory may have; None: any
+    gate: Tensor | None = None  # how far to go from the old base to the current weights (a logit); None: all the way
+    limit: Tensor | None = None  # (r)  the largest norm that a memory may have; None: any
 
     def __call__(self, carry: Carry) -> Carry:
         weights = carry.weights
         if self.gate is not None:
-            share = self.gate.to(next(iter(weights.values()))).sigmoid()
+            share = self.share(next(iter(weights.values())))
             weights = {name: torch.lerp(carry.base[name], weight, share) for name, weight in weights.items()}
         if self.limit is not None:
             weights = limit_growth(weights, self.limit)
         weights = {name: LimitGradient.apply(weight) for name, weight in weights.items()}
         momenta = {name: tuple(map(LimitGradient.apply, orders)) for name, orders in carry.momenta.items()}
         return carry._replace(base=weights, weights=weights, momenta=momenta)
+
+    def share(self, like: Tensor) -> Tensor:
+        """How far to go, between nothing and all the way."""
+        if self.gate is None:
+            return like.new_ones(())
+        return self.gate.to(like).sigmoid()

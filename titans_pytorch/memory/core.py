@@ -175,7 +175,7 @@ class MemoryCore(Projections):
             representation=factored if self.engine == "factored" else "built",
             num_slots=1 + self.rule.num_momenta,
             can_fold=self.engine == "factored" and factored == "factored" and not self.rule.uses_start,
-            has_loop=self.evolution.has_loop and self.transition_gate is None,
+            has_loop=self.evolution.has_loop,
         )
 
     # ---- what comes in

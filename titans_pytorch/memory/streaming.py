@@ -135,9 +135,10 @@ class Stream:
     ) -> Iterator[Done]:
         """A series in loops of at most so many blocks, each read before the next one runs."""
         form = Series(len(series.blocks), series.per_renewal, series.blocks[-1].renews_base)
-        limit = None if renewal is None else renewal.limit
         first, chunks = 0, series.blocks[0].num_chunks
-        for block, loss in self.engine.store_series(carry, writes, form, limit, longest // series.per_renewal):
+        for block, loss in self.engine.store_series(
+            carry, writes, form, renewal or Renewal(), longest // series.per_renewal
+        ):
             last = first + block.num_chunks // chunks
             yield series.as_one(first, last), block, loss
             first = last

@@ -1,4 +1,7 @@
-"""Limits of a loop: a base that has outgrown its own, a gradient that would overflow.  In place, over all packs."""
+"""What happens in a loop where the base is renewed, in place, over all packs, and back.
+
+How far the base goes to the current weights, a base that has outgrown its limit, a gradient that would overflow.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,23 @@ def limit_growth(weights: Sequence[Tensor], limit: Tensor, norms: Tensor) -> tup
     for weight in weights:
         weight.mul_(scale[:, None, None])
     return scale, norm
+
+
+def approach(bases: Sequence[Tensor], weights: Sequence[Tensor], share: Tensor) -> None:
+    """Weights become a mix of the base and themselves.  bases, weights: of packs (g r p q), share: ()"""
+    for base, weight in zip(bases, weights, strict=True):
+        torch.lerp(base, weight, share, out=weight)
+
+
+def approach_backward(
+    bars: Sequence[Tensor], bases: Sequence[Tensor], weights: Sequence[Tensor], share: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """From the gradients of the mix to those of the weights.  weights: the mix  -> those of the base, of the share"""
+    of_bases = [bar * (1 - share) for bar in bars]
+    moved = sum((bar * (weight - base)).sum() for bar, base, weight in zip(bars, bases, weights, strict=True))
+    for bar in bars:
+        bar.mul_(share)
+    return of_bases, moved / share
 
 
 FREE_TO_LOOK = {"cpu"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,14 @@ from titans_pytorch.fast_weights.loop.by_equations import ByEquations
 from titans_pytorch.fast_weights.loop.by_shares import ByShares
 from titans_pytorch.fast_weights.loop.by_table import ByTable
 from titans_pytorch.fast_weights.loop.evolution import Evolution, Others
-from titans_pytorch.fast_weights.loop.limits import growth_backward, limit_gradient, limit_growth, may_have_acted
+from titans_pytorch.fast_weights.loop.limits import (
+    approach,
+    approach_backward,
+    growth_backward,
+    limit_gradient,
+    limit_growth,
+    may_have_acted,
+)
 from titans_pytorch.fast_weights.loop.mlp import Base, MLPSurprise, Normed
 from titans_pytorch.fast_weights.loop.parts import Inputs, Kept, Results, Shape, begin
 from titans_pytorch.memory_models import NORM_GAIN
@@ -86,12 +95,22 @@ class Loop:
             left.append(self.surprise.forward(n, self.base(n)))
             for evolution in self.evolutions:
                 evolution.forward(n)
+            if self.inputs.share is not None and self.shape.renews(n):
+                approach(self.bases_of_packs(n), self.after(n), self.inputs.share)
             if self.inputs.limit is not None and self.shape.renews(n):
-                after = [weights[(n + 1) * self.shape.per_renewal] for weights in self.weights]
-                scale, norm = limit_growth(after, self.inputs.limit, norms_of_matrices)
+                scale, norm = limit_growth(self.after(n), self.inputs.limit, norms_of_matrices)
                 scales.append(scale)
                 norms.append(norm)
         return left, scales, norms
+
+    def after(self, n: int) -> list[Tensor]:
+        """The weights after a renewal, of all packs.  -> (g r p q) each"""
+        return [weights[(n + 1) * self.shape.per_renewal] for weights in self.weights]
+
+    def bases_of_packs(self, n: int) -> Sequence[Tensor]:
+        """The base of a renewal.  -> (g r p q) each"""
+        first = self.inputs.base
+        return first if n == 0 and first is not None else [w[n * self.shape.per_renewal] for w in self.weights]
 
     def results(self) -> Results:
         places = self.shape.packing.places
@@ -138,14 +157,19 @@ class Loop:
         for pack, evolution in enumerate(self.evolutions):
             evolution.begin_backward(self.last_bars(bars, pack), self.others(bars, pack))
         may_have_limited = may_have_acted(self.kept.scales)
-        gain_bars, limit_bars, base_bars = [], [], None
+        gain_bars, limit_bars, share_bars, base_bars = [], [], [], None
         for n in reversed(range(self.shape.num_renewals)):
+            of_bases: list[Tensor] = []
             if self.shape.renews(n):
                 limit_bars.append(self.limits_backward(n, may_have_limited))
+                of_bases, of_share = self.approach_backward(n)
+                share_bars.append(of_share)
             targets = [evolution.of_readers(n) for evolution in self.evolutions]
             factor_bars = [evolution.factor_bars(n) for evolution in self.evolutions]
             if n == 0 and self.inputs.base is not None:  # surprised elsewhere than where its blocks begin
                 targets = base_bars = [torch.zeros_like(weights[0]) for weights in self.weights]
+            for target, of_base in zip(targets, of_bases, strict=False):
+                target.add_(of_base)
             gain_bar = self.surprise_backward(n, factor_bars, bars, targets)
             gain_bars.append(gain_bar)
             for evolution in self.evolutions:
@@ -159,6 +183,7 @@ class Loop:
             [each[0] for each in gate_bars],
             [bar[1].view_as(share) for bar, share in zip(gate_bars, self.inputs.shares, strict=False)],
             total(limit_bars),
+            total(share_bars),
         )
 
     def last_bars(self, bars: Results, pack: int) -> list[Tensor | None]:
@@ -209,6 +234,17 @@ class Loop:
             return gain_bar
         targets[self.gain_pack][0].add_(gain_bar)
         return None
+
+    def approach_backward(self, n: int) -> tuple[list[Tensor], Tensor | None]:
+        """Back through how far the base goes.  -> gradients of the renewal's base, of the share"""
+        share, scales = self.inputs.share, self.kept.scales
+        if share is None:
+            return [], None
+        mixed = self.after(n)
+        if scales is not None:  # what the limit was given
+            mixed = [weight / scales[n][:, None, None] for weight in mixed]
+        bars = [evolution.bars[0][(n + 1) * self.shape.per_renewal] for evolution in self.evolutions]
+        return approach_backward(bars, self.bases_of_packs(n), mixed, share)
 
     def limits_backward(self, n: int, may_have_limited: bool) -> Tensor | None:
         """Back through what happens after a renewal.  -> the gradient of the limit (r)"""

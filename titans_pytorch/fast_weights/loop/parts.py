@@ -44,6 +44,7 @@ class Inputs(NamedTuple):
     mixes: list[Tensor]  # by shares (T g r a a), by equations (T G g r 1 1), of a gain (N r a+k-1 a+k-1+L)
     shares: list[Tensor]  # (T g r l a) by shares
     limit: Tensor | None  # (r)  the largest norm of a base
+    share: Tensor | None  # ()  how far the base goes to the current weights; None: all the way
 
 
 class Results(NamedTuple):

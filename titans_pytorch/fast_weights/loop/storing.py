@@ -18,6 +18,7 @@ from titans_pytorch.fast_weights.loop.packing import Packing
 from titans_pytorch.fast_weights.loop.parts import Inputs, Results, Shape
 from titans_pytorch.fast_weights.loop.renewals import renewals
 from titans_pytorch.fast_weights.loop.tables import Series, Tables, own_share, tables_of
+from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.memory_models import NORM_GAIN
@@ -36,15 +37,12 @@ class Piece(NamedTuple):
 
 
 class SeriesStore:
-    """A series that is stored piece by piece; what does not depend on weights is worked out once, for all of it.
-
-    limit: (r)  the largest norm of a base
-    """
+    """A series that is stored piece by piece; what does not depend on weights is worked out once, for all of it."""
 
     def __init__(
-        self, model: ClosedMLP, rule: Rule, carry: Carry, writes: Writes, series: Series, limit: Tensor | None
+        self, model: ClosedMLP, rule: Rule, carry: Carry, writes: Writes, series: Series, renewal: Renewal
     ) -> None:
-        self.model, self.writes, self.series, self.limit = model, writes, series, limit
+        self.model, self.writes, self.series, self.renewal = model, writes, series, renewal
         self.num_momenta = rule.num_momenta
         self.shapes = {name: weight.shape[1:] for name, weight in carry.weights.items()}
         self.packing = Packing.of(self.shapes)
@@ -123,7 +121,8 @@ class SeriesStore:
             self.packing.together({name: self.slots(carry, name) for name in self.shapes}),
             list(map(cut, tables.mixes)),
             list(map(cut, tables.shares)),
-            self.limit,
+            self.renewal.limit,
+            None if self.renewal.gate is None else self.renewal.share(self.tokens.keys),
         )
         return tables, inputs
 
