@@ -23,6 +23,7 @@ import pytest
 from titans_pytorch import NeuralMemory, TitansConfig
 from titans_pytorch.fast_weights.rules import RULES
 from titans_pytorch.losses import LOSSES
+from titans_pytorch.memory.costs import COSTS
 from titans_pytorch.public_names import NAMED
 from titans_pytorch.titans.mixers import MIXERS
 
@@ -63,8 +64,8 @@ def prose(page: str) -> str:
 
 @pytest.fixture
 def _own_registries() -> Iterator[None]:
-    """What a page registers is known on that page only."""
-    with patch.dict(RULES), patch.dict(LOSSES), patch.dict(MIXERS), patch.dict(NAMED):
+    """What a page registers is known on that page only, and so is what it changes in the table of costs."""
+    with patch.dict(RULES), patch.dict(LOSSES), patch.dict(MIXERS), patch.dict(NAMED), patch.dict(COSTS):
         yield
 
 
