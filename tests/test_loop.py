@@ -24,7 +24,6 @@ IN_LOOPS: dict[str, Any] = {
     "max_grad_norm": None,
     "accept_weight_residual": False,
     "spectral_norm_surprises": False,
-    "channelwise_decay": False,
 }
 """What a loop asks for; all other options are drawn"""
 

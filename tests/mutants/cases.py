@@ -76,6 +76,7 @@ CASES = {
     "spectral": case(PLAIN | {"spectral_norm_surprises": True, "batch_size": 4}, engine="dense"),
     "general": case(PLAIN | {"model": "opaque", "accept_weight_residual": True}, engine="general", mask=True, seed=4),
     "paper": case(PAPER, mask=True),
+    "paper, in no loop": case(PAPER | {"max_grad_norm": 0.5}, mask=True),
     "paper, one chunk a batch": case(PAPER | {"batch_size": 3}),
     "paper, dense": case(PAPER, engine="dense"),
     "paper, square": case(

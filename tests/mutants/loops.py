@@ -213,3 +213,19 @@ def nobody_asks_how_far_the_base_went(patcher: pytest.MonkeyPatch) -> None:
         return of_bases, of_share * 0
 
     wrapped(patcher, loop, "approach_backward", change)
+
+
+@mutant("paper", "paper, one chunk a batch")
+def parameters_take_all_of_every_surprise(patcher: pytest.MonkeyPatch) -> None:
+    """Whatever their own step sizes say."""
+    wrapped(patcher, ByEquations, "taken_left", lambda original, self, n: self.left[n])
+
+
+@mutant("paper", "paper, one chunk a batch")
+def gates_of_channels_get_the_gradient_of_all(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: ByEquations, n: int) -> None:
+        original(self, n)
+        found = self.found[-1]
+        self.found[-1] = [None if bar is None else bar.mean(dim=-1, keepdim=True).expand_as(bar) for bar in found]
+
+    wrapped(patcher, ByEquations, "add_gate_bars", change)

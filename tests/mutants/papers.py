@@ -182,7 +182,7 @@ def rows_are_forgotten_not_columns(patcher: pytest.MonkeyPatch) -> None:
     wrapped(patcher, scale, "along", change)
 
 
-@mutant("paper")
+@mutant("paper, in no loop")
 def channels_forget_what_comes_later_too(patcher: pytest.MonkeyPatch) -> None:
     """What is stored is forgotten from the start of its block on, not from its own chunk on."""
 

@@ -103,6 +103,7 @@ def plan_call(
     most, why = block_chunks(sizes, rows, costs)
     if has_loop and is_serial and layout.batch is not None and layout.batch <= costs.loop_chunks * layout.store_chunk:
         most, why = 1, "in a loop each chunk of so short a batch is moved by itself"
+    has_loop = has_loop and (most == 1 or sizes.representation != "channels")  # which is written for single chunks
     blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, most, is_serial)
     num_chunks, num_blocks = sum(b.num_chunks for b in blocks), sum(b.num_chunks > 0 for b in blocks)
     recomputes = has_grad and can_recompute and num_chunks * kept > costs.kept_elements

@@ -15,7 +15,8 @@ Parts = list[tuple[Tensor, Tensor | None]]
 class ByEquations(Evolution):
     """The rule's sums, one after the other, in blocks of one chunk.
 
-    weights: (g N+1 r k p q), momenta: (T+1 o g r p q); gates: (T G g r 1 1), those that the equations multiply by;
+    weights: (g N+1 r k p q), momenta: (T+1 o g r p q); gates: (T G g r 1 1), those that the equations multiply by, of
+    channels (T G g r 1 q); share: (N g·r L 1), how much of every token's surprise is taken, None: all;
     sums: (T s g r p q), sums that become no slot, and the surprises where a gate multiplies them
     """
 
@@ -27,6 +28,7 @@ class ByEquations(Evolution):
         equations: tuple[Equation, ...],
         gates: Tensor,
         sums: Tensor,
+        share: Tensor | None,
     ) -> None:
         self.equations, self.gates, self.sums, self.weights = equations, gates, sums, weights
         self.per_renewal = k = weights.shape[3]
@@ -41,6 +43,9 @@ class ByEquations(Evolution):
         self.left, self.right = (
             [part.unflatten(1, (k, -1)).flatten(0, 1) for part in factor.unbind(0)] for factor in factors
         )  # (g·r·k l p) each
+        self.shares = None
+        if share is not None:
+            self.shares = [part.unflatten(1, (k, -1)).flatten(0, 1) for part in share.unbind(0)]  # (g·r·k l 1) each
         self.each_gate = [list(gate.unbind(0)) for gate in gates.unbind(1)]
         self.each_sum = [list(each.unbind(0)) for each in sums.unbind(1)]
         inner = [number for number, equation in enumerate(equations) if equation.slot is None]
@@ -62,7 +67,7 @@ class ByEquations(Evolution):
         if k == 1 and self.adds_in_place:
             self.forward_in_place(n)
             return
-        surprises = torch.bmm(self.left[n].mT, self.right[n]).view(*like.shape[:2], k, *like.shape[2:])
+        surprises = torch.bmm(self.taken_left(n).mT, self.right[n]).view(*like.shape[:2], k, *like.shape[2:])
         for block, surprise in enumerate(surprises.unbind(2), n * k):
             if self.keeps_surprise:
                 surprise = self.each_sum[-1][block].copy_(surprise)
@@ -75,8 +80,10 @@ class ByEquations(Evolution):
 
     @property
     def adds_in_place(self) -> bool:
-        """Whether the surprise is added once, as it is, and need not be a tensor of its own."""
-        return self.carrier >= 0 and len(self.sorted[self.carrier][0]) == 1
+        """Whether the surprise is added once, as it is, to a momentum: those lie in one piece, packed weights do not."""
+        if self.carrier < 0 or len(self.sorted[self.carrier][0]) != 1:
+            return False
+        return (self.equations[self.carrier].slot or 0) > 0
 
     def forward_in_place(self, block: int) -> None:
         """A renewal of one block, whose surprise is added to what it moves."""
@@ -86,7 +93,11 @@ class ByEquations(Evolution):
             values = [] if is_carrier else [self.value(source, block, out) for source in plain]
             sum_into(out, values, [(self.value(source, block, out), self.each_gate[g][block]) for g, source in gated])
             if is_carrier:
-                out.flatten(0, 1).baddbmm_(self.left[block].mT, self.right[block])
+                out.view(-1, *out.shape[2:]).baddbmm_(self.taken_left(block).mT, self.right[block])
+
+    def taken_left(self, n: int) -> Tensor:
+        """The left factors of a renewal, as far as they are taken.  -> (g·r·k l p)"""
+        return self.left[n] if self.shares is None else self.left[n] * self.shares[n]
 
     def value(self, source: Source, block: int, surprise: Tensor) -> Tensor:
         """-> (g r p q)"""
@@ -114,6 +125,8 @@ class ByEquations(Evolution):
             _ = bars[-1].zero_() if last is None else bars[-1].copy_(last)
         self.to_start: list[Parts] = []
         self.found: list[list[Tensor | None]] = []
+        self.share_bars: list[Tensor] = []
+        self.gate_axes = (-2, -1) if self.gates.shape[-1] == 1 else (-2,)  # those that a gate is the same for
         self.values = [self.all_values_of(source) for source in self.gated]
 
     def of_readers(self, n: int) -> Tensor:
@@ -164,7 +177,10 @@ class ByEquations(Evolution):
         self.add_gate_bars(n)
         bars = self.bars_of(self.carrier, n) if self.surprise_bar is None else self.surprise_bar
         bar = bars.flatten(0, 2)
-        left_bar, right_bar = torch.bmm(self.right[n], bar.mT), torch.bmm(self.left[n], bar)
+        left_bar, right_bar = torch.bmm(self.right[n], bar.mT), torch.bmm(self.taken_left(n), bar)
+        if self.shares is not None:
+            self.share_bars.append((left_bar * self.left[n]).sum(dim=-1))
+            left_bar = left_bar * self.shares[n]
         rows = len(bar) // self.per_renewal
         return left_bar.view(rows, -1, left_bar.shape[-1]), right_bar.view(rows, -1, right_bar.shape[-1])
 
@@ -199,18 +215,19 @@ class ByEquations(Evolution):
         found: list[Tensor | None] = [None] * self.gates.shape[1]
         uses = [(t.gate, number) for number, e in enumerate(self.equations) for t in e.terms if t.gate is not None]
         for (gate, number), values in zip(uses, self.values, strict=True):
-            bar = torch.mul(self.bars_of(number, n), values[n], out=self.scratch).sum(dim=(-2, -1))
+            bar = torch.mul(self.bars_of(number, n), values[n], out=self.scratch).sum(dim=self.gate_axes)
             so_far = found[gate]
             found[gate] = bar if so_far is None else so_far + bar
         self.found.append(found)
 
     def gate_bars(self) -> list[Tensor]:
+        shares = [torch.stack(self.share_bars[::-1])] if self.share_bars else []
         if not self.gated:
-            return [torch.zeros_like(self.gates)]
-        nothing = torch.zeros_like(self.scratch[..., 0, 0])
+            return [torch.zeros_like(self.gates), *shares]
+        nothing = torch.zeros_like(self.scratch.sum(dim=self.gate_axes))
         each = [nothing if bar is None else bar for found in self.found[::-1] for bar in found]
-        bars = torch.stack(each).unflatten(0, (len(self.left), -1))  # (N G g r k)
-        return [bars.movedim(4, 1).flatten(0, 1)[..., None, None]]
+        bars = torch.stack(each).unflatten(0, (len(self.left), -1))  # (N G g r k), of channels (N G g r k q)
+        return [bars.movedim(4, 1).flatten(0, 1).reshape(self.gates.shape), *shares]
 
     def all_values_of(self, source: Source) -> Tensor:
         """-> (N g r k p q)"""

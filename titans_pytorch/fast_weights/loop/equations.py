@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.rules.gates import ChunkGates, Gates
+from titans_pytorch.fast_weights.rules.gates import KEEP, ChunkGates, Gates
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.scale import ZERO, Scale, Zero
 
@@ -48,7 +48,7 @@ class Equations(NamedTuple):
     """What a chunk works out, in order, with the gates of all chunks."""
 
     each: tuple[Equation, ...]
-    gates: list[Tensor]  # (r n) each
+    gates: list[Tensor]  # (r n) each, of channels (r j n)
 
 
 class Value:
@@ -121,6 +121,13 @@ def equations_of(rule: Rule, gates: Gates) -> Equations | None:
         return None
 
 
+def can_note(rule: Rule) -> bool:
+    """Whether the equations of a rule can be written down."""
+    logs = {gate.name: torch.zeros(gate.number, 1, 1) for gate in rule.gates if gate.kind in ("factor", "decay")}
+    shares = {gate.name: torch.ones(gate.number, 1, 1) for gate in rule.gates if gate.kind == "share"}
+    return equations_of(rule, Gates({KEEP: torch.zeros(1, 1, 1)} | logs, shares, None)) is not None
+
+
 def in_order(slots: list[Value], is_stored: Tensor | None) -> Equations:
     """Sums in an order in which each is worked out after what it is made of.  slots: what becomes of each"""
     found: list[Equation] = []
@@ -188,7 +195,7 @@ def where_stored(made: Equations, is_stored: Tensor) -> Equations:
 
     def only_stored(gate: int | None, otherwise: float) -> int:
         value = is_stored.new_ones((), dtype=gates[0].dtype) if gate is None else made.gates[gate]
-        gates.append(torch.where(is_stored, value, otherwise))
+        gates.append(torch.where(is_stored if value.ndim < 3 else is_stored.unsqueeze(1), value, otherwise))
         return len(gates) - 1
 
     def of(equation: Equation) -> Equation:

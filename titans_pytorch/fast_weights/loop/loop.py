@@ -44,13 +44,14 @@ class Loop:
 
     def evolution(self, pack: int) -> Evolution:
         """One pack's way through the blocks."""
-        kept, mix = self.kept, self.inputs.mixes[pack]
-        if self.shape.equations is None:
-            return ByShares(kept.states[pack], kept.factors[pack], mix, self.inputs.shares[pack].flatten(1, 2))
-        if self.shape.packing.packs[pack] == (NORM_GAIN,):
+        kept, mix, share = self.kept, self.inputs.mixes[pack], self.inputs.shares[pack]
+        share = None if share is None else share.flatten(1, 2)
+        if self.shape.equations is None and share is not None:
+            return ByShares(kept.states[pack], kept.factors[pack], mix, share)
+        if mix.ndim == 4:
             return ByTable(kept.states[pack], mix, self.inputs.states[pack].shape[2])
         of_pack = kept.states[pack], kept.momenta[pack], kept.factors[pack]
-        return ByEquations(*of_pack, self.shape.equations, mix, kept.sums[pack])
+        return ByEquations(*of_pack, self.shape.equations or (), mix, kept.sums[pack], share)
 
     def rows_of(self, factor: Tensor, index: int) -> Tensor:
         """One parameter's part of a pack's factor.  (N g·r L p) -> (N r L p)"""
@@ -181,7 +182,10 @@ class Loop:
             base_bars,
             [torch.stack([slot[0] for slot in evolution.bars], dim=2) for evolution in self.evolutions],
             [each[0] for each in gate_bars],
-            [bar[1].view_as(share) for bar, share in zip(gate_bars, self.inputs.shares, strict=False)],
+            [
+                None if share is None else bars[1].view_as(share)
+                for bars, share in zip(gate_bars, self.inputs.shares, strict=True)
+            ],
             total(limit_bars),
             total(share_bars),
         )

@@ -28,15 +28,15 @@ class Packing(NamedTuple):
     places: dict[str, Place]
 
     @classmethod
-    def of(cls, shapes: Mapping[str, Sequence[int]]) -> Packing:
-        """shapes: of each parameter, (i j) or (j)"""
+    def of(cls, shapes: Mapping[str, Sequence[int]], may_turn: bool = True) -> Packing:
+        """shapes: of each parameter, (i j) or (j); may_turn: whether last axes may become first ones"""
         packs: list[list[str]] = []
         found: dict[tuple[bool, int, int], int] = {}  # vectors apart
         places = {}
         for name, shape in shapes.items():
             i, j = (1, *shape)[-2:]
             is_vector = len(shape) < 2
-            is_turned = not is_vector and (False, j, i) in found and (False, i, j) not in found
+            is_turned = may_turn and not is_vector and (False, j, i) in found and (False, i, j) not in found
             form = (False, j, i) if is_turned else (is_vector, i, j)
             if form not in found:
                 found[form] = len(packs)

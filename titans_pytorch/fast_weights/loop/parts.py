@@ -41,8 +41,8 @@ class Inputs(NamedTuple):
     gain: Tensor | None  # (r 1 d)  of a norm, where storing does not change it
     base: list[Tensor] | None  # (g r p q)  of the first renewal; None: the weights
     states: list[Tensor]  # (g r a p q)  weights and momenta
-    mixes: list[Tensor]  # by shares (T g r a a), by equations (T G g r 1 1), of a gain (N r a+k-1 a+k-1+L)
-    shares: list[Tensor]  # (T g r l a) by shares
+    mixes: list[Tensor]  # by shares (T g r a a), by equations (T G g r 1 1|q), of a gain (N r a+k-1 a+k-1+L)
+    shares: list[Tensor | None]  # by shares (T g r l a); by equations (N g r L 1), None: all of every surprise
     limit: Tensor | None  # (r)  the largest norm of a base
     share: Tensor | None  # ()  how far the base goes to the current weights; None: all the way
 
@@ -83,10 +83,11 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
     for number, start in enumerate(inputs.states):
         count, _, num_slots, p, q = start.shape
         is_gain = shape.packing.packs[number] == (NORM_GAIN,)
+        is_table = is_gain and shape.equations is not None and inputs.mixes[number].ndim == 4
         if shape.equations is None:
             states.append(start.new_empty(shape.num_blocks + 1, *start.shape))
             states[-1][0] = start
-        elif is_gain:
+        elif is_table:
             head = num_slots + shape.per_renewal - 1
             states.append(start.new_zeros(n + 1, rows, head + length, q))
             states[-1][0, :, :num_slots] = start[0, :, :, 0]

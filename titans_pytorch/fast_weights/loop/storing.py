@@ -13,6 +13,7 @@ from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
 from titans_pytorch.fast_weights.blocks.series import FoldedBlock, StartsBlock
 from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.fast_weights.interface import Block, Carry, Weights, Writes
+from titans_pytorch.fast_weights.loop.equations import can_note
 from titans_pytorch.fast_weights.loop.mlp import Tokens
 from titans_pytorch.fast_weights.loop.packing import Packing
 from titans_pytorch.fast_weights.loop.parts import Inputs, Results, Shape
@@ -25,8 +26,9 @@ from titans_pytorch.memory_models import NORM_GAIN
 
 
 def can_loop(rule: Rule) -> bool:
-    """Whether this file can work with a rule: one whose gates hold for all channels of a parameter."""
-    return all(gate.varies != "channel" for gate in rule.gates) and not rule.uses_start
+    """Whether this file can work with a rule; one with gates of channels by its equations alone."""
+    has_channels = any(gate.varies == "channel" for gate in rule.gates)
+    return not rule.uses_start and (not has_channels or can_note(rule))
 
 
 class Piece(NamedTuple):
@@ -45,7 +47,7 @@ class SeriesStore:
         self.model, self.writes, self.series, self.renewal = model, writes, series, renewal
         self.num_momenta = rule.num_momenta
         self.shapes = {name: weight.shape[1:] for name, weight in carry.weights.items()}
-        self.packing = Packing.of(self.shapes)
+        self.packing = Packing.of(self.shapes, may_turn=writes.gates.any.channels is None)
         self.tables = tables_of(rule, writes, self.packing, series)
         self.tokens = self.all_tokens()
         slow = writes.slow.get(NORM_GAIN)
@@ -120,7 +122,7 @@ class SeriesStore:
             base,
             self.packing.together({name: self.slots(carry, name) for name in self.shapes}),
             list(map(cut, tables.mixes)),
-            list(map(cut, tables.shares)),
+            [None if share is None else cut(share) for share in tables.shares],
             self.renewal.limit,
             None if self.renewal.gate is None else self.renewal.share(self.tokens.keys),
         )
