@@ -80,7 +80,7 @@ class ByEquations(Evolution):
 
     @property
     def adds_in_place(self) -> bool:
-        """Whether the surprise is added once, as it is, to a momentum; those lie in one piece, packed weights do not."""
+        """Whether the surprise is added once, as it is, to a momentum: those lie in one piece, weights do not."""
         if self.carrier < 0 or len(self.sorted[self.carrier][0]) != 1:
             return False
         return (self.equations[self.carrier].slot or 0) > 0
