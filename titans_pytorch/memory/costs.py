@@ -22,6 +22,7 @@ class Costs(NamedTuple):
     block_elements: int = 2**26  # of all blocks of a call that are kept for a next layer rather than made again
     series_elements: int = 9 * 2**20  # of the weights and momenta of blocks that go through one loop
     loop_chunks: int = 2  # of a batch, up to which each is a block of its own in a loop
+    loop_tokens: int = 64  # of a batch, up to which a loop is faster; it keeps every start of a block
     at_once: bool = False  # blocks that are surprised at one base do not wait for each other
 
 
@@ -39,6 +40,7 @@ COSTS = {
         block_elements=2**28,
         series_elements=2**28,
         loop_chunks=1,
+        loop_tokens=2**20,
         at_once=True,
     ),
 }

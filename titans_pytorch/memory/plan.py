@@ -96,7 +96,7 @@ def plan_call(
     kept = rows * kept_elements(sizes, costs)
     longest = max(1, min(costs.span_tokens // (rows * layout.store_chunk), costs.span_elements // max(kept, 1)))
     at_once = costs.at_once and sizes.can_fold and layout.retrieve_chunk == layout.store_chunk
-    has_loop, longest_series = sizes.has_loop and may_loop, 1
+    has_loop, longest_series = sizes.has_loop and may_loop and (layout.batch or 0) <= costs.loop_tokens, 1
     if has_loop or at_once:
         longest_series = max(1, costs.series_elements // (rows * sizes.num_elements * sizes.num_slots))
     is_serial = longest_series > 1

@@ -114,7 +114,7 @@ class ByEquations(Evolution):
         # gradients at the end of a block lie where one product reads those of a whole renewal
         n, shape = len(self.left), (*like.shape[:2], self.per_renewal, *like.shape[2:])
         # only those of two renewals are needed at a time: what is written again and again stays in the cache
-        self.end_bars = two_by_turns(like.new_empty(2, len(self.slots), *shape), n)
+        self.end_bars = two_by_turns(like.new_empty(min(2, n), len(self.slots), *shape), n)
         self.sum_bars = [like.new_empty(shape) for _ in self.place]
         self.surprise_bar = None if self.carrier >= 0 else like.new_empty(shape)
         self.scratch = like.new_empty(shape)
@@ -246,8 +246,8 @@ class ByEquations(Evolution):
 
 
 def two_by_turns(pair: Tensor, num: int) -> list[Tensor]:
-    """So many things, of which only neighbours are there at a time.  (2 ...) -> (...) each"""
-    return [pair[number % 2] for number in range(num)]
+    """So many things, of which only neighbours are there at a time.  (2 ...), of one thing (1 ...) -> (...) each"""
+    return [pair[number % len(pair)] for number in range(num)]
 
 
 def num_sums(equations: tuple[Equation, ...]) -> int:
