@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.fast_weights.precision import at_least_float32
+from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.sampling import evaluating, generate
 
 State = TypeVar("State")
@@ -66,6 +67,12 @@ class CausalLM(nn.Module, Generic[State]):
         self.check_ids("ids", ids, at_least=2)
         hidden, after = self.hidden_states(ids[:, :-1], state, **reading)
         return next_token_loss(self.logits(hidden), ids), after
+
+    def compile_loops(self) -> None:
+        """Compile the loop of every memory that has one, see `NeuralMemory.compile_loop`."""
+        for memory in self.modules():
+            if isinstance(memory, NeuralMemory) and memory.sizes.has_loop:
+                memory.compile_loop()
 
     def decoder(self, state: State | None, *, uses_state: bool = True, num_tokens: int | None = None) -> Decoder[State]:
         """What sampling asks for the next token, after the tokens of `state`.

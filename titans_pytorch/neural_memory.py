@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.fast_weights.blocks.dense import DenseBlock
 from titans_pytorch.fast_weights.blocks.still import StillBlock
-from titans_pytorch.fast_weights.engine import EngineName
 from titans_pytorch.fast_weights.interface import Carry, LossFn, Weights
 from titans_pytorch.fast_weights.rules.registry import RuleOptions, rule_of
 from titans_pytorch.fast_weights.rules.rule import Rule
+from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.losses import mean_squared_error
 from titans_pytorch.memory.call import LossAndRates, PreviousWeights, advance, plan_of, read_block
 from titans_pytorch.memory.core import MemoryCore, MemoryOptions

@@ -1,9 +1,4 @@
-"""Which way a memory's weights evolve: chosen once, from what the memory model does and what the rule needs.
-
-factored   weights are never built                          (models that use their matrices as `x @ W`, linear rules)
-dense      each chunk's weights are built from the factors  (the same models, for rules that act on each step)
-general    each chunk's gradient and weights are built      (any other model)
-"""
+"""A memory's weights through blocks of chunks: from writes to gradients, surprises and weights, and back to reads."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -22,7 +16,7 @@ from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
 from titans_pytorch.fast_weights.blocks.scan import by_scan
 from titans_pytorch.fast_weights.blocks.single import SingleBlock
 from titans_pytorch.fast_weights.blocks.still import StillBlock
-from titans_pytorch.fast_weights.closed_form import ClosedMLP, has_closed_form
+from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.fast_weights.interface import (
     Block,
     Carry,
@@ -33,19 +27,19 @@ from titans_pytorch.fast_weights.interface import (
     Weights,
     Writes,
 )
+from titans_pytorch.fast_weights.loop.compiled import compiled_renewals
+from titans_pytorch.fast_weights.loop.renewals import renewals
 from titans_pytorch.fast_weights.loop.storing import SeriesStore, can_loop
 from titans_pytorch.fast_weights.loop.tables import Series
-from titans_pytorch.fast_weights.opaque import OpaqueModel
 from titans_pytorch.fast_weights.precision import full_precision
 from titans_pytorch.fast_weights.probe import ModelTraits
 from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.surprises import Surprises, surprises_of
-from titans_pytorch.fast_weights.taps import TappedModel
+from titans_pytorch.fast_weights.ways import EngineName, fitting, runner
 
 BlockShares = PerParameter[Shares] | None
-EngineName = Literal["factored", "dense", "general"]
 
 
 class Engine:
@@ -69,6 +63,7 @@ class Engine:
         self.rule, self.max_grad_norm, self.mixes_tokens = rule, max_grad_norm, traits.mixes_tokens
         self.evolve: Evolve = by_scan if use_accelerated_scan and rule.is_linear else by_products
         self.model = runner(self.name, model, traits, loss_fn)
+        self.loop, self.loop_reads = renewals, False
 
     def store(
         self, carry: Carry, writes: Writes, residual: Residual | None = None, shares: BlockShares = None
@@ -81,6 +76,10 @@ class Engine:
         surprises = surprises_of(gradients, writes, self.max_grad_norm)
         with full_precision(loss):
             return self.block(carry, surprises, writes, shares), loss
+
+    def compile_loop(self) -> None:
+        """Let `torch.compile` make each step of a loop, reading included."""
+        self.loop, self.loop_reads = compiled_renewals, True
 
     @property
     def has_loop(self) -> bool:
@@ -98,7 +97,7 @@ class Engine:
         if not isinstance(self.model, ClosedMLP):
             raise TypeError(f"only MLPs are stored in a loop, got {type(self.model).__name__}")
         with full_precision(writes.keys):
-            store = SeriesStore(self.model, self.rule, carry, writes, series, renewal)
+            store = SeriesStore(self.model, self.rule, carry, writes, series, renewal, self.loop)
         return store.pieces(carry, longest)
 
     def store_at_once(
@@ -165,28 +164,3 @@ class Engine:
     def read(self, block: Block, queries: Tensor, entries: Entries, slow: Weights) -> Tensor:
         """queries: (r g k d), entries: the entry of the block that each group reads, slow: (r d) -> (r g k d)"""
         return self.model.read(block, queries, entries, slow)
-
-
-Runner = OpaqueModel | TappedModel | ClosedMLP
-
-
-def runner(name: EngineName, model: nn.Module, traits: ModelTraits, loss_fn: LossFn) -> Runner:
-    """Whoever runs the memory model: by the gradient that is known, by its products, or as it is."""
-    if name == "general" or traits.uses is None:
-        return OpaqueModel(model, loss_fn)
-    if has_closed_form(model, loss_fn):
-        return ClosedMLP(model, loss_fn)
-    return TappedModel(model, traits.uses, loss_fn)
-
-
-def fitting(name: EngineName | None, traits: ModelTraits, rule: Rule) -> EngineName:
-    """The engine that is asked for, if it can; None: the fastest that can."""
-    if name is None:
-        return "general" if traits.uses is None else "factored" if rule.is_factored else "dense"
-    if name not in ("factored", "dense", "general"):
-        raise ValueError(f"engine must be 'factored', 'dense' or 'general', got {name!r}")
-    if name == "factored" and not rule.is_factored:
-        raise ValueError(f"engine 'factored' cannot be used with {rule.why_built}, got both: use 'dense' or 'general'")
-    if traits.uses is None and name != "general":
-        raise ValueError(f"engine {name!r} needs a memory model that uses its matrices as x @ w; got 'general' only")
-    return name

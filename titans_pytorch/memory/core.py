@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from titans_pytorch.checks import tensor_checks, value_checks
-from titans_pytorch.fast_weights.engine import Engine, EngineName
+from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.interface import LossFn, Weights
 from titans_pytorch.fast_weights.norms import total_norm
 from titans_pytorch.fast_weights.precision import at_least_float32
 from titans_pytorch.fast_weights.probe import check_contents, inspect_model
 from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule
+from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.costs import Representation, Sizes
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
@@ -93,6 +94,15 @@ class MemoryCore(Projections):
     def engine(self) -> EngineName:
         """How the weights evolve: factored (never built), dense or general."""
         return self.evolution.name
+
+    def compile_loop(self) -> None:
+        """Run renewals of the base by a step that `torch.compile` compiles, for each form of its tensors once."""
+        if not self.sizes.has_loop:
+            raise ValueError(
+                "compile_loop needs a memory whose renewals go through a loop: an MLP with a rule of shared gates, "
+                f"without max_grad_norm and gated_transition; got engine {self.engine!r} with other options"
+            )
+        self.evolution.compile_loop()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from titans_pytorch.fast_weights.blocks.series import ListedBlock
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.interface import Block, Carry, Entries
 from titans_pytorch.memory.plan import BlockPlan, Layout
@@ -58,7 +60,9 @@ class SpanReader:
         stop = min(plan.last_group * chunk - self.first_token, self.queries.shape[1])
         queries, entries = self.queries[:, num_read:stop], self.entries(plan)
         front = first - plan.first_group * chunk
-        if self.engine.mixes_tokens:
+        if isinstance(block, ListedBlock) and block.reads is not None:
+            reads = block.reads[:, entries]
+        elif self.engine.mixes_tokens:
             reads = self.read_mixing(block, self.in_groups(queries, front, plan.num_groups), entries)
         else:
             front = 0 if plan.num_groups == 1 else front  # a group by itself need not be filled
@@ -66,6 +70,15 @@ class SpanReader:
         self.reads.append(reads.flatten(1, 2).narrow(1, front, queries.shape[1]))
         self.num_read += queries.shape[1]
         self.last_block = (block, plan.first_chunk)
+
+    def ahead(self, plan: BlockPlan) -> Tensor | None:
+        """What a series' groups will ask of a loop that reads.  -> (r n c d); None: less than two groups"""
+        chunk, num_read, each = self.layout.retrieve_chunk, self.num_read, self.entries(plan)
+        if plan.num_groups < 2 or not isinstance(each, slice):
+            return None
+        queries = self.queries[:, num_read : plan.last_group * chunk - self.first_token]
+        grouped = self.in_groups(queries, self.first_token + num_read - plan.first_group * chunk, plan.num_groups)
+        return F.pad(grouped, (0, 0, 0, 0, each.start, plan.num_chunks - each.stop))
 
     def read_mixing(self, block: Block, grouped: Tensor, entries: Entries) -> Tensor:
         """A model that mixes tokens: 0 * NaN is NaN, so what is not finite must not reach the tokens before it."""

@@ -112,7 +112,7 @@ class Stream:
                 if each.is_single:
                     done = [(each.as_one(), *self.engine.store(carry, writes, residual, shares))]
                 elif each.renews_inside(call.at_once):
-                    done = self.stored_by_loops(each, carry, writes, renewal, call.longest_series)
+                    done = self.stored_by_loops(each, carry, writes, renewal, call.longest_series, reader)
                 else:
                     done = [(each.as_one(), *self.engine.store_at_once(carry, writes, residual, each.per_renewal))]
             for plan, block, loss in done:
@@ -131,10 +131,17 @@ class Stream:
         return SpanResult(reads, Moment(carry, group, tails), report, blocks)
 
     def stored_by_loops(
-        self, series: SeriesPlan, carry: Carry, writes: Writes, renewal: Renewal | None, longest: int
+        self,
+        series: SeriesPlan,
+        carry: Carry,
+        writes: Writes,
+        renewal: Renewal | None,
+        longest: int,
+        reader: SpanReader | None,
     ) -> Iterator[Done]:
         """A series in loops of at most so many blocks, each read before the next one runs."""
-        form = Series(len(series.blocks), series.per_renewal, series.blocks[-1].renews_base)
+        queries = reader.ahead(series.as_one()) if reader is not None and self.engine.loop_reads else None
+        form = Series(len(series.blocks), series.per_renewal, series.blocks[-1].renews_base, queries)
         first, chunks = 0, series.blocks[0].num_chunks
         for block, loss in self.engine.store_series(
             carry, writes, form, renewal or Renewal(), longest // series.per_renewal

@@ -71,6 +71,44 @@ class StartsBlock(Block):
         return self.last
 
 
+@record
+class ListedBlock(Block):
+    """Blocks of one chunk that may have been read on the way; for whoever looks at them again they are put together."""
+
+    each: list[Weights]  # the weights that each chunk begins with (r ...)
+    last: Carry
+    reads: Tensor | None  # (r n c d)
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.each)
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self.each[0]
+
+    @property
+    def together(self) -> StartsBlock:
+        starts = {name: torch.stack([weights[name] for weights in self.each]) for name in self.names}
+        starts = {name: w if w.ndim == 4 else w.unsqueeze(2) for name, w in starts.items()}  # vectors as one row
+        return StartsBlock({name: w.unsqueeze(1) for name, w in starts.items()}, self.last)
+
+    def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
+        return self.together.product(name, x, entries, is_transposed)
+
+    def vector(self, name: str, entries: Entries) -> Tensor:
+        return self.together.vector(name, entries)
+
+    def materialise(self, name: str) -> Tensor:
+        return self.together.materialise(name)
+
+    def entry(self, index: int) -> Weights:
+        return self.last.weights if index == self.num_chunks else self.each[index]
+
+    def finish(self) -> Carry:
+        return self.last
+
+
 def folded(x: Tensor, starts: Tensor) -> Tensor:
     """Groups of queries beside the weights they read.  x: (r N·k c i), starts: (N k r i j) -> (N·r·k c i)"""
     return x.unflatten(1, (starts.shape[0], starts.shape[1])).movedim(1, 0).flatten(0, 2)

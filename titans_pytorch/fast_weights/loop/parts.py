@@ -45,6 +45,7 @@ class Inputs(NamedTuple):
     shares: list[Tensor | None]  # by shares (T g r l a); by equations (N g r L 1), None: all of every surprise
     limit: Tensor | None  # (r)  the largest norm of a base
     share: Tensor | None  # ()  how far the base goes to the current weights; None: all the way
+    queries: Tensor | None = None  # (N r k c d)  for a loop that reads what each block begins with, see `compiled`
 
 
 class Results(NamedTuple):
@@ -55,6 +56,8 @@ class Results(NamedTuple):
     inputs: dict[str, Tensor]  # of every matrix but the first  (N r L i)
     errors: dict[str, Tensor]  # of every parameter  (N r L j)
     error: Tensor  # (N r L d)  of what was predicted
+    each: list[dict[str, Tensor]] | None = None  # instead of `starts`: every block's, as their owner sees them (r i j)
+    reads: Tensor | None = None  # (N r k c d)
 
 
 class Kept(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
-from titans_pytorch.fast_weights.blocks.series import FoldedBlock, StartsBlock
+from titans_pytorch.fast_weights.blocks.series import FoldedBlock, ListedBlock, StartsBlock
 from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.fast_weights.interface import Block, Carry, Weights, Writes
 from titans_pytorch.fast_weights.loop.equations import can_note
@@ -23,6 +23,9 @@ from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.memory_models import NORM_GAIN
+
+Loop = Callable[[Shape, Inputs], Results]
+"""All renewals of a loop: `renewals.renewals`, or `compiled.compiled_renewals`"""
 
 
 def can_loop(rule: Rule) -> bool:
@@ -39,11 +42,22 @@ class Piece(NamedTuple):
 
 
 class SeriesStore:
-    """A series that is stored piece by piece; what does not depend on weights is worked out once, for all of it."""
+    """A series that is stored piece by piece; what does not depend on weights is worked out once, for all of it.
+
+    loop: what runs its renewals
+    """
 
     def __init__(
-        self, model: ClosedMLP, rule: Rule, carry: Carry, writes: Writes, series: Series, renewal: Renewal
+        self,
+        model: ClosedMLP,
+        rule: Rule,
+        carry: Carry,
+        writes: Writes,
+        series: Series,
+        renewal: Renewal,
+        loop: Loop,
     ) -> None:
+        self.loop = loop
         self.model, self.writes, self.series, self.renewal = model, writes, series, renewal
         self.num_momenta = rule.num_momenta
         self.shapes = {name: weight.shape[1:] for name, weight in carry.weights.items()}
@@ -90,11 +104,14 @@ class SeriesStore:
             tables.equations,
             renews_last,
         )
-        results = renewals(shape, inputs)
+        results = self.loop(shape, inputs)
         by_chunk = results.error.unflatten(2, (-1, self.writes.keys.shape[2]))  # (N r kb c d)
         loss = self.model.loss_of(by_chunk).movedim(0, 1).flatten(1, 2)
         last = self.carry_after(carry, results, shape)
         starts = {name: [self.packing.turned(name, slot) for slot in slots] for name, slots in results.starts.items()}
+        if results.each is not None:
+            reads = None if results.reads is None else results.reads.movedim(0, 1).flatten(1, 2)
+            return ListedBlock([self.shaped(weights) for weights in results.each], last, reads), loss
         if tables.of_blocks is None:
             return StartsBlock({name: slots[0] for name, slots in starts.items()}, last), loss
         per_renewal = k * self.tokens.keys.shape[1]
@@ -125,8 +142,20 @@ class SeriesStore:
             [None if share is None else cut(share) for share in tables.shares],
             self.renewal.limit,
             None if self.renewal.gate is None else self.renewal.share(self.tokens.keys),
+            self.queries_of(piece) if tables.of_blocks is None else None,
         )
         return tables, inputs
+
+    def queries_of(self, piece: Piece) -> Tensor | None:
+        """Renewals first.  (r n c d) -> (N r k c d)"""
+        queries = self.series.queries
+        if queries is None:
+            return None
+        return queries.unflatten(1, (self.series.num_renewals, -1)).movedim(1, 0).narrow(0, piece.first, piece.num)
+
+    def shaped(self, weights: Weights) -> Weights:
+        """Vectors without their second axis."""
+        return {name: weight.reshape(-1, *self.shapes[name]) for name, weight in weights.items()}
 
     def slots(self, carry: Carry, name: str) -> Iterable[Tensor]:
         """Weights and momenta of a parameter; zeros where nothing has moved yet."""
@@ -147,6 +176,8 @@ class SeriesStore:
 
     def last_base(self, results: Results) -> Weights:
         """What the last renewal began with; a copy, which keeps nothing else alive."""
+        if results.each is not None:
+            return self.shaped(results.each[-self.series.per_renewal])
         starts = {name: self.packing.turned(name, slots[0][-1, 0]) for name, slots in results.starts.items()}
         return {name: start.clone().reshape(-1, *self.shapes[name]) for name, start in starts.items()}
 

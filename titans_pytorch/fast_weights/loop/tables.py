@@ -22,6 +22,7 @@ class Series(NamedTuple):
     num_blocks: int  # T
     per_renewal: int  # k, blocks that are surprised at one base
     renews_last: bool  # whether the base is renewed after the last one
+    queries: Tensor | None = None  # (r n c d)  that read the weights each chunk begins with, if the loop is to read
 
     @property
     def num_renewals(self) -> int:
