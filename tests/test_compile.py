@@ -11,9 +11,19 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from titans_pytorch import NeuralMemory
+from titans_pytorch import (
+    MemoryAsContextTransformer,
+    NeuralMemory,
+    TitansConfig,
+    TitansLMM,
+    TitansMAC,
+    TitansMAG,
+    TitansMAL,
+)
+from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.fast_weights.loop import compiled
 from titans_pytorch.fast_weights.loop.step import renewal
+from titans_pytorch.training.compiling import compile_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch's, to itself
@@ -155,4 +165,73 @@ def test_no_length_compiles_again(graphs: Callable[[], int]) -> None:
     assert graphs() == 1
     with torch.no_grad():
         memory(torch.randn(2, 200, 16, dtype=torch.float64))
+    assert graphs() == 0
+
+
+# ---- steps of training, as `--compile` has them
+
+CONFIG = TitansConfig(dim=16, depth=1, heads=2, window=8, num_persistent=2, memory_chunk=4, memory_refresh=8)
+
+
+def transformer() -> MemoryAsContextTransformer:
+    memory = dict(dim_head=8, heads=2)
+    return MemoryAsContextTransformer(
+        num_tokens=32,
+        dim=16,
+        depth=1,
+        segment_len=8,
+        heads=2,
+        dim_head=8,
+        num_persist_mem_tokens=2,
+        num_longterm_mem_tokens=2,
+        neural_memory_layers=(1,),
+        neural_memory_segment_len=4,
+        neural_memory_batch_size=8,
+        neural_memory_kwargs=memory,
+    )
+
+
+FAMILY: dict[str, Callable[[], CausalLM[Any]]] = {
+    "TitansMAC": lambda: TitansMAC(32, CONFIG),
+    "TitansMAG": lambda: TitansMAG(32, CONFIG),
+    "TitansMAL": lambda: TitansMAL(32, CONFIG),
+    "TitansLMM": lambda: TitansLMM(32, CONFIG),
+    "MemoryAsContextTransformer": transformer,
+}
+
+
+def trained(model: CausalLM[Any], ids: Tensor) -> list[Tensor]:
+    """The loss and the gradients of a step."""
+    model.zero_grad()
+    loss = model.loss(ids)
+    loss.backward()
+    return [loss.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", FAMILY)
+def test_compiled_steps_of_training_are_steps_of_training(name: str, graphs: Callable[[], int]) -> None:
+    """And the next ones compile nothing."""
+    torch.manual_seed(0)
+    model, ids = FAMILY[name]().double(), torch.randint(0, 32, (2, 33))
+    expected = trained(model, ids)
+    compile_layers(model)
+    for x, y in zip(trained(model, ids), expected, strict=True):
+        assert_close(x, y, rtol=1e-7, atol=1e-10)
+    assert graphs() > 0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        trained(model, ids)
+    assert graphs() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_samples_of_a_compiled_model_compile_nothing(graphs: Callable[[], int]) -> None:
+    torch.manual_seed(0)
+    model, prompt = TitansMAG(32, CONFIG), torch.randint(0, 32, (1, 9))
+    expected = model.sample(prompt, 30, temperature=0.0)
+    compile_layers(model)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(model.sample(prompt, 30, temperature=0.0), expected)
     assert graphs() == 0
