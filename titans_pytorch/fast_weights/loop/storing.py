@@ -17,7 +17,6 @@ from titans_pytorch.fast_weights.loop.equations import can_note
 from titans_pytorch.fast_weights.loop.mlp import Tokens
 from titans_pytorch.fast_weights.loop.packing import Packing
 from titans_pytorch.fast_weights.loop.parts import Inputs, Results, Shape
-from titans_pytorch.fast_weights.loop.renewals import renewals
 from titans_pytorch.fast_weights.loop.tables import Series, Tables, own_share, tables_of
 from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule, Shares
