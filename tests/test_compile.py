@@ -235,3 +235,13 @@ def test_samples_of_a_compiled_model_compile_nothing(graphs: Callable[[], int]) 
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(model.sample(prompt, 30, temperature=0.0), expected)
     assert graphs() == 0
+
+
+@pytest.mark.parametrize("options", [dict(gated_transition=True), dict(per_parameter_gates=True)])
+def test_what_the_step_does_not_know_runs_by_hand(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    memory = NeuralMemory(**WIDTHS, chunk_size=4, batch_size=4, **options).double()
+    seq = torch.randn(2, 20, 16, dtype=torch.float64)
+    expected = memory(seq)[0]
+    memory.compile_loop()
+    assert_close(memory(seq)[0], expected)
