@@ -23,7 +23,7 @@ from titans_pytorch import (
 from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.fast_weights.loop import compiled
 from titans_pytorch.fast_weights.loop.step import renewal
-from titans_pytorch.training.compiling import compile_layers
+from titans_pytorch.training.compiling import compile_parts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch's, to itself
@@ -216,7 +216,7 @@ def test_compiled_steps_of_training_are_steps_of_training(name: str, graphs: Cal
     torch.manual_seed(0)
     model, ids = FAMILY[name]().double(), torch.randint(0, 32, (2, 33))
     expected = trained(model, ids)
-    compile_layers(model)
+    compile_parts(model)
     for x, y in zip(trained(model, ids), expected, strict=True):
         assert_close(x, y, rtol=1e-7, atol=1e-10)
     assert graphs() > 0
@@ -231,7 +231,7 @@ def test_samples_of_a_compiled_model_compile_nothing(graphs: Callable[[], int]) 
     torch.manual_seed(0)
     model, prompt = TitansMAG(32, CONFIG), torch.randint(0, 32, (1, 9))
     expected = model.sample(prompt, 30, temperature=0.0)
-    compile_layers(model)
+    compile_parts(model)
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(model.sample(prompt, 30, temperature=0.0), expected)
     assert graphs() == 0

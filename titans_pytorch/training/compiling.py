@@ -1,23 +1,26 @@
-"""What `--compile` compiles: a renewal of every memory's loop, and every layer around its memory."""
+"""What `--compile` compiles: a renewal of every memory's loop, and the feed-forward networks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import nn
 
 from titans_pytorch.causal_lm import CausalLM
-from titans_pytorch.neural_memory import NeuralMemory
+from titans_pytorch.layers.feed_forward import SiluGate, SwiGLU
 
 
-def compile_layers(model: CausalLM[Any]) -> None:
-    """Compile where it pays: layers of one kind share a graph, and no graph holds a memory's loop.
+def compile_parts(model: CausalLM[Any]) -> None:
+    """Compile where it pays, in seconds; parts of one shape share a graph.
 
-    A graph with the loop in it would take minutes and grow with the sequence, so memories call their compiled step.
+    A graph of all layers would hold every renewal of every memory, and take minutes.
     """
     model.compile_loops()
-    for memory in model.modules():
-        if isinstance(memory, NeuralMemory):
-            memory.forward = torch.compiler.disable(memory.forward)  # type: ignore[method-assign]
-    for layer in model.layers:  # type: ignore[union-attr]
-        layer.compile(dynamic=False)
+    for module in model.modules():
+        if is_feed_forward(module):
+            module.compile(dynamic=False)
+
+
+def is_feed_forward(module: nn.Module) -> bool:
+    is_gated = isinstance(module, nn.Sequential) and any(isinstance(part, SiluGate) for part in module)
+    return is_gated or isinstance(module, SwiGLU)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.training import checkpoints, data, sharding
 from titans_pytorch.training.checkpoints import Checkpoint, Progress
-from titans_pytorch.training.compiling import compile_layers
+from titans_pytorch.training.compiling import compile_parts
 from titans_pytorch.training.decoding import continued
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.evaluation import BITS, prime, validate
@@ -65,7 +65,7 @@ class Trainer:
             check_sharding(accelerator.num_processes)
             sharding.shard(self.module, accelerator.device)
         if settings.compile:
-            compile_layers(self.module)
+            compile_parts(self.module)
         self.model: nn.Module = NextTokenLoss(self.module)
         if not self.is_sharded:
             loss = self.model
@@ -258,7 +258,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             before = prime(self.corpus.valid, self.text, settings.prime_length, settings.seed, step)
             seed = settings.seed + step
-            with torch.compiler.set_stance("force_eager"):  # every token has another position, and would compile anew
+            with torch.compiler.set_stance("force_eager"):  # one token has another shape, and would compile anew
                 drawn = continued(model, before, settings.sample_length, temperature=settings.temperature, seed=seed)
             text = f"{self.text.readable(before)}┃{self.text.readable(np.array(list(drawn)))}"
             self.run.append(SAMPLES, f"---- step {step}, after ┃\n{text}\n\n")

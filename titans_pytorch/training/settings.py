@@ -42,7 +42,7 @@ class Training:
 
     device: Literal["auto", "cpu"] = setting("auto", "cpu: leave accelerators alone")
     precision: Literal["auto", "float32", "bf16"] = setting("auto", "auto: bf16 on accelerators, float32 on CPU")
-    compile: bool = setting(False, "torch.compile the layers, and the steps of memories; samples are drawn without")
+    compile: bool = setting(False, "torch.compile feed-forwards and the steps of memories; samples are drawn without")
     shard: bool = setting(False, "FSDP2: parameters, gradients and optimizer state shared out among processes")
     trackers: tuple[str, ...] = setting((), "tensorboard, wandb, trackio: where metrics go besides metrics.jsonl")
 
