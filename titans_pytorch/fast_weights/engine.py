@@ -63,6 +63,8 @@ class Engine:
         self.rule, self.max_grad_norm, self.mixes_tokens = rule, max_grad_norm, traits.mixes_tokens
         self.evolve: Evolve = by_scan if use_accelerated_scan and rule.is_linear else by_products
         self.model = runner(self.name, model, traits, loss_fn)
+        is_known = isinstance(self.model, ClosedMLP) and self.name == "factored" and max_grad_norm is None
+        self.has_loop = is_known and can_loop(rule)  # whether many blocks can be stored by one, see `store_series`
         self.loop, self.loop_reads = renewals, False
 
     def store(
@@ -80,12 +82,6 @@ class Engine:
     def compile_loop(self) -> None:
         """Let `torch.compile` make each step of a loop, reading included."""
         self.loop, self.loop_reads = compiled_renewals, True
-
-    @property
-    def has_loop(self) -> bool:
-        """Whether many blocks can be stored by one loop, see `store_series`."""
-        is_known = isinstance(self.model, ClosedMLP) and self.name == "factored" and self.max_grad_norm is None
-        return is_known and can_loop(self.rule)
 
     def store_series(
         self, carry: Carry, writes: Writes, series: Series, renewal: Renewal, longest: int
