@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,7 +176,12 @@ def test_options_of_the_loop(
 def test_compiled(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the code generator, which takes minutes, and without memory, whose compilation test_ecosystem tests."""
     used, original = [], nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: used.append(1) or original(self, backend="aot_eager"))
+
+    def compiled(self: nn.Module, **options: Any) -> None:
+        used.append(1)
+        original(self, **options, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compiled)
     options = ("--steps", "3", "--memory", "off")
     assert train(tmp_path / "compiled", data, "--compile", *options) == 0
     assert used
