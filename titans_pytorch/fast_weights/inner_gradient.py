@@ -29,11 +29,7 @@ def gradients(objective: Objective, inputs: list[Tensor], taps: list[Tensor]) ->
 
 
 def plain_autograd_works() -> bool:
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-    )
+    return written_gradients_work() and not torch.is_inference_mode_enabled()
 
 
 def written_gradients_work() -> bool:

@@ -16,19 +16,19 @@ DIMS = (16, 32, 64, 128)
 """Widths of a head"""
 
 MIN_TOKENS, MAX_TOKENS = 16, 32
-"""Of a block: shorter chunks are filled up with tokens of zeros, whose descent is 0 too; longer ones are not taken"""
+"""How many tokens a block has: shorter chunks are filled up with zeros, their descent too; longer ones are not taken"""
 
 HIDDEN_UNIT = 16
 """Hidden units come in multiples of this, the smallest tile"""
 
 WEIGHT_ELEMENTS = 64 * 128
-"""Of one matrix, up to which both stay in registers"""
+"""Elements of one matrix, up to which both stay in registers"""
 
 STATE_ELEMENTS = 32 * 128
-"""Of one matrix, up to which both and their momenta stay in registers"""
+"""Elements of one matrix, up to which both and their momenta stay in registers"""
 
 MOST_FEATURES: dict[Precision, int] = {"tf32": 64 * 32, "ieee": 64 * 32, "tf32x3": 64 * 16}
-"""Of a block's tokens together, up to which every kernel fits the 163 kB that an A100 shares among threads"""
+"""Features of a block's tokens together, up to which every kernel fits the 163 kB that an A100 shares among threads"""
 
 LAUNCH = dict(num_stages=1, enable_fp_fusion=True)
 """Options that do not depend on sizes.  One stage: loads of a state must not run ahead of what stores it"""

@@ -27,10 +27,10 @@ from titans_pytorch.kernels.formulas import (
 from titans_pytorch.kernels.language import on_device_of, tl, triton
 
 BLOCK_ELEMENTS = 4096
-"""Of a tensor, that one program works on"""
+"""Elements of a tensor that one program works on"""
 
 OPTIONS = dict(num_warps=4, enable_fp_fusion=True)
-"""Of every launch"""
+"""Warps of every launch"""
 
 
 @triton.jit

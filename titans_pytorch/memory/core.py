@@ -100,7 +100,7 @@ class MemoryCore(Projections):
         if not self.sizes.has_loop:
             raise ValueError(
                 "compile_loop needs a memory whose renewals go through a loop: an MLP with a rule of shared gates, "
-                f"without max_grad_norm and gated_transition; got engine {self.engine!r} with other options"
+                f"without max_grad_norm; got engine {self.engine!r} with other options"
             )
         self.evolution.compile_loop()
 

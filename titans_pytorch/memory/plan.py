@@ -96,22 +96,20 @@ def plan_call(
     kept = rows * kept_elements(sizes, costs)
     longest = max(1, min(costs.span_tokens // (rows * layout.store_chunk), costs.span_elements // max(kept, 1)))
     at_once = costs.at_once and sizes.can_fold and layout.retrieve_chunk == layout.store_chunk
-    has_loop, longest_series = sizes.has_loop and may_loop and (layout.batch or 0) <= costs.loop_tokens, 1
-    if has_loop or at_once:
-        longest_series = max(1, costs.series_elements // (rows * sizes.num_elements * sizes.num_slots))
-    is_serial = longest_series > 1
+    has_loop = sizes.has_loop and may_loop and (layout.batch or 0) <= costs.loop_tokens
+    fit_together = costs.series_elements // (rows * sizes.num_elements * sizes.num_slots)
     most, why = block_chunks(sizes, rows, costs)
-    if has_loop and is_serial and layout.batch is not None and layout.batch <= costs.loop_chunks * layout.store_chunk:
+    if has_loop and fit_together > 1 and 0 < (layout.batch or 0) <= costs.loop_chunks * layout.store_chunk:
         most, why = 1, "in a loop each chunk of so short a batch is moved by itself"
     has_loop = has_loop and (most == 1 or sizes.representation != "channels")  # which is written for single chunks
-    blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, most, is_serial)
+    longest_series = max(1, fit_together) if has_loop or at_once else 1
+    blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, most, longest_series > 1)
     num_chunks, num_blocks = sum(b.num_chunks for b in blocks), sum(b.num_chunks > 0 for b in blocks)
     recomputes = has_grad and can_recompute and num_chunks * kept > costs.kept_elements
     is_small = num_chunks * rows * held_elements(sizes) <= costs.block_elements
     keeps_blocks = num_blocks <= 1 or (has_grad and (is_small or not recomputes))
-    return CallPlan(
-        in_spans(blocks, longest), recomputes, keeps_blocks, longest_series, at_once and is_serial, has_loop, why
-    )
+    spans, is_serial = in_spans(blocks, longest), longest_series > 1
+    return CallPlan(spans, recomputes, keeps_blocks, longest_series, at_once and is_serial, has_loop and is_serial, why)
 
 
 def in_spans(blocks: list[BlockPlan], longest: int) -> tuple[tuple[BlockPlan, ...], ...]:

@@ -46,8 +46,8 @@ class SeriesPlan(NamedTuple):
 def in_series(span: Sequence[BlockPlan], plan: CallPlan) -> list[SeriesPlan]:
     """A span as series of equal blocks, as far as a plan has them stored together."""
     found: list[SeriesPlan] = []
-    for batch in equal_runs(span, plan.longest_series if plan.has_loop or plan.at_once else 1):
-        if plan.has_loop and plan.longest_series > 1 and found and may_follow(found[-1], batch):
+    for batch in equal_runs(span, plan.longest_series):
+        if plan.has_loop and found and may_follow(found[-1], batch):
             found[-1] = found[-1]._replace(blocks=(*found[-1].blocks, *batch))
         else:
             found.append(SeriesPlan(batch, len(batch)))

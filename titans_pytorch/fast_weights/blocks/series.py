@@ -32,11 +32,9 @@ class StartsBlock(Block):
         """x: (r g k i) -> (r g k j)"""
         starts = self.starts[name]
         if isinstance(entries, slice):
-            around = (0, 0, 0, 0, entries.start, self.num_chunks - entries.stop)
-            padded = F.pad(x, around) if any(around) else x
-            out = torch.bmm(folded(padded, starts), self.rows_of(starts, is_transposed))
+            out = torch.bmm(folded(filled(x, entries, self.num_chunks), starts), self.rows_of(starts, is_transposed))
             out = out.unflatten(0, (starts.shape[0], starts.shape[2], starts.shape[1])).movedim(1, 0).flatten(1, 2)
-            return out[:, entries] if any(around) else out
+            return out[:, entries]
         weights = self.all_entries(name)[entries].flatten(0, 1)
         out = torch.bmm(x.movedim(1, 0).flatten(0, 1), weights.mT if is_transposed else weights)
         return out.unflatten(0, (x.shape[1], -1)).movedim(0, 1)
@@ -109,6 +107,12 @@ class ListedBlock(Block):
         return self.last
 
 
+def filled(x: Tensor, entries: slice, num_chunks: int) -> Tensor:
+    """Groups for every chunk, with zeros for those that are not asked for.  (r g ...) -> (r n ...)"""
+    before, after = entries.start, num_chunks - entries.stop
+    return F.pad(x, (0, 0, 0, 0, before, after)) if before or after else x
+
+
 def folded(x: Tensor, starts: Tensor) -> Tensor:
     """Groups of queries beside the weights they read.  x: (r N·k c i), starts: (N k r i j) -> (N·r·k c i)"""
     return x.unflatten(1, (starts.shape[0], starts.shape[1])).movedim(1, 0).flatten(0, 2)
@@ -131,15 +135,13 @@ class FoldedBlock(Block):
         return self.inner.names
 
     def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
-        """x: (r g k i) -> (r g k j).  Groups before and after those that are asked for are filled with zeros."""
+        """x: (r g k i) -> (r g k j)"""
         if not isinstance(entries, slice):
             raise TypeError("blocks of several chunks are read by groups as long as chunks")
-        around = (0, 0, 0, 0, entries.start, self.num_chunks - entries.stop)
-        padded = F.pad(x, around) if any(around) else x
-        each = slice(0, self.inner.num_chunks)
-        folded = padded.unflatten(1, (self.num_blocks, -1)).movedim(1, 0).flatten(0, 1)
-        out = self.inner.product(name, folded, each, is_transposed)
-        return self.unfolded(out)[:, entries] if any(around) else self.unfolded(out)
+        of_all = filled(x, entries, self.num_chunks)
+        by_block = of_all.unflatten(1, (self.num_blocks, -1)).movedim(1, 0).flatten(0, 1)
+        out = self.inner.product(name, by_block, slice(0, self.inner.num_chunks), is_transposed)
+        return self.unfolded(out)[:, entries]
 
     def unfolded(self, x: Tensor) -> Tensor:
         """(T·r b ...) -> (r T·b ...)"""

@@ -32,13 +32,8 @@ class ByEquations(Evolution):
     ) -> None:
         self.equations, self.gates, self.sums, self.weights = equations, gates, sums, weights
         self.per_renewal = k = weights.shape[3]
-        in_order = weights.permute(1, 3, 0, 2, 4, 5).flatten(0, 1) if k == 1 else None
-        per_block = (
-            in_order.unbind(0)
-            if in_order is not None
-            else [block for renewal in weights.unbind(1) for block in renewal.unbind(2)]
-        )
-        self.slots = [list(per_block[: len(gates) + 1]), *(list(slot.unbind(0)) for slot in momenta.unbind(1))]
+        per_block = [block for renewal in weights.unbind(1) for block in renewal.unbind(2)]
+        self.slots = [per_block[: len(gates) + 1], *(list(slot.unbind(0)) for slot in momenta.unbind(1))]
         self.momenta = momenta
         self.left, self.right = (
             [part.unflatten(1, (k, -1)).flatten(0, 1) for part in factor.unbind(0)] for factor in factors
@@ -52,6 +47,8 @@ class ByEquations(Evolution):
         self.place = {number: place for place, number in enumerate(inner)}  # in `sums`
         self.keeps_surprise = gates_surprise(equations)
         self.sorted = [sorted_terms(equation) for equation in equations]
+        self.carrier = carrier_of(equations)
+        self.adds_in_place = k == 1 and adds_to_momentum(equations, self.carrier)
         self.gated = [term.source for equation in equations for term in equation.terms if term.gate is not None]
 
     def of_slot(self, slot: int, index: int) -> Tensor:
@@ -64,7 +61,7 @@ class ByEquations(Evolution):
 
     def forward(self, n: int) -> None:
         k, like = self.per_renewal, self.slots[0][0]
-        if k == 1 and self.adds_in_place:
+        if self.adds_in_place:
             self.forward_in_place(n)
             return
         surprises = torch.bmm(self.taken_left(n).mT, self.right[n]).view(*like.shape[:2], k, *like.shape[2:])
@@ -77,13 +74,6 @@ class ByEquations(Evolution):
                     [self.value(source, block, surprise) for source in plain],
                     [(self.value(source, block, surprise), self.each_gate[gate][block]) for gate, source in gated],
                 )
-
-    @property
-    def adds_in_place(self) -> bool:
-        """Whether the surprise is added once, as it is, to a momentum: those lie in one piece, weights do not."""
-        if self.carrier < 0 or len(self.sorted[self.carrier][0]) != 1:
-            return False
-        return (self.equations[self.carrier].slot or 0) > 0
 
     def forward_in_place(self, block: int) -> None:
         """A renewal of one block, whose surprise is added to what it moves."""
@@ -139,17 +129,6 @@ class ByEquations(Evolution):
     def by_block(self, slot: int) -> list[Tensor]:
         """A slot's gradients after each block.  -> (g r p q) each"""
         return [block for renewal in self.end_bars for block in renewal[slot].unbind(2)]
-
-    @property
-    def carrier(self) -> int:
-        """The one equation that adds the surprise as it is, so its gradient is that of the surprise; -1: none is."""
-        uses = [
-            (number, term.gate)
-            for number, equation in enumerate(self.equations)
-            for term in equation.terms
-            if term.source.kind == "surprise"
-        ]
-        return uses[0][0] if len(uses) == 1 and uses[0][1] is None else -1
 
     def bars_after(self, n: int) -> Tensor:
         return self.end_bars[n][:, :, :, -1]
@@ -253,6 +232,20 @@ def two_by_turns(pair: Tensor, num: int) -> list[Tensor]:
 def num_sums(equations: tuple[Equation, ...]) -> int:
     """How many sums there are to keep beside the slots."""
     return sum(equation.slot is None for equation in equations) + gates_surprise(equations)
+
+
+def carrier_of(equations: tuple[Equation, ...]) -> int:
+    """The one equation that adds the surprise as it is, so its gradient is that of the surprise; -1: none is."""
+    uses = [(number, t.gate) for number, e in enumerate(equations) for t in e.terms if t.source.kind == "surprise"]
+    return uses[0][0] if len(uses) == 1 and uses[0][1] is None else -1
+
+
+def adds_to_momentum(equations: tuple[Equation, ...], carrier: int) -> bool:
+    """Whether the surprise alone is added as it is, and to a momentum: those lie in one piece, weights do not."""
+    if carrier < 0:
+        return False
+    plain, _ = sorted_terms(equations[carrier])
+    return len(plain) == 1 and (equations[carrier].slot or 0) > 0
 
 
 def gates_surprise(equations: tuple[Equation, ...]) -> bool:

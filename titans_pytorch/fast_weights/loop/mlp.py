@@ -121,7 +121,6 @@ class MLPSurprise:
             self.bends = bends(left, gains, self.last_error)
         self.key_bars: list[Tensor] = []
         self.weighted_bars: list[Tensor] = []  # of P
-        self.gain_bars: list[Tensor] = []
 
     def backward(
         self,

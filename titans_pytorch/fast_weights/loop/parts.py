@@ -19,7 +19,6 @@ class Shape(NamedTuple):
 
     packing: Packing
     matrices: tuple[str, ...]  # of the memory model, in the order of its layers
-    has_norm: bool
     num_blocks: int  # T
     per_renewal: int  # blocks of a renewal, k
     equations: tuple[Equation, ...] | None  # of blocks of one chunk; None: by shares

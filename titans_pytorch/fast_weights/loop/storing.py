@@ -17,7 +17,7 @@ from titans_pytorch.fast_weights.loop.equations import can_note
 from titans_pytorch.fast_weights.loop.mlp import Tokens
 from titans_pytorch.fast_weights.loop.packing import Packing
 from titans_pytorch.fast_weights.loop.parts import Inputs, Results, Shape
-from titans_pytorch.fast_weights.loop.tables import Series, Tables, own_share, tables_of
+from titans_pytorch.fast_weights.loop.tables import Series, own_share, tables_of
 from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
@@ -93,17 +93,16 @@ class SeriesStore:
         """One loop."""
         k, is_last = self.series.per_renewal, piece.first + piece.num == self.series.num_renewals
         renews_last = self.series.renews_last or not is_last
-        tables, inputs = self.inputs(carry, piece)
+        tables = self.tables
         shape = Shape(
             self.packing,
             tuple(self.model.matrices),
-            self.model.has_norm,
             piece.num * k,
             k,
             tables.equations,
             renews_last,
         )
-        results = self.loop(shape, inputs)
+        results = self.loop(shape, self.inputs(carry, piece))
         by_chunk = results.error.unflatten(2, (-1, self.writes.keys.shape[2]))  # (N r kb c d)
         loss = self.model.loss_of(by_chunk).movedim(0, 1).flatten(1, 2)
         last = self.carry_after(carry, results, shape)
@@ -119,7 +118,7 @@ class SeriesStore:
         block = FactoredBlock(self.carry_of_starts(starts), self.surprises(results, piece), shares)
         return FoldedBlock(block, last, piece.num * k), loss
 
-    def inputs(self, carry: Carry, piece: Piece) -> tuple[Tables, Inputs]:
+    def inputs(self, carry: Carry, piece: Piece) -> Inputs:
         """What one loop is given."""
         tables = self.tables
 
@@ -132,7 +131,7 @@ class SeriesStore:
         base = None
         if not is_at_base:
             base = [pack.squeeze(2) for pack in self.packing.together({name: (w,) for name, w in carry.base.items()})]
-        inputs = Inputs(
+        return Inputs(
             Tokens(*map(cut, self.tokens)),
             self.gain,
             base,
@@ -143,7 +142,6 @@ class SeriesStore:
             None if self.renewal.gate is None else self.renewal.share(self.tokens.keys),
             self.queries_of(piece) if tables.of_blocks is None else None,
         )
-        return tables, inputs
 
     def queries_of(self, piece: Piece) -> Tensor | None:
         """Renewals first.  (r n c d) -> (N r k c d)"""
