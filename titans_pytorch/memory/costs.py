@@ -22,14 +22,14 @@ class Costs(NamedTuple):
     block_elements: int = 2**26  # of all blocks of a call that are kept for a next layer rather than made again
     series_elements: int = 9 * 2**20  # of the weights and momenta of blocks that go through one loop
     loop_chunks: int = 2  # of a batch, up to which each is a block of its own in a loop
-    loop_tokens: int = 64  # of a batch, up to which a loop is faster; it keeps every start of a block
+    loop_tokens: int = 64  # of a batch, up to which there are loops; they keep the start of every block
     at_once: bool = False  # blocks that are surprised at one base do not wait for each other
 
 
 COSTS = {
     "cpu": Costs(),
-    # Derived, not measured: an operation costs as much as a billion multiplications, so blocks are as large as memory
-    # allows, and there are as few loops as possible. docs/performance.md says how.
+    # Derived, not measured: an operation costs as much as hundreds of millions of multiplications, so blocks are as
+    # large as memory allows, and there are as few loops as possible. docs/performance.md says how.
     "cuda": Costs(
         block_overhead=0.0,
         carry_cost=7000.0,
