@@ -30,7 +30,7 @@ BLOCK_ELEMENTS = 4096
 """Elements of a tensor that one program works on"""
 
 OPTIONS = dict(num_warps=4, enable_fp_fusion=True)
-"""Warps of every launch"""
+"""Options of every launch"""
 
 
 @triton.jit
