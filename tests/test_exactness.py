@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from tests.support.configurations import Case, build, by_oracle, cases, inputs
 from tests.support.streams import pieces
 from titans_pytorch import NeuralMemory
+from titans_pytorch.memory.costs import COSTS
 
 VALUES = dict(rtol=1e-9, atol=1e-9)
 GRADIENTS = dict(rtol=1e-7, atol=1e-7)
@@ -62,6 +63,14 @@ def gradients_of(result: dict[str, Any], wanted: dict[str, Tensor], seed: int) -
     return {name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(wanted.items(), found, strict=True)}
 
 
+def streamed_without_gradients(case: Case, *args: Any) -> dict[str, Any]:
+    """The same where no backward pass can follow: loops read while they run, one or a few renewals at a time."""
+    read_elements = (1, 400, COSTS["cpu"].read_elements)[case.seed % 3]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COSTS, "cpu", COSTS["cpu"]._replace(read_elements=read_elements))
+        return streamed(case, *args)
+
+
 def check(case: Case) -> None:
     memory, previous, fed = build(case), previous_layer(case), inputs(case)
     prev_updates = (
@@ -69,8 +78,10 @@ def check(case: Case) -> None:
     )
     expected = vars(by_oracle(case, memory, fed, prev_updates))
     got = streamed(case, memory, previous, fed)
+    without = streamed_without_gradients(case, memory, previous, fed)
     for name in ("retrieved", "loss", "rates", "base", "last", "momenta"):
         assert_close(got[name], expected[name], msg=lambda m, name=name: f"{name}: {m}", **VALUES)
+        assert_close(without[name], expected[name], msg=lambda m, name=name: f"{name}, no gradient: {m}", **VALUES)
 
     wanted = dict(memory.named_parameters()) | {"seq": fed.seq}
     if previous is not None:

@@ -156,10 +156,23 @@ def the_loop_limits_no_growth(patcher: pytest.MonkeyPatch) -> None:
     patcher.setattr(loop, "limit_growth", change)
 
 
+@mutant("loop", "loop of two")
+def the_first_place_keeps_what_it_began_with(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(ByEquations, "start_again", lambda self: None)
+
+
+@mutant("loop of two")
+def blocks_inside_a_renewal_trade_what_is_read(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Loop, together: slice, queries: Tensor, out: Tensor) -> None:
+        original(self, together, queries.roll(1, dims=2), out)
+
+    wrapped(patcher, Loop, "read", change)
+
+
 @mutant("loop cut in a batch")
 def an_unfinished_batch_is_surprised_at_the_first_base(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, self: SeriesStore, carry: Any, results: Any, shape: Any) -> Any:
-        after = original(self, carry, results, shape)
+    def change(original: Any, self: SeriesStore, carry: Any, results: Any, shape: Any, is_last: Any) -> Any:
+        after = original(self, carry, results, shape, is_last)
         return after if shape.renews_last else after._replace(base=carry.base)
 
     wrapped(patcher, storing.SeriesStore, "carry_after", change)

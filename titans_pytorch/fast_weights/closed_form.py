@@ -76,9 +76,10 @@ class ClosedMLP:
 
         queries: (r g k d), slow: (r d)
         """
-        x = queries
+        inner, x, of_inner, back = block.unrolled(queries, entries)
         for layer, name in enumerate(self.matrices):
-            x = block.product(name, F.gelu(x) if layer > 0 else x, entries)
+            x = inner.product(name, F.gelu(x) if layer > 0 else x, of_inner)
+        x = back(x)
         gain = self.gain(slow, lambda: block.vector(NORM_GAIN, entries))
         return x if gain is None else norm(x)[0] * gain + queries
 

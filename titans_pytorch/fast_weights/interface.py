@@ -114,6 +114,15 @@ class Carry(NamedTuple):
         return self._replace(weights={name: memory.weights for name, memory in after.items()}, momenta=momenta)
 
 
+class Unrolled(NamedTuple):
+    """Groups of queries beside the weights that they read, for products one after the other."""
+
+    block: Block
+    x: Tensor  # (r' g' k i), of as many rows as the block has
+    entries: Entries  # of that block
+    back: Callable[[Tensor], Tensor]  # (r' g' k j) -> (r g k j)
+
+
 class Block(ABC):
     """The weights before each of a block's chunks, and after the last, however they are represented."""
 
@@ -124,6 +133,10 @@ class Block(ABC):
     @abstractmethod
     def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
         """x @ weight, each group with the weights of its entry.  x: (r g k i) -> (r g k j)"""
+
+    def unrolled(self, x: Tensor, entries: Entries) -> Unrolled:
+        """Queries for several products in a row, if a block does those in another order.  x: (r g k i)"""
+        return Unrolled(self, x, entries, lambda out: out)
 
     @abstractmethod
     def materialise(self, name: str) -> Tensor:

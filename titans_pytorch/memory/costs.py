@@ -21,6 +21,7 @@ class Costs(NamedTuple):
     kept_elements: int = 2**28  # that training keeps of a call (1 GB in float32); more are computed again
     block_elements: int = 2**26  # of all blocks of a call that are kept for a next layer rather than made again
     series_elements: int = 9 * 2**20  # of the weights and momenta of blocks that go through one loop
+    read_elements: int = 2**21  # of weights that are read together inside a loop, where no backward pass follows
     loop_chunks: int = 2  # of a batch, up to which each is a block of its own in a loop
     loop_tokens: int = 64  # of a batch, up to which there are loops; they keep the start of every block
     at_once: bool = False  # blocks that are surprised at one base do not wait for each other
@@ -39,6 +40,7 @@ COSTS = {
         kept_elements=2**31,
         block_elements=2**28,
         series_elements=2**28,
+        read_elements=2**28,
         loop_chunks=1,
         loop_tokens=2**20,
         at_once=True,
@@ -64,3 +66,16 @@ class Sizes(NamedTuple):
     def width(self) -> int:
         """Numbers that go into and come out of all matrices for one token."""
         return sum(i + j for i, j in self.matrices)
+
+
+def kept_elements(sizes: Sizes, costs: Costs) -> int:
+    """About how many numbers autograd keeps of a row's chunk: some of every width, or some of every weight."""
+    if sizes.representation == "built":
+        return 10 * sizes.num_elements
+    scaled = 2 * costs.channel_chunks[1] * sizes.num_channels if sizes.representation == "channels" else 0
+    return sizes.writes_per_chunk * (6 * sizes.width + scaled)
+
+
+def held_elements(sizes: Sizes) -> int:
+    """About how many numbers a block has for a row's chunk."""
+    return sizes.num_elements if sizes.representation == "built" else sizes.writes_per_chunk * sizes.width

@@ -11,7 +11,7 @@ import math
 from itertools import pairwise
 from typing import NamedTuple
 
-from titans_pytorch.memory.costs import COSTS, Costs, Sizes
+from titans_pytorch.memory.costs import COSTS, Costs, Sizes, held_elements, kept_elements
 
 
 class Layout(NamedTuple):
@@ -53,6 +53,7 @@ class CallPlan(NamedTuple):
     longest_series: int = 1  # how many blocks go through one loop, or are stored at once; 1: block by block
     at_once: bool = False  # those that are surprised at one base, as far as there is no loop between bases
     has_loop: bool = False  # where a base is renewed
+    num_places: int | None = None  # renewals that a loop reads together while it runs; None: all, after it
     why: str = ""  # blocks are as long as they are
 
     @property
@@ -64,6 +65,7 @@ class CallPlan(NamedTuple):
         num_blocks = sum(block.num_chunks > 0 for span in self.spans for block in span)
         way = "block by block" if self.longest_series == 1 else f"up to {self.longest_series} blocks in one loop"
         way += ", all at once where they share a base" if self.at_once else ""
+        way += f", {self.num_places} renewal(s) read together" if self.num_places is not None else ""
         return (
             f"{self.num_chunks} chunk(s) in {num_blocks} block(s), {len(self.spans)} span(s), "
             f"{'computed again in a backward pass' if self.recomputes else 'kept if a backward pass may come'}; "
@@ -103,13 +105,24 @@ def plan_call(
         most, why = 1, "in a loop each chunk of so short a batch is moved by itself"
     has_loop = has_loop and (most == 1 or sizes.representation != "channels")  # which is written for single chunks
     longest_series = max(1, fit_together) if has_loop or at_once else 1
+    num_places = None
+    if has_loop and not has_grad and most == 1:
+        num_places = renewals_together(layout, costs.read_elements // (rows * sizes.num_elements))
+    if num_places is not None:  # only tokens have to fit
+        longest_series = max(longest_series, longest)
     blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, most, longest_series > 1)
     num_chunks, num_blocks = sum(b.num_chunks for b in blocks), sum(b.num_chunks > 0 for b in blocks)
     recomputes = has_grad and can_recompute and num_chunks * kept > costs.kept_elements
     is_small = num_chunks * rows * held_elements(sizes) <= costs.block_elements
     keeps_blocks = num_blocks <= 1 or (has_grad and (is_small or not recomputes))
     spans, is_serial = in_spans(blocks, longest), longest_series > 1
-    return CallPlan(spans, recomputes, keeps_blocks, longest_series, at_once and is_serial, has_loop and is_serial, why)
+    at_once, has_loop = at_once and is_serial, has_loop and is_serial
+    return CallPlan(spans, recomputes, keeps_blocks, longest_series, at_once, has_loop, num_places, why)
+
+
+def renewals_together(layout: Layout, num_chunks: int) -> int | None:
+    """How many renewals have at most so many chunks, at least one; None: the base is never renewed."""
+    return None if layout.batch is None else max(1, num_chunks * layout.store_chunk // layout.batch)
 
 
 def in_spans(blocks: list[BlockPlan], longest: int) -> tuple[tuple[BlockPlan, ...], ...]:
@@ -120,19 +133,6 @@ def in_spans(blocks: list[BlockPlan], longest: int) -> tuple[tuple[BlockPlan, ..
             spans.append([])
         spans[-1].append(block)
     return tuple(map(tuple, spans))
-
-
-def kept_elements(sizes: Sizes, costs: Costs) -> int:
-    """About how many numbers autograd keeps of a row's chunk: some of every width, or some of every weight."""
-    if sizes.representation == "built":
-        return 10 * sizes.num_elements
-    scaled = 2 * costs.channel_chunks[1] * sizes.num_channels if sizes.representation == "channels" else 0
-    return sizes.writes_per_chunk * (6 * sizes.width + scaled)
-
-
-def held_elements(sizes: Sizes) -> int:
-    """About how many numbers a block has for a row's chunk."""
-    return sizes.num_elements if sizes.representation == "built" else sizes.writes_per_chunk * sizes.width
 
 
 def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> tuple[int, str]:
@@ -164,7 +164,7 @@ def plan_blocks(
     """All blocks of a call.  The last one stores nothing: it serves what reads the weights as they are at the end.
 
     first_token: position of the call's first token; first_chunk: the first chunk that was not yet complete before it;
-    are_equal: whether blocks are as long as they may be but for the last of a batch, else all are about equally long
+    are_equal: whether blocks are equally long but for the last of a batch, else only about equally
     """
     end = (first_token + num_tokens - 1) // layout.store_chunk
     first_group = first_token // layout.retrieve_chunk
@@ -200,7 +200,8 @@ def even(start: int, stop: int, most: int) -> list[tuple[int, int]]:
 
 
 def full(start: int, stop: int, most: int) -> list[tuple[int, int]]:
-    """start..stop in equal runs, as long as they may be or half as long; if there are none, with a rest."""
+    """start..stop in equal runs, about as long as is best: half to twice of that; if there are none, with a rest."""
     total = stop - start
-    size = next((size for size in range(min(most, total), most // 2, -1) if total % size == 0), most)
+    sizes = [*range(min(most, total), most // 2, -1), *range(most + 1, 2 * most + 1)]
+    size = next((size for size in sizes if total % size == 0), most)
     return [(first, min(size, stop - first)) for first in range(start, stop, size)]

@@ -47,11 +47,11 @@ class Stream:
 
     def run(self, plan: CallPlan, moment: Moment, seq: Tensor | None, stored: Stored) -> CallResult:
         """All of a call, as planned.  seq: (b t dim), what is read; None: only store"""
-        run, previous = self.runner(plan.recomputes), self.previous_blocks
+        run, previous, renewal = self.runner(plan.recomputes), self.previous_blocks, self.renewal_of(plan, stored)
         reads, reports, blocks = Pieces(0 if seq is None else seq.shape[1]), [], []
         begin = moment
         for span in plan.spans:
-            result = run(moment, seq, stored, previous, span, plan, plan.keeps_blocks)
+            result = run(moment, seq, stored, previous, renewal, span, plan, plan.keeps_blocks)
             moment = result.moment
             if result.reads is not None:
                 reads.add(result.reads)
@@ -67,11 +67,17 @@ class Stream:
         run, previous = self.runner(is_differentiable and plain_autograd_works()), self.previous_blocks
         blocks: list[Block] = []
         with torch.set_grad_enabled(is_differentiable):
+            renewal = self.renewal_of(plan, stored)
             for span in plan.spans:
-                result = run(moment, None, stored, previous, span, plan, True)
+                result = run(moment, None, stored, previous, renewal, span, plan, True)
                 moment = result.moment
                 blocks += result.blocks
         return blocks
+
+    def renewal_of(self, plan: CallPlan, stored: Stored) -> Renewal | None:
+        """What happens where a call renews the base, if it does; the same for all spans."""
+        renews = any(block.renews_base for span in plan.spans for block in span)
+        return self.renewal(len(stored.new.keys)) if renews else None
 
     def runner(self, recomputes: bool) -> RunSpan:
         """How a span is run: as it is, or so that only what goes in and comes out is kept for the backward pass."""
@@ -90,6 +96,7 @@ class Stream:
         seq: Tensor | None,
         stored: Stored,
         previous: list[Block] | None,
+        renewal: Renewal | None,
         span: Sequence[BlockPlan],
         call: CallPlan,
         keeps_blocks: bool,
@@ -99,7 +106,6 @@ class Stream:
         layer = None if self.residual is None or previous is None else self.residual.with_blocks(previous)
         projected = self.project(stored, span, moment)
         reader = None if seq is None else self.reader(seq, moment, span)
-        renewal = self.renewal(len(stored.new.keys)) if any(plan.renews_base for plan in span) else None
         series = in_series(span, call)
         blocks, losses = [], []
         for each, shares in zip(series, self.shares(projected, series), strict=True):
@@ -112,7 +118,7 @@ class Stream:
                 if each.is_single:
                     done = [(each.as_one(), *self.engine.store(carry, writes, residual, shares))]
                 elif each.renews_inside(call.at_once):
-                    done = self.stored_by_loops(each, carry, writes, renewal, call.longest_series, reader)
+                    done = self.stored_by_loops(each, carry, writes, renewal, call, reader, keeps_blocks)
                 else:
                     done = [(each.as_one(), *self.engine.store_at_once(carry, writes, residual, each.per_renewal))]
             for plan, block, loss in done:
@@ -136,12 +142,16 @@ class Stream:
         carry: Carry,
         writes: Writes,
         renewal: Renewal | None,
-        longest: int,
+        call: CallPlan,
         reader: SpanReader | None,
+        keeps_blocks: bool,
     ) -> Iterator[Done]:
-        """A series in loops of at most so many blocks, each read before the next one runs."""
-        queries = reader.ahead(series.as_one()) if reader is not None and self.engine.loop_reads else None
-        form = Series(len(series.blocks), series.per_renewal, series.blocks[-1].renews_base, queries)
+        """A series in loops, each read before the next one runs, or while it runs."""
+        num_places, queries, longest = None if keeps_blocks else call.num_places, None, call.longest_series
+        if reader is not None and (self.engine.loop_reads or num_places is not None):
+            queries = reader.ahead(series.as_one())
+            num_places = None if queries is None else num_places
+        form = Series(len(series.blocks), series.per_renewal, series.blocks[-1].renews_base, queries, num_places)
         first, chunks = 0, series.blocks[0].num_chunks
         for block, loss in self.engine.store_series(
             carry, writes, form, renewal or Renewal(), longest // series.per_renewal

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
-from titans_pytorch.fast_weights.interface import Block, Carry, Entries, Weights, record
+from titans_pytorch.fast_weights.blocks.still import StillBlock
+from titans_pytorch.fast_weights.interface import Block, Carry, Entries, Unrolled, Weights, record
 
 
 @record
@@ -30,19 +31,25 @@ class StartsBlock(Block):
 
     def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
         """x: (r g k i) -> (r g k j)"""
-        starts = self.starts[name]
         if isinstance(entries, slice):
-            out = torch.bmm(folded(filled(x, entries, self.num_chunks), starts), self.rows_of(starts, is_transposed))
-            out = out.unflatten(0, (starts.shape[0], starts.shape[2], starts.shape[1])).movedim(1, 0).flatten(1, 2)
-            return out[:, entries]
+            block, x, of_block, back = self.unrolled(x, entries)
+            return back(block.product(name, x, of_block, is_transposed))
         weights = self.all_entries(name)[entries].flatten(0, 1)
         out = torch.bmm(x.movedim(1, 0).flatten(0, 1), weights.mT if is_transposed else weights)
         return out.unflatten(0, (x.shape[1], -1)).movedim(0, 1)
 
-    def rows_of(self, starts: Tensor, is_transposed: bool) -> Tensor:
-        """-> (N·r·k i j), where they lie"""
-        weights = starts.movedim(2, 1).flatten(0, 2)
-        return weights.mT if is_transposed else weights
+    def unrolled(self, x: Tensor, entries: Entries) -> Unrolled:
+        """With a row for every chunk, N·r·k in all."""
+        if not isinstance(entries, slice):
+            return super().unrolled(x, entries)
+        n, k, r = next(iter(self.starts.values())).shape[:3]
+        rows = filled(x, entries, self.num_chunks).unflatten(1, (n, k)).movedim(1, 0).flatten(0, 2).unsqueeze(1)
+        still = Carry({}, {name: starts.movedim(2, 1).flatten(0, 2) for name, starts in self.starts.items()}, {}, {})
+
+        def back(out: Tensor) -> Tensor:
+            return out.squeeze(1).unflatten(0, (n, r, k)).movedim(1, 0).flatten(1, 2)[:, entries]
+
+        return Unrolled(StillBlock(still), rows, slice(0, 1), back)
 
     def vector(self, name: str, entries: Entries) -> Tensor:
         """-> (r g 1 d)"""
@@ -113,9 +120,30 @@ def filled(x: Tensor, entries: slice, num_chunks: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, before, after)) if before or after else x
 
 
-def folded(x: Tensor, starts: Tensor) -> Tensor:
-    """Groups of queries beside the weights they read.  x: (r N·k c i), starts: (N k r i j) -> (N·r·k c i)"""
-    return x.unflatten(1, (starts.shape[0], starts.shape[1])).movedim(1, 0).flatten(0, 2)
+@record
+class ReadBlock(Block):
+    """Blocks that were read on the way and whose weights are gone, as nobody would look at them again."""
+
+    num_blocks: int
+    last: Carry
+    reads: Tensor | None  # (r n c d)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.num_blocks
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self.last.weights
+
+    def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
+        raise RuntimeError("the weights on the way are not kept: they were read where they were made")
+
+    def materialise(self, name: str) -> Tensor:
+        raise RuntimeError("the weights on the way are not kept: they were read where they were made")
+
+    def finish(self) -> Carry:
+        return self.last
 
 
 @record
@@ -136,12 +164,17 @@ class FoldedBlock(Block):
 
     def product(self, name: str, x: Tensor, entries: Entries, is_transposed: bool = False) -> Tensor:
         """x: (r g k i) -> (r g k j)"""
+        block, x, of_block, back = self.unrolled(x, entries)
+        return back(block.product(name, x, of_block, is_transposed))
+
+    def unrolled(self, x: Tensor, entries: Entries) -> Unrolled:
+        """With the rows of all blocks."""
         if not isinstance(entries, slice):
             raise TypeError("blocks of several chunks are read by groups as long as chunks")
         of_all = filled(x, entries, self.num_chunks)
         by_block = of_all.unflatten(1, (self.num_blocks, -1)).movedim(1, 0).flatten(0, 1)
-        out = self.inner.product(name, by_block, slice(0, self.inner.num_chunks), is_transposed)
-        return self.unfolded(out)[:, entries]
+        of_inner = slice(0, self.inner.num_chunks)
+        return Unrolled(self.inner, by_block, of_inner, lambda out: self.unfolded(out)[:, entries])
 
     def unfolded(self, x: Tensor) -> Tensor:
         """(T·r b ...) -> (r T·b ...)"""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.loop.equations import Equation, Source
-from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, PackFactors
+from titans_pytorch.fast_weights.loop.evolution import SCRATCH, Evolution, Others, PackFactors
 
 Parts = list[tuple[Tensor, Tensor | None]]
 """Values (g r p q), and the gate (g r 1 1) that multiplies each, None: 1"""
@@ -15,14 +15,16 @@ Parts = list[tuple[Tensor, Tensor | None]]
 class ByEquations(Evolution):
     """The rule's sums, one after the other, in blocks of one chunk.
 
-    weights: (g N+1 r k p q), momenta: (T+1 o g r p q); gates: (T G g r 1 1), those that the equations multiply by, of
-    channels (T G g r 1 q); share: (N g·r L 1), how much of every token's surprise is taken, None: all;
-    sums: (T s g r p q), sums that become no slot, and the surprises where a gate multiplies them
+    weights: (g M r k p q) of M places, and last: (g r p q) after all of them; momenta: (T+1 o g r p q);
+    gates: (T G g r 1 1), those that the equations multiply by, of channels (T G g r 1 q); share: (N g·r L 1), how much
+    of every token's surprise is taken, None: all; sums: (T s g r p q), sums that become no slot, and the surprises
+    where a gate multiplies them
     """
 
     def __init__(
         self,
         weights: Tensor,
+        last: Tensor,
         momenta: Tensor,
         factors: PackFactors,
         equations: tuple[Equation, ...],
@@ -30,10 +32,17 @@ class ByEquations(Evolution):
         sums: Tensor,
         share: Tensor | None,
     ) -> None:
-        self.equations, self.gates, self.sums, self.weights = equations, gates, sums, weights
+        self.equations, self.gates, self.sums = equations, gates, sums
+        self.weights, self.last = weights, last
         self.per_renewal = k = weights.shape[3]
-        per_block = [block for renewal in weights.unbind(1) for block in renewal.unbind(2)]
-        self.slots = [per_block[: len(gates) + 1], *(list(slot.unbind(0)) for slot in momenta.unbind(1))]
+        self.num_places, num_blocks = weights.shape[1], len(gates)
+        places = [*(block for place in weights.unbind(1) for block in place.unbind(2)), last]
+        in_place = [block % (self.num_places * k) for block in range(num_blocks)]
+        self.starts, self.ends = [[places[i] for i in in_place]], [[places[i + 1] for i in in_place]]
+        for slot in momenta.unbind(1):
+            each = slot.unbind(0)
+            self.starts.append(list(each[:-1]))
+            self.ends.append(list(each[1:]))
         self.momenta = momenta
         self.left, self.right = (
             [part.unflatten(1, (k, -1)).flatten(0, 1) for part in factor.unbind(0)] for factor in factors
@@ -53,14 +62,20 @@ class ByEquations(Evolution):
 
     def of_slot(self, slot: int, index: int) -> Tensor:
         if slot == 0:
-            return self.weights[index, :-1].movedim(2, 1)
+            return self.weights[index].movedim(2, 1)
         return self.momenta[:-1, slot - 1, index].unflatten(0, (-1, self.per_renewal))
 
     def bases(self, index: int) -> Tensor:
-        return self.weights[index, :-1, :, 0]
+        return self.weights[index, :, :, 0]
+
+    def weights_of(self, index: int, first: int, num: int) -> Tensor:
+        return self.weights[index].narrow(0, first % self.num_places, num)
+
+    def start_again(self) -> None:
+        self.weights[:, 0, :, 0].copy_(self.last)
 
     def forward(self, n: int) -> None:
-        k, like = self.per_renewal, self.slots[0][0]
+        k, like = self.per_renewal, self.starts[0][0]
         if self.adds_in_place:
             self.forward_in_place(n)
             return
@@ -94,22 +109,23 @@ class ByEquations(Evolution):
         if source.kind == "surprise":
             return surprise
         if source.kind == "old":
-            return self.slots[source.number][block]
+            return self.starts[source.number][block]
         slot = self.equations[source.number].slot
-        return self.each_sum[self.place[source.number]][block] if slot is None else self.slots[slot][block + 1]
+        return self.each_sum[self.place[source.number]][block] if slot is None else self.ends[slot][block]
 
     def begin_backward(self, last_bars: list[Tensor | None], others: list[Others | None]) -> None:
-        like = self.slots[0][0]
+        like = self.starts[0][0]
         self.others = others[0]
         # gradients at the end of a block lie where one product reads those of a whole renewal
         n, shape = len(self.left), (*like.shape[:2], self.per_renewal, *like.shape[2:])
         # only those of two renewals are needed at a time: what is written again and again stays in the cache
-        self.end_bars = two_by_turns(like.new_empty(min(2, n), len(self.slots), *shape), n)
+        self.end_bars = two_by_turns(like.new_empty(min(2, n), len(self.starts), *shape), n)
         self.sum_bars = [like.new_empty(shape) for _ in self.place]
         self.surprise_bar = None if self.carrier >= 0 else like.new_empty(shape)
-        self.scratch = like.new_empty(shape)
-        firsts = like.new_empty(len(self.slots), *like.shape)
-        self.bars = [[firsts[slot], *self.by_block(slot)] for slot in range(len(self.slots))]
+        self.at_once = min(self.per_renewal, max(1, SCRATCH // max(1, like.numel())))
+        self.scratch = like.new_empty(*like.shape[:2], self.at_once, *like.shape[2:])
+        firsts = like.new_empty(len(self.starts), *like.shape)
+        self.bars = [[firsts[slot], *self.by_block(slot)] for slot in range(len(self.starts))]
         self.each_sum_bar = [bars.unbind(2) * n for bars in self.sum_bars]
         for bars, last in zip(self.bars, last_bars, strict=True):
             _ = bars[-1].zero_() if last is None else bars[-1].copy_(last)
@@ -121,7 +137,7 @@ class ByEquations(Evolution):
 
     def of_readers(self, n: int) -> Tensor:
         if self.others is None:
-            self.read = self.scratch.new_zeros(self.per_renewal, *self.slots[0][0].shape)
+            self.read = self.last.new_zeros(self.per_renewal, *self.last.shape)
         else:
             self.read = self.others.of_renewal(n)
         return self.read[0]
@@ -166,7 +182,7 @@ class ByEquations(Evolution):
     def block_backward(self, block: int) -> Parts:
         """From the gradients of a block's end to those of all its sums.  -> those of its surprise"""
         of_surprise: Parts = []
-        self.to_start = [[] for _ in self.slots]
+        self.to_start = [[] for _ in self.starts]
         for number in reversed(range(len(self.equations))):
             bar = self.bar(number, block)
             for gate_number, source in self.equations[number].terms:
@@ -194,16 +210,22 @@ class ByEquations(Evolution):
         found: list[Tensor | None] = [None] * self.gates.shape[1]
         uses = [(t.gate, number) for number, e in enumerate(self.equations) for t in e.terms if t.gate is not None]
         for (gate, number), values in zip(uses, self.values, strict=True):
-            bar = torch.mul(self.bars_of(number, n), values[n], out=self.scratch).sum(dim=self.gate_axes)
+            bar = self.dots(self.bars_of(number, n), values[n])
             so_far = found[gate]
             found[gate] = bar if so_far is None else so_far + bar
         self.found.append(found)
+
+    def dots(self, a: Tensor, b: Tensor) -> Tensor:
+        """Dot products, of as many blocks at once as a cache holds.  (g r k p q) -> (g r k), of channels (g r k q)"""
+        pairs = zip(a.split(self.at_once, dim=2), b.split(self.at_once, dim=2), strict=True)
+        found = [torch.mul(x, y, out=self.scratch[:, :, : x.shape[2]]).sum(dim=self.gate_axes) for x, y in pairs]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
     def gate_bars(self) -> list[Tensor]:
         shares = [torch.stack(self.share_bars[::-1])] if self.share_bars else []
         if not self.gated:
             return [torch.zeros_like(self.gates), *shares]
-        nothing = torch.zeros_like(self.scratch.sum(dim=self.gate_axes))
+        nothing = self.last.sum(dim=self.gate_axes).zero_().unsqueeze(2).repeat_interleave(self.per_renewal, dim=2)
         each = [nothing if bar is None else bar for found in self.found[::-1] for bar in found]
         bars = torch.stack(each).unflatten(0, (len(self.left), -1))  # (N G g r k), of channels (N G g r k q)
         return [bars.movedim(4, 1).flatten(0, 1).reshape(self.gates.shape), *shares]
@@ -212,13 +234,13 @@ class ByEquations(Evolution):
         """-> (N g r k p q)"""
         slot = source.number if source.kind == "old" else self.equations[source.number].slot
         if source.kind == "old" and slot == 0:
-            return self.weights[:, :-1].movedim(1, 0)
+            return self.weights.movedim(1, 0)
         if source.kind == "surprise":
             values = self.sums[:, -1]
         elif slot is None:
             values = self.sums[:, self.place[source.number]]
         elif slot == 0:
-            values = torch.stack(self.slots[0][1:])  # the weights after each block; no rule of ours asks for it
+            values = torch.stack(self.ends[0])  # the weights after each block; no rule of ours asks for it
         else:
             values = self.momenta[:-1, slot - 1] if source.kind == "old" else self.momenta[1:, slot - 1]
         return values.unflatten(0, (-1, self.per_renewal)).movedim(1, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, PackFactors, Slots
+from titans_pytorch.fast_weights.loop.evolution import SCRATCH, Evolution, Others, PackFactors, Slots
 
 
 class ByShares(Evolution):
@@ -21,7 +21,8 @@ class ByShares(Evolution):
         self.per_renewal = len(mix) // len(factors.left)
         self.left, self.right = (self.by_block(factor) for factor in factors)
         self.shares = share.unsqueeze(-1).unbind(0)
-        self.each, self.slots, self.side_by_side = states.unbind(0), self.apart(states), self.together(states)
+        self.each, self.side_by_side, self.num_places = states.unbind(0), self.together(states), len(factors.left)
+        self.starts, self.ends = self.apart(states[:-1]), self.apart(states[1:])
         self.own = mix.diagonal(dim1=-2, dim2=-1)[..., None, None].unbind(0)
         self.crossed = [
             (after, before, mix[..., after, before, None, None].unbind(0)) for after, before in self.crossings()
@@ -52,11 +53,14 @@ class ByShares(Evolution):
     def bases(self, index: int) -> Tensor:
         return self.states[: -1 : self.per_renewal, index, :, 0]
 
+    def weights_of(self, index: int, first: int, num: int) -> Tensor:
+        return self.of_slot(0, index)[first : first + num].movedim(1, 2)
+
     def forward(self, n: int) -> None:
         for block in range(n * self.per_renewal, (n + 1) * self.per_renewal):
             torch.mul(self.each[block], self.own[block], out=self.each[block + 1])
             for after, before, shares in self.crossed:
-                self.slots[after][block + 1].addcmul_(self.slots[before][block], shares[block])
+                self.ends[after][block].addcmul_(self.starts[before][block], shares[block])
             self.side_by_side[block + 1].baddbmm_(self.scaled_left(block).mT, self.right[block])
 
     def scaled_left(self, block: int) -> Tensor:
@@ -78,7 +82,7 @@ class ByShares(Evolution):
     def of_readers(self, n: int) -> Tensor:
         of_weights, *of_momenta = (None if other is None else other.of_renewal(n) for other in self.others)
         if of_weights is None:
-            of_weights = self.states.new_zeros(self.per_renewal, *self.slots[0][0].shape)
+            of_weights = self.states.new_zeros(self.per_renewal, *self.starts[0][0].shape)
         self.read = [of_weights, *of_momenta]
         return of_weights[0]
 
@@ -118,10 +122,6 @@ class ByShares(Evolution):
             mix_bar[..., after, before] = dots(self.all_bars[1:, :, :, after], self.states[:-1, :, :, before])
         left_bar = torch.stack(self.left_bars[::-1])  # (T g·r l a p)
         return [mix_bar, (left_bar * torch.stack(self.left).unsqueeze(3)).sum(dim=-1)]
-
-
-SCRATCH = 2**18
-"""How many products a dot product writes down at once: what stays in the cache of a CPU core"""
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:

@@ -22,22 +22,27 @@ class ByTable(Evolution):
         self.per_renewal = self.head - num_slots + 1
         self.each, self.each_table = rows.unbind(0), table.unbind(0)
         self.heads = [each[:, : self.head] for each in self.each]
-        self.slots = [self.by_block(self.heads, slot) for slot in range(num_slots)]
+        self.num_places = len(table)
+        self.starts = [self.by_block(self.heads[:-1], slot) for slot in range(num_slots)]
+        self.ends = [self.by_block(self.heads[1:], slot) for slot in range(num_slots)]
 
     def by_block(self, heads: list[Tensor], slot: int) -> list[Tensor]:
-        """A slot where a block begins; of those inside a renewal, that at its start, as only readers look at them."""
+        """A slot for every block of each renewal: of its start or its end, as only readers look inside."""
         found = [head[None, :, slot : slot + 1] for head in heads]
         return [found[block // self.per_renewal] for block in range(self.per_renewal * len(found))]
 
     def of_slot(self, slot: int, index: int) -> Tensor:
-        first = self.rows[:-1, :, slot, None].unsqueeze(1)
-        if slot > 0 or self.per_renewal == 1:
-            return first
-        between = self.rows[1:, :, self.num_slots : self.head]
-        return torch.cat((first, between.movedim(2, 1).unsqueeze(3)), dim=1)
+        if slot > 0:
+            return self.rows[:-1, :, slot, None].unsqueeze(1)
+        return self.weights_of(index, 0, self.num_places).movedim(2, 1)
 
     def bases(self, index: int) -> Tensor:
         return self.rows[:-1, :, 0, None]
+
+    def weights_of(self, index: int, first: int, num: int) -> Tensor:
+        at_start = self.rows[first : first + num, :, :1]
+        between = self.rows[first + 1 : first + num + 1, :, self.num_slots : self.head]
+        return (at_start if self.per_renewal == 1 else torch.cat((at_start, between), dim=2)).unsqueeze(3)
 
     def forward(self, n: int) -> None:
         torch.bmm(self.each_table[n], self.each[n], out=self.heads[n + 1])
@@ -58,7 +63,7 @@ class ByTable(Evolution):
         return self.head_bars[n][None, :, :1]
 
     def bars_after(self, n: int) -> Tensor:
-        return self.head_bars[n + 1][:, : self.num_slots].unsqueeze(2)
+        return self.head_bars[n + 1][:, : self.num_slots].unsqueeze(2).transpose(0, 1)
 
     def factor_bars(self, n: int) -> tuple[Tensor, Tensor]:
         self.before_bar = torch.bmm(self.each_table[n].mT, self.head_bars[n + 1])

@@ -125,8 +125,7 @@ def results_of(shape: Shape, first: list[Slots], steps: list[Stepped]) -> Result
         each = [w for slots, step in zip(begun, steps, strict=True) for w in weights_of(shape, slots, step.between)]
         reads = None if steps[0].reads is None else torch.stack([step.reads for step in steps])  # type: ignore[misc]
 
-    def last(number: int, name: str) -> list[Tensor]:
-        return [shape.packing.turned(name, slot).contiguous() for slot in steps[-1].slots[number]]
+    ends = {name: torch.stack(slots, dim=1) for name, slots in zip(names, steps[-1].slots, strict=True)}  # (r a p q)
 
     def starts(number: int) -> list[Tensor]:
         slots = zip(*(step.starts[number] for step in steps), strict=True)
@@ -139,7 +138,7 @@ def results_of(shape: Shape, first: list[Slots], steps: list[Stepped]) -> Result
         for number, name in enumerate(shape.matrices[1:], 1):
             inputs[name] = torch.stack([step.surprise.inputs[number] for step in steps])
     return Results(
-        {name: last(number, name) for number, name in enumerate(names)},
+        [torch.stack([ends[name] for name in pack]) for pack in shape.packing.packs],
         {name: starts(number) for number, name in enumerate(names) if each is None},
         inputs,
         errors,

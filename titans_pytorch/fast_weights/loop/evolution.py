@@ -4,7 +4,7 @@
     by equations    blocks of one chunk: its surprise is built once, then the rule's own sums are worked out
     by table        the same for a gain, all blocks of a renewal in one small product
 
-Each holds a pack's slots where blocks begin and after the last one: slot 0 are weights, the others momenta.
+Each holds a pack's slots where blocks begin and after them: slot 0 are weights, the others momenta.
 A `bar` is the gradient of what it is named for.
 """
 
@@ -18,6 +18,10 @@ from torch import Tensor
 
 Slots = list[list[Tensor]]
 """[slot][block] -> (g r p q)"""
+
+
+SCRATCH = 2**18
+"""How many products a dot product writes down at once: what stays in the cache of a CPU core"""
 
 
 class PackFactors(NamedTuple):
@@ -46,8 +50,10 @@ class Evolution(ABC):
     """One pack through N renewals of k blocks each, T in all."""
 
     per_renewal: int
-    slots: Slots
-    bars: Slots
+    num_places: int  # renewals whose weights are kept; of more than those, one takes the place of another
+    starts: Slots  # where blocks begin
+    ends: Slots  # after each block: where the next one begins, unless that lies in another place
+    bars: Slots  # gradients where blocks begin, and after the last one
 
     @abstractmethod
     def of_slot(self, slot: int, index: int) -> Tensor:
@@ -55,7 +61,15 @@ class Evolution(ABC):
 
     @abstractmethod
     def bases(self, index: int) -> Tensor:
-        """One parameter's weights at the start of every renewal, where they lie.  -> (N r p q)"""
+        """One parameter's weights at the start of the renewal in every place, where they lie.  -> (M r p q)"""
+
+    @abstractmethod
+    def weights_of(self, index: int, first: int, num: int) -> Tensor:
+        """One parameter's weights where the blocks of some renewals begin, that are in place.  -> (num r k p q)"""
+
+    def start_again(self) -> None:
+        """What all places end with becomes what the first place begins with."""
+        raise NotImplementedError(f"{type(self).__name__} has a place for every renewal")
 
     @abstractmethod
     def forward(self, n: int) -> None:

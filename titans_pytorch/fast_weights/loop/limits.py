@@ -73,10 +73,11 @@ def growth_backward(
 
 
 def limit_gradient(bar: Tensor) -> None:
-    """Where the inner loop is chaotic its gradient would overflow, see `renewal.LimitGradient`.  bar: (... p q)"""
+    """Where the inner loop is chaotic its gradient would overflow, see `renewal.LimitGradient`.
+
+    bar: (... p q), which lies in one piece, or of which each of the first axis has rows at equal distances
+    """
     bound = MAX_CARRIED_GRADIENT
     bar.clamp_(-bound, bound)
-    if bar.is_contiguous():
-        bar.view(-1, bar.shape[-2:].numel()).renorm_(2, 0, bound)
-    else:
-        bar.div_((torch.linalg.vector_norm(bar, dim=(-2, -1), keepdim=True) / bound).clamp_(min=1.0))
+    for part in [bar] if bar.is_contiguous() else bar.unbind(0):
+        part.view(-1, bar.shape[-2:].numel()).renorm_(2, 0, bound)

@@ -19,7 +19,7 @@ from titans_pytorch.fast_weights.loop.limits import (
     limit_growth,
     may_have_acted,
 )
-from titans_pytorch.fast_weights.loop.mlp import Base, MLPSurprise, Normed
+from titans_pytorch.fast_weights.loop.mlp import Base, MLPSurprise, Normed, read
 from titans_pytorch.fast_weights.loop.parts import Inputs, Kept, Results, Shape, begin
 from titans_pytorch.memory_models import NORM_GAIN
 
@@ -37,10 +37,12 @@ class Loop:
         self.errors_of = [self.rows_of(side[1], place.number) for side, place in zip(sides, places, strict=True)]
         self.gain_pack = shape.packing.places[NORM_GAIN].pack if NORM_GAIN in shape.packing.places else None
         of_gain = None if self.gain_pack is None else kept.factors[self.gain_pack].right
+        self.reads = None
+        if inputs.queries is not None and shape.num_places is not None:
+            self.reads = torch.empty_like(inputs.queries)
         self.surprise = MLPSurprise(inputs.tokens, kept.products, self.inputs_of, self.errors_of, of_gain)
-        self.matrices = [self.at_bases(name).unbind(0) for name in shape.matrices]
-        self.fast_gains = None if self.gain_pack is None else self.at_bases(NORM_GAIN).unbind(0)
-        self.weights = [evolution.slots[0] for evolution in self.evolutions]
+        self.matrices = [self.bases_of(name) for name in shape.matrices]
+        self.fast_gains = None if self.gain_pack is None else self.bases_of(NORM_GAIN)
 
     def evolution(self, pack: int) -> Evolution:
         """One pack's way through the blocks."""
@@ -50,17 +52,19 @@ class Loop:
             return ByShares(kept.states[pack], kept.factors[pack], mix, share)
         if mix.ndim == 4:
             return ByTable(kept.states[pack], mix, self.inputs.states[pack].shape[2])
-        of_pack = kept.states[pack], kept.momenta[pack], kept.factors[pack]
+        of_pack = kept.states[pack], kept.lasts[pack], kept.momenta[pack], kept.factors[pack]
         return ByEquations(*of_pack, self.shape.equations or (), mix, kept.sums[pack], share)
 
     def rows_of(self, factor: Tensor, index: int) -> Tensor:
         """One parameter's part of a pack's factor.  (N g·r L p) -> (N r L p)"""
         return factor.narrow(1, index * self.rows, self.rows)
 
-    def at_bases(self, name: str) -> Tensor:
-        """What a parameter is at the start of every renewal.  -> (N r i j)"""
+    def bases_of(self, name: str) -> list[Tensor]:
+        """What a parameter is at the start of every renewal.  -> (r i j) each"""
         place = self.shape.packing.places[name]
-        return self.shape.packing.turned(name, self.evolutions[place.pack].bases(place.number))
+        evolution = self.evolutions[place.pack]
+        in_place = self.shape.packing.turned(name, evolution.bases(place.number)).unbind(0)
+        return [in_place[n % evolution.num_places] for n in range(self.shape.num_renewals)]
 
     def base(self, n: int) -> Base:
         """Where the surprises of a renewal are taken."""
@@ -80,7 +84,7 @@ class Loop:
         """The norm's gain in every renewal.  -> (N|1 r 1 d)"""
         if self.gain_pack is None:
             return None if self.inputs.gain is None else self.inputs.gain.unsqueeze(0)
-        found = self.at_bases(NORM_GAIN)
+        found = self.evolutions[self.gain_pack].bases(0)
         if self.inputs.base is not None:
             found = torch.cat((self.inputs.base[self.gain_pack], found[1:]))
         return found + 1
@@ -90,8 +94,7 @@ class Loop:
     def forward(self) -> tuple[list[Normed | Tensor], list[Tensor], list[Tensor]]:
         """-> what the norm left of every renewal; how much each base was made smaller, and the norms that it had"""
         left, scales, norms = [], [], []
-        num_matrices = sum(len(pack[0]) for pack in self.weights)
-        norms_of_matrices = self.weights[0][0].new_empty(num_matrices, self.rows)
+        norms_of_matrices = self.inputs.tokens.keys.new_empty(len(self.shape.packing.places), self.rows)
         for n in range(self.shape.num_renewals):
             left.append(self.surprise.forward(n, self.base(n)))
             for evolution in self.evolutions:
@@ -102,16 +105,43 @@ class Loop:
                 scale, norm = limit_growth(self.after(n), self.inputs.limit, norms_of_matrices)
                 scales.append(scale)
                 norms.append(norm)
+            self.leave_places(n)
         return left, scales, norms
+
+    def leave_places(self, n: int) -> None:
+        """After the renewal in the last place what all of them began with is read; then the first is taken again."""
+        num_places, is_last = self.shape.num_places, n + 1 == self.shape.num_renewals
+        if num_places is None or not (is_last or (n + 1) % num_places == 0):
+            return
+        if self.reads is not None and self.inputs.queries is not None:
+            together = slice(n // num_places * num_places, n + 1)
+            self.read(together, self.inputs.queries[together], self.reads[together])
+        for evolution in self.evolutions:
+            if not is_last and evolution.num_places == num_places:
+                evolution.start_again()
+
+    def read(self, together: slice, queries: Tensor, out: Tensor) -> None:
+        """What the blocks of some renewals begin with.  queries, out: (num r k c d)"""
+
+        def weights(name: str) -> Tensor:
+            place = self.shape.packing.places[name]
+            found = self.evolutions[place.pack].weights_of(place.number, together.start, len(queries))
+            return self.shape.packing.turned(name, found)
+
+        gain = self.inputs.gain
+        gain = weights(NORM_GAIN) + 1 if self.gain_pack is not None else None if gain is None else gain.unsqueeze(1)
+        read(queries, [weights(name) for name in self.shape.matrices], gain, out)
 
     def after(self, n: int) -> list[Tensor]:
         """The weights after a renewal, of all packs.  -> (g r p q) each"""
-        return [weights[(n + 1) * self.shape.per_renewal] for weights in self.weights]
+        return [evolution.ends[0][(n + 1) * self.shape.per_renewal - 1] for evolution in self.evolutions]
 
     def bases_of_packs(self, n: int) -> Sequence[Tensor]:
         """The base of a renewal.  -> (g r p q) each"""
         first = self.inputs.base
-        return first if n == 0 and first is not None else [w[n * self.shape.per_renewal] for w in self.weights]
+        if n == 0 and first is not None:
+            return first
+        return [evolution.starts[0][n * self.shape.per_renewal] for evolution in self.evolutions]
 
     def results(self) -> Results:
         places = self.shape.packing.places
@@ -121,11 +151,6 @@ class Loop:
             place = places[name]
             return [self.evolutions[place.pack].of_slot(slot, place.number) for slot in range(num_slots)]
 
-        def last(name: str) -> list[Tensor]:
-            place = places[name]
-            ends = [slot[-1][place.number] for slot in self.evolutions[place.pack].slots]
-            return [self.shape.packing.turned(name, end).clone(memory_format=torch.contiguous_format) for end in ends]
-
         inputs: dict[str, Tensor] = {}
         errors: dict[str, Tensor] = {}
         if self.shape.equations is None:
@@ -134,12 +159,21 @@ class Loop:
             if self.gain_pack is not None:
                 errors[NORM_GAIN] = self.kept.factors[self.gain_pack].right.clone()
         return Results(
-            {name: last(name) for name in places},
-            {name: starts(name) for name in places},
+            [torch.stack([slot[-1] for slot in evolution.ends], dim=2) for evolution in self.evolutions],
+            {name: starts(name) for name in places if self.shape.num_places is None},
             inputs,
             errors,
             self.predicted() + self.inputs.tokens.offset,
+            None,
+            self.reads,
+            self.last_base(),
         )
+
+    def last_base(self) -> list[Tensor] | None:
+        """Where the last renewal was surprised, for the tokens after the loop, if nobody finds it among the starts."""
+        if self.shape.num_places is None or self.shape.renews_last:
+            return None
+        return [base.clone() for base in self.bases_of_packs(self.shape.num_renewals - 1)]
 
     def predicted(self) -> Tensor:
         """What the error is, but for its offset."""
@@ -156,7 +190,9 @@ class Loop:
         normed = None if isinstance(left, Tensor) else left
         self.surprise.begin_backward(normed, gains, bars.error)
         for pack, evolution in enumerate(self.evolutions):
-            evolution.begin_backward(self.last_bars(bars, pack), self.others(bars, pack))
+            last = bars.last[pack]
+            of_slots: list[Tensor | None] = [None] * len(evolution.ends) if last is None else [*last.unbind(2)]
+            evolution.begin_backward(of_slots, self.others(bars, pack))
         may_have_limited = may_have_acted(self.kept.scales)
         gain_bars, limit_bars, share_bars, base_bars = [], [], [], None
         for n in reversed(range(self.shape.num_renewals)):
@@ -168,7 +204,7 @@ class Loop:
             targets = [evolution.of_readers(n) for evolution in self.evolutions]
             factor_bars = [evolution.factor_bars(n) for evolution in self.evolutions]
             if n == 0 and self.inputs.base is not None:  # surprised elsewhere than where its blocks begin
-                targets = base_bars = [torch.zeros_like(weights[0]) for weights in self.weights]
+                targets = base_bars = [torch.zeros_like(evolution.starts[0][0]) for evolution in self.evolutions]
             for target, of_base in zip(targets, of_bases, strict=False):
                 target.add_(of_base)
             gain_bar = self.surprise_backward(n, factor_bars, bars, targets)
@@ -190,24 +226,11 @@ class Loop:
             total(share_bars),
         )
 
-    def last_bars(self, bars: Results, pack: int) -> list[Tensor | None]:
-        """Gradients of what is there after the last block, slot by slot.  (g r p q) each"""
-        names = self.shape.packing.packs[pack]
-        found: list[Tensor | None] = []
-        for slot, like in enumerate(self.evolutions[pack].slots):
-            parts = [bars.last[name][slot] for name in names]
-            nothing = like[0].new_zeros(()).expand(like[0].shape[1:])
-            turned = [
-                nothing if x is None else self.shape.packing.turned(n, x) for n, x in zip(names, parts, strict=True)
-            ]
-            found.append(None if all(part is None for part in parts) else torch.stack(turned))
-        return found
-
     def others(self, bars: Results, pack: int) -> list[Others | None]:
         """Gradients of what blocks begin with, slot by slot."""
         of_names = [bars.starts[name] for name in self.shape.packing.packs[pack]]
         found: list[Others | None] = []
-        for slot, like in enumerate(self.evolutions[pack].slots):
+        for slot, like in enumerate(self.evolutions[pack].starts):
             parts = [slots[slot] if slot < len(slots) else None for slots in of_names]
             shape = (self.shape.num_renewals, self.shape.per_renewal, *like[0].shape[1:])
             found.append(None if all(part is None for part in parts) else Others(parts, shape, like[0]))
@@ -259,7 +282,7 @@ class Loop:
             return None
         block = (n + 1) * self.shape.per_renewal
         bars = [evolution.bars[0][block] for evolution in self.evolutions]
-        return growth_backward(bars, [of_pack[block] for of_pack in self.weights], limit, scales[n], norms[n])
+        return growth_backward(bars, self.after(n), limit, scales[n], norms[n])
 
 
 def total(bars: list[Tensor | None]) -> Tensor | None:

@@ -23,6 +23,7 @@ class Shape(NamedTuple):
     per_renewal: int  # blocks of a renewal, k
     equations: tuple[Equation, ...] | None  # of blocks of one chunk; None: by shares
     renews_last: bool  # whether the base is renewed after the last block
+    num_places: int | None = None  # renewals whose starts are kept until they are read, inside the loop; None: all
 
     @property
     def num_renewals(self) -> int:
@@ -44,25 +45,27 @@ class Inputs(NamedTuple):
     shares: list[Tensor | None]  # by shares (T g r l a); by equations (N g r L 1), None: all of every surprise
     limit: Tensor | None  # (r)  the largest norm of a base
     share: Tensor | None  # ()  how far the base goes to the current weights; None: all the way
-    queries: Tensor | None = None  # (N r k c d)  for a loop that reads what each block begins with, see `compiled`
+    queries: Tensor | None = None  # (N r k c d)  for a loop that reads what each block begins with
 
 
 class Results(NamedTuple):
     """What comes out."""
 
-    last: dict[str, list[Tensor]]  # of each parameter's slots, after the last block  (r i j), vectors (r 1 d)
+    last: list[Tensor]  # of packs, weights and momenta after the last block, as `Inputs.states`  (g r a p q)
     starts: dict[str, list[Tensor]]  # the same where blocks begin, as they lie in packs  (N k r p q)
     inputs: dict[str, Tensor]  # of every matrix but the first  (N r L i)
     errors: dict[str, Tensor]  # of every parameter  (N r L j)
     error: Tensor  # (N r L d)  of what was predicted
     each: list[dict[str, Tensor]] | None = None  # instead of `starts`: every block's, as their owner sees them (r i j)
     reads: Tensor | None = None  # (N r k c d)
+    base: list[Tensor] | None = None  # of packs, of the last renewal, where starts are not kept and it is still in use
 
 
 class Kept(NamedTuple):
     """What the backward pass needs beside what goes in."""
 
-    states: list[Tensor]  # by shares (T+1 g r a p q), by equations weights (g N+1 r k p q), of a gain (N+1 r a+k-1+L d)
+    states: list[Tensor]  # by shares (T+1 g r a p q), by equations weights (g M r k p q), of a gain (N+1 r a+k-1+L d)
+    lasts: list[Tensor]  # by equations, weights after the last block (g r p q)
     momenta: list[Tensor]  # by equations (T+1 o g r p q)
     factors: list[PackFactors]
     sums: list[Tensor]  # (T s g r p q) by equations
@@ -81,7 +84,7 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
         """(N ...)"""
         return keys.new_empty(n if keeps_all else 1, *sizes).expand(n, *sizes)
 
-    states, momenta, factors, sums = [], [], [], []
+    states, lasts, momenta, factors, sums = [], [], [], [], []
     for number, start in enumerate(inputs.states):
         count, _, num_slots, p, q = start.shape
         is_gain = shape.packing.packs[number] == (NORM_GAIN,)
@@ -93,18 +96,24 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
             head = num_slots + shape.per_renewal - 1
             states.append(start.new_zeros(n + 1, rows, head + length, q))
             states[-1][0, :, :num_slots] = start[0, :, :, 0]
+            lasts.append(start)
             momenta.append(start)
             sums.append(start)
             factors.append(PackFactors(keys, states[-1][:-1, :, head:]))
             continue
         else:
-            states.append(start.new_empty(count, n + 1, rows, shape.per_renewal, p, q))
+            num_places = n if shape.num_places is None or is_gain else min(shape.num_places, n)
+            states.append(start.new_empty(count, num_places, rows, shape.per_renewal, p, q))
+            lasts.append(start.new_empty(count, rows, p, q))
             states[-1][:, 0, :, 0] = start[:, :, 0]
             num_kept = shape.num_blocks + 1 if keeps_all or not moves_in_place(shape.equations) else 1
             kept_momenta = start.new_empty(num_kept, num_slots - 1, count, rows, p, q)
             kept_momenta[0] = start[:, :, 1:].movedim(2, 0)
             momenta.append(kept_momenta.expand(shape.num_blocks + 1, *kept_momenta.shape[1:]))
-            sums.append(start.new_empty(shape.num_blocks, num_sums(shape.equations), count, rows, p, q))
+            kept_sums = start.new_empty(
+                shape.num_blocks if keeps_all else 1, num_sums(shape.equations), *start.shape[:2], p, q
+            )
+            sums.append(kept_sums.expand(shape.num_blocks, *kept_sums.shape[1:]))
         if is_gain:  # summed over tokens: its left factor is 1
             left = keys.new_ones(()).expand(n, rows, length, 1)
         else:
@@ -115,7 +124,7 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
     factors[place.pack].left.narrow(1, place.number * rows, rows).copy_(keys)  # the first of a pack is never turned
     widths = [widths_of(inputs, shape, name) for name in shape.matrices[:-1]]
     products = [Products(*(room(rows, length, width) for _ in range(2))) for width in widths]
-    return Kept(states, momenta, factors, sums, products, keys, None, None)
+    return Kept(states, lasts, momenta, factors, sums, products, keys, None, None)
 
 
 def widths_of(inputs: Inputs, shape: Shape, name: str) -> int:

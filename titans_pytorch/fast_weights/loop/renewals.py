@@ -23,13 +23,15 @@ class LoopOperation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shape: Shape, structure: TreeSpec, forms: list[TreeSpec], *leaves: Any) -> Any:
-        inputs = tree_unflatten(list(leaves), structure)
+        inputs, has_backward = tree_unflatten(list(leaves), structure), any(ctx.needs_input_grad)
+        if has_backward:  # it needs what every block begins with
+            shape = shape._replace(num_places=None)
         with full_precision(inputs.tokens.keys):
-            results, kept = run(shape, inputs, any(ctx.needs_input_grad))
+            results, kept = run(shape, inputs, has_backward)
         found, form = tree_flatten(results)
         forms.append(form)
         ctx.set_materialize_grads(False)
-        if any(ctx.needs_input_grad):
+        if has_backward:
             saved, ctx.saved_form = tree_flatten((inputs, kept))
             ctx.is_tensor = [isinstance(part, Tensor) for part in saved]
             ctx.save_for_backward(*(part for part in saved if isinstance(part, Tensor)))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
-from titans_pytorch.fast_weights.blocks.series import FoldedBlock, ListedBlock, StartsBlock
+from titans_pytorch.fast_weights.blocks.series import FoldedBlock, ListedBlock, ReadBlock, StartsBlock
 from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.fast_weights.interface import Block, Carry, Weights, Writes
 from titans_pytorch.fast_weights.loop.equations import can_note
@@ -40,6 +40,13 @@ class Piece(NamedTuple):
     num: int
 
 
+class Packed(NamedTuple):
+    """A memory between two loops, pack by pack."""
+
+    states: list[Tensor]  # (g r a p q)  weights and momenta
+    base: list[Tensor] | None  # (g r p q)  where surprises are taken; None: at the weights
+
+
 class SeriesStore:
     """A series that is stored piece by piece; what does not depend on weights is worked out once, for all of it.
 
@@ -63,6 +70,10 @@ class SeriesStore:
         self.packing = Packing.of(self.shapes, may_turn=writes.gates.any.channels is None)
         self.tables = tables_of(rule, writes, self.packing, series)
         self.tokens = self.all_tokens()
+        asked = series.queries
+        self.queries = (
+            None if asked is None else asked.unflatten(1, (series.num_renewals, -1)).movedim(1, 0).contiguous()
+        )
         slow = writes.slow.get(NORM_GAIN)
         self.gain = None if slow is None else (slow + 1).unsqueeze(1)
 
@@ -84,88 +95,89 @@ class SeriesStore:
         total = self.series.num_renewals
         num = -(-total // max(1, longest))
         edges = [total * piece // num for piece in range(num + 1)]
-        for first, last in pairwise(edges):
-            block, loss = self.store(carry, Piece(first, last - first))
-            carry = block.finish()
-            yield block, loss
+        pieces = [Piece(first, last - first) for first, last in pairwise(edges)]
+        packed = self.packed(carry)
+        for piece, given in zip(pieces, self.given(pieces), strict=True):
+            is_last = piece == pieces[-1]
+            shape = self.shape(piece.num, self.series.renews_last or not is_last)
+            results = self.loop(shape, given._replace(states=packed.states, base=packed.base))
+            packed = Packed(results.last, None)
+            after = self.carry_after(carry, results, shape, is_last)
+            yield self.block(results, shape, piece, after), self.loss(results)
 
-    def store(self, carry: Carry, piece: Piece) -> tuple[Block, Tensor]:
-        """One loop."""
-        k, is_last = self.series.per_renewal, piece.first + piece.num == self.series.num_renewals
-        renews_last = self.series.renews_last or not is_last
-        tables = self.tables
-        shape = Shape(
-            self.packing,
-            tuple(self.model.matrices),
-            piece.num * k,
-            k,
-            tables.equations,
-            renews_last,
-        )
-        results = self.loop(shape, self.inputs(carry, piece))
+    def shape(self, num_renewals: int, renews_last: bool) -> Shape:
+        """What one loop does."""
+        k, matrices, equations = self.series.per_renewal, tuple(self.model.matrices), self.tables.equations
+        num_places = None if equations is None else self.series.num_places
+        return Shape(self.packing, matrices, num_renewals * k, k, equations, renews_last, num_places)
+
+    def loss(self, results: Results) -> Tensor:
+        """The loss of every write.  -> (r n c)"""
         by_chunk = results.error.unflatten(2, (-1, self.writes.keys.shape[2]))  # (N r kb c d)
-        loss = self.model.loss_of(by_chunk).movedim(0, 1).flatten(1, 2)
-        last = self.carry_after(carry, results, shape)
+        return self.model.loss_of(by_chunk).movedim(0, 1).flatten(1, 2)
+
+    def block(self, results: Results, shape: Shape, piece: Piece, last: Carry) -> Block:
+        """What one loop stored."""
+        k, tables = shape.per_renewal, self.tables
+        reads = None if results.reads is None else results.reads.movedim(0, 1).flatten(1, 2)
         starts = {name: [self.packing.turned(name, slot) for slot in slots] for name, slots in results.starts.items()}
         if results.each is not None:
-            reads = None if results.reads is None else results.reads.movedim(0, 1).flatten(1, 2)
-            return ListedBlock([self.shaped(weights) for weights in results.each], last, reads), loss
+            return ListedBlock([self.shaped(weights) for weights in results.each], last, reads)
+        if not starts:
+            return ReadBlock(piece.num * k, last, reads)
         if tables.of_blocks is None:
-            return StartsBlock({name: slots[0] for name, slots in starts.items()}, last), loss
+            return StartsBlock({name: slots[0] for name, slots in starts.items()}, last)
         per_renewal = k * self.tokens.keys.shape[1]
         rows = slice(piece.first * per_renewal, (piece.first + piece.num) * per_renewal)
         shares = tables.of_blocks.map(lambda shares: of_rows(shares, rows))
         block = FactoredBlock(self.carry_of_starts(starts), self.surprises(results, piece), shares)
-        return FoldedBlock(block, last, piece.num * k), loss
+        return FoldedBlock(block, last, piece.num * k)
 
-    def inputs(self, carry: Carry, piece: Piece) -> Inputs:
-        """What one loop is given."""
-        tables = self.tables
-
-        def cut(table: Tensor) -> Tensor:
-            """Renewals or blocks first."""
-            each = len(table) // self.series.num_renewals
-            return table.narrow(0, piece.first * each, piece.num * each)
-
-        is_at_base = all(carry.base[name] is weight for name, weight in carry.weights.items())
+    def packed(self, carry: Carry) -> Packed:
+        """Weights and momenta, zeros where nothing has moved yet, as a loop takes them."""
+        slots = {}
+        for name, weights in carry.weights.items():
+            momenta = carry.momenta.get(name)
+            slots[name] = weights, *([torch.zeros_like(weights)] * self.num_momenta if momenta is None else momenta)
         base = None
-        if not is_at_base:
+        if any(carry.base[name] is not weights for name, weights in carry.weights.items()):
             base = [pack.squeeze(2) for pack in self.packing.together({name: (w,) for name, w in carry.base.items()})]
-        return Inputs(
-            Tokens(*map(cut, self.tokens)),
-            self.gain,
-            base,
-            self.packing.together({name: self.slots(carry, name) for name in self.shapes}),
-            list(map(cut, tables.mixes)),
-            [None if share is None else cut(share) for share in tables.shares],
-            self.renewal.limit,
-            None if self.renewal.gate is None else self.renewal.share(self.tokens.keys),
-            self.queries_of(piece) if tables.of_blocks is None else None,
-        )
+        return Packed(self.packing.together(slots), base)
 
-    def queries_of(self, piece: Piece) -> Tensor | None:
-        """Renewals first.  (r n c d) -> (N r k c d)"""
-        queries = self.series.queries
-        if queries is None:
-            return None
-        return queries.unflatten(1, (self.series.num_renewals, -1)).movedim(1, 0).narrow(0, piece.first, piece.num)
+    def given(self, pieces: Sequence[Piece]) -> Iterator[Inputs]:
+        """What each loop is given, but for the memory itself."""
+        tables, nothing = self.tables, (None,) * len(pieces)
+
+        def cut(table: Tensor | None) -> Sequence[Any]:
+            """Renewals or blocks first."""
+            if table is None:
+                return nothing
+            each = len(table) // self.series.num_renewals
+            return table.split([piece.num * each for piece in pieces])
+
+        tokens, queries = [cut(part) for part in self.tokens], cut(None if tables.of_blocks else self.queries)
+        mixes, shares = ([cut(table) for table in of_packs] for of_packs in (tables.mixes, tables.shares))
+        limit = self.renewal.limit
+        share = None if self.renewal.gate is None else self.renewal.share(self.tokens.keys)
+        for i in range(len(pieces)):
+            keys, offset, step, *of_packs = (each[i] for each in (*tokens, *mixes, *shares))
+            mix, own = of_packs[: len(mixes)], of_packs[len(mixes) :]
+            yield Inputs(Tokens(keys, offset, step), self.gain, None, [], mix, own, limit, share, queries[i])
 
     def shaped(self, weights: Weights) -> Weights:
         """Vectors without their second axis."""
         return {name: weight.reshape(-1, *self.shapes[name]) for name, weight in weights.items()}
 
-    def slots(self, carry: Carry, name: str) -> Iterable[Tensor]:
-        """Weights and momenta of a parameter; zeros where nothing has moved yet."""
-        weights = carry.weights[name]
-        return weights, *carry.momenta.get(name, (torch.zeros_like(weights),) * self.num_momenta)
-
-    def carry_after(self, carry: Carry, results: Results, shape: Shape) -> Carry:
-        """What the next block begins with."""
+    def carry_after(self, carry: Carry, results: Results, shape: Shape, is_last: bool) -> Carry:
+        """What the next block begins with: views of packs; after the last loop weights in order, by themselves."""
         weights, momenta = {}, {}
-        for name in self.shapes:
-            weights[name], *moved = (slot.view(-1, *self.shapes[name]) for slot in results.last[name])
+        for name, place in self.packing.places.items():
+            slots = self.packing.turned(name, results.last[place.pack][place.number]).unbind(1)
+            weights[name], *moved = (slot.reshape(-1, *self.shapes[name]) for slot in slots)
             if moved:
                 momenta[name] = tuple(moved)
+        if is_last:
+            weights = {name: w.clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
         base = weights
         if not shape.renews_last:  # the base is still that of the last renewal
             base = carry.base if shape.num_renewals == 1 else self.last_base(results)
@@ -175,6 +187,9 @@ class SeriesStore:
         """What the last renewal began with; a copy, which keeps nothing else alive."""
         if results.each is not None:
             return self.shaped(results.each[-self.series.per_renewal])
+        if results.base is not None:
+            places = self.packing.places.items()
+            return self.shaped({name: self.packing.turned(name, results.base[p.pack][p.number]) for name, p in places})
         starts = {name: self.packing.turned(name, slots[0][-1, 0]) for name, slots in results.starts.items()}
         return {name: start.clone().reshape(-1, *self.shapes[name]) for name, start in starts.items()}
 

@@ -23,6 +23,7 @@ class Series(NamedTuple):
     per_renewal: int  # k, blocks that are surprised at one base
     renews_last: bool  # whether the base is renewed after the last one
     queries: Tensor | None = None  # (r n c d)  that read the weights each chunk begins with, if the loop is to read
+    num_places: int | None = None  # renewals whose starts are kept, where nobody looks at them afterwards; None: all
 
     @property
     def num_renewals(self) -> int:
