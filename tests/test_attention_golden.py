@@ -12,6 +12,10 @@ from titans_pytorch.nested_attention import NestedAttention
 KINDS = {kind.__name__: kind for kind in (SegmentedAttention, ImplicitMLPAttention, NestedAttention)}
 
 
+published_frequencies = golden.published_frequencies
+
+
+@pytest.mark.usefixtures("published_frequencies")
 @pytest.mark.parametrize("name", golden.names("attn_"))
 def test_equals_the_published_package(name: str) -> None:
     file = golden.load(name)

@@ -8,7 +8,10 @@ import torch
 from tests.support import golden
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
 
+published_frequencies = golden.published_frequencies
 
+
+@pytest.mark.usefixtures("published_frequencies")
 @pytest.mark.parametrize("name", golden.names("mac_"))
 def test_equals_the_published_package(name: str) -> None:
     file = golden.load(name)

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.auditing.audit import audit
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
+from titans_pytorch.initialization import reset_parameters
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
 from titans_pytorch.memory_models import (
     FactorizedMemoryMLP,
@@ -57,5 +58,6 @@ __all__ = [
     "audit",
     "load_state",
     "mem_state_detach",
+    "reset_parameters",
     "save_state",
 ]

@@ -22,6 +22,17 @@ class ImplicitMLPCache(NamedTuple):
     values: tuple[Tensor, ...]  # (b h t out) each
 
 
+class HeadMix(nn.Conv2d):
+    """A mix of heads, which begins as every head by itself.  (b h n d) -> same"""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__(heads, heads, 1, bias=False)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # so that a seed's numbers do not depend on this option
+        nn.init.dirac_(self.weight)
+
+
 class ImplicitMLPAttention(nn.Module):
     """A chain of causal attentions: keys are a layer's input weights, values its output weights, one per token.
 
@@ -61,9 +72,7 @@ class ImplicitMLPAttention(nn.Module):
         self.values = nn.ModuleList([nn.Linear(dim, heads * d_out, bias=False) for _, d_out in pairs])
         self.key_norms = nn.ModuleList([nn.RMSNorm(d_in) if keys_rmsnorm else nn.Identity() for d_in, _ in pairs])
         self.activation = nn.SiLU() if activation is None else activation
-        self.talking_heads = nn.Conv2d(heads, heads, 1, bias=False) if talking_heads and len(pairs) > 1 else None
-        if self.talking_heads is not None:
-            nn.init.dirac_(self.talking_heads.weight)
+        self.talking_heads = HeadMix(heads) if talking_heads and len(pairs) > 1 else None
         self.to_out = nn.Linear(heads * hiddens[-1], dim, bias=False)
 
     @overload

@@ -137,14 +137,19 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         )
         self.num_tokens, self.dim = num_tokens, dim
         self.lengthened = Lengthened(segment_len, num_longterm_mem_tokens)
+        self.longterm_mems = nn.Parameter(torch.empty(num_longterm_mem_tokens, dim))
+        self.reset_parameters()
         self.has_own_embedding = token_emb is not None
         self.token_emb = nn.Embedding(num_tokens, dim) if token_emb is None else token_emb
         self.axial_pos_emb = AxialPositions(dim, self.config.memory_chunk)
-        self.longterm_mems = nn.Parameter(torch.randn(num_longterm_mem_tokens, dim) * 0.02)
         self.expand_streams = make_expansion(num_residual_streams, dim)
         self.layers = nn.ModuleList(MACLayer(self.config, number) for number in range(1, depth + 1))
         self.norm = nn.RMSNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Only what it owns itself, the long-term tokens."""
+        nn.init.normal_(self.longterm_mems, std=0.02)
 
     @overload
     def forward(

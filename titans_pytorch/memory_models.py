@@ -6,6 +6,7 @@ weight as `x @ w`, so that no chunk's gradient matrix ever has to be built (see 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -22,8 +23,16 @@ NORM_EPS = 1e-5
 """What layer norms add to a variance"""
 
 
-def fresh_weight(dim_in: int, dim_out: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim_in, dim_out)))
+def weights_of(shapes: Iterable[tuple[int, int]]) -> nn.ParameterList:
+    """Matrices that `begin` gives their values."""
+    return nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
+
+
+def begin(model: nn.Module) -> None:
+    """All matrices of a memory model Xavier-uniform, in the order in which they are made."""
+    listed = [p for each in model.modules() if isinstance(each, nn.ParameterList) for p in each]
+    for weight in (*listed, *model.parameters(recurse=False)):
+        nn.init.xavier_uniform_(weight)
 
 
 def l2_normalised(x: Tensor) -> Tensor:
@@ -38,7 +47,11 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(dim))
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (self.gamma + 1)
@@ -64,7 +77,11 @@ class MemoryMLP(Described, nn.Module):
         super().__init__()
         check_positive(dim=dim, depth=depth, expansion_factor=expansion_factor)
         widths = [dim, *[int(dim * expansion_factor)] * (depth - 1), dim]
-        self.weights = nn.ParameterList(fresh_weight(*pair) for pair in pairwise(widths))
+        self.weights = weights_of(pairwise(widths))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        begin(self)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer, weight in enumerate(self.weights):
@@ -80,8 +97,12 @@ class GatedResidualMemoryMLP(Described, nn.Module):
         check_positive(dim=dim, depth=depth, expansion_factor=expansion_factor)
         hidden = int(dim * expansion_factor)
         shapes = ((dim, hidden), (hidden, dim), (2 * dim, dim))
-        self.weights = nn.ModuleList(nn.ParameterList(fresh_weight(*shape) for shape in shapes) for _ in range(depth))
-        self.final_proj = fresh_weight(dim, dim)
+        self.weights = nn.ModuleList(weights_of(shapes) for _ in range(depth))
+        self.final_proj = nn.Parameter(torch.empty(dim, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        begin(self)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.weights:
@@ -99,7 +120,11 @@ class FactorizedMemoryMLP(Described, nn.Module):
         super().__init__()
         check_positive(dim=dim, depth=depth, k=k)
         shapes = ((dim, k), (k, dim))
-        self.weights = nn.ModuleList(nn.ParameterList(fresh_weight(*shape) for shape in shapes) for _ in range(depth))
+        self.weights = nn.ModuleList(weights_of(shapes) for _ in range(depth))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        begin(self)
 
     def forward(self, x: Tensor) -> Tensor:
         for index, layer in enumerate(self.weights):
@@ -116,8 +141,12 @@ class MemorySwiGluMLP(Described, nn.Module):
         check_positive(dim=dim, depth=depth, expansion_factor=expansion_factor)
         hidden = int(dim * expansion_factor * 2 / 3)
         shapes = ((dim, 2 * hidden), (hidden, dim))
-        self.weights = nn.ModuleList(nn.ParameterList(fresh_weight(*shape) for shape in shapes) for _ in range(depth))
+        self.weights = nn.ModuleList(weights_of(shapes) for _ in range(depth))
         self.norm = LayerNorm(dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        begin(self)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.weights:
@@ -136,7 +165,11 @@ class MemoryAttention(Described, nn.Module):
         self.scale = scale
         hidden = int(dim * expansion_factor)
         shapes = ((dim, dim), (dim, dim), (dim, dim), (dim, hidden), (hidden, dim))
-        self.weights = nn.ParameterList(fresh_weight(*shape) for shape in shapes)
+        self.weights = weights_of(shapes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        begin(self)
 
     def forward(self, x: Tensor) -> Tensor:
         to_queries, to_keys, to_values, to_hidden, to_out = self.weights

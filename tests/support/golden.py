@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from titans_pytorch import memory_models
+from titans_pytorch.attention import rotary
 
 FOLDER = Path(__file__).parent.parent / "parity"
 MODEL_ARGUMENTS = ("model", "neural_memory_model")
@@ -84,3 +86,10 @@ def relative_error(got: Tensor, expected: Tensor, smallest: float = 0.0) -> floa
         raise AssertionError(f"expected {expected.dtype} {tuple(expected.shape)}, got {got.dtype} {tuple(got.shape)}")
     error, scale = (got - expected).norm().item(), max(expected.norm().item(), smallest)
     return error if scale == 0 else error / scale
+
+
+@pytest.fixture
+def published_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary frequencies rounded to float32, as the published package computes and keeps them."""
+    exact = rotary.signed_frequencies
+    monkeypatch.setattr(rotary, "signed_frequencies", lambda *sizes: exact(*sizes).float().double())

@@ -29,7 +29,7 @@ def rotated(x: Tensor, position: int) -> Tensor:
     width = x.shape[-1]
     turned = x.clone()
     for i in range(width // 2):
-        frequency = float(10_000.0 ** -(torch.tensor(i) * 2 / width))  # kept in float32 by the library
+        frequency = 10_000.0 ** -(2 * i / width)
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
         turned[:, 2 * i] = x[:, 2 * i] * cos - x[:, 2 * i + 1] * sin
         turned[:, 2 * i + 1] = x[:, 2 * i + 1] * cos + x[:, 2 * i] * sin

@@ -1,6 +1,6 @@
 """Who sees whom: one rule for the dense path, for FlexAttention and for decoding.
 
-Masks of the dense path are made once for each shape and kept, all of them together in at most KEPT_BYTES.
+Masks of the dense path (and frequencies) are made once for each shape and kept, all together in at most KEPT_BYTES.
 """
 
 from __future__ import annotations

@@ -75,9 +75,15 @@ class SegmentedAttention(nn.Module):
         self.rotary_emb = RotaryEmbedding(dim_head)
         self.to_qkv = nn.Linear(dim, inner * 3, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
-        mix = (nn.Linear(dim, heads), Rearrange("b n h -> b h n 1"), nn.Sigmoid())
-        self.to_learned_v_mix = nn.Sequential(*mix) if accept_value_residual else None
-        self.persistent_memory = nn.Parameter(torch.zeros(2, heads, num_persist_mem_tokens, dim_head))
+        self.to_learned_v_mix = None
+        if accept_value_residual:
+            self.to_learned_v_mix = nn.Sequential(nn.Linear(dim, heads), Rearrange("b n h -> b h n 1"), nn.Sigmoid())
+        self.persistent_memory = nn.Parameter(torch.empty(2, heads, num_persist_mem_tokens, dim_head))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Only what it owns itself: persistent keys and values begin as nothing."""
+        nn.init.zeros_(self.persistent_memory)
 
     def forward(
         self,
@@ -109,7 +115,7 @@ class SegmentedAttention(nn.Module):
         v = own_values
         if self.to_learned_v_mix is not None and value_residual is not None:
             v = v.lerp(value_residual, self.to_learned_v_mix(normed))
-        turns = self.rotary_emb.turns(start, seq.shape[1]) if turns is None else turns
+        turns = self.rotary_emb.turns(start, seq.shape[1], seq) if turns is None else turns
         q, k = turned(queries_keys, *turns)
 
         if self.persistent_memory.shape[2] == 0 and torch.is_grad_enabled():  # every parameter must have a gradient

@@ -167,3 +167,26 @@ def check_opaque(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> 
             f"memory model {type(model).__name__} cannot be trained at test time: "
             "it reaches its parameters in a way in which they cannot be replaced (a copy made at construction?)"
         )
+
+
+def can_be_looked_at(tensor: Tensor) -> bool:
+    """Whether the host may know the values: not on the meta device, in a transform of torch.func or in a CUDA graph."""
+    if tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if type(tensor) not in (Tensor, nn.Parameter):  # fake, or a part of a sharded one
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def learns_from(model: nn.Module, loss_fn: LossFn, dim: int, weights: dict[str, Tensor]) -> bool:
+    """Whether the loss of some tokens has a gradient at these weights.  weights: name -> (h ...)"""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, NUM_TOKENS, dim, generator=generator, dtype=torch.float64)
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        own = deepcopy(model).to_empty(device="cpu").double()
+        at = {name: p.detach().double() for name, p in own.named_parameters()}
+        at |= {name: weight.detach()[0].double().cpu().clone().requires_grad_() for name, weight in weights.items()}
+        loss = loss_fn(functional_call(own, at, (keys,)), values).sum()
+        wanted = [at[name] for name in weights]
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    return any(bool(gradient.any()) for gradient in gradients)

@@ -44,7 +44,8 @@ class Ahead:
         if self.embedded is None or first < self.first or first + count > self.stop:
             self.first, self.stop = first, first + -(-count // STRETCH) * STRETCH
             self.embedded = self.positions(first, self.stop - first)
-            self.turns = [layer.attention.rotary_emb.turns(first, self.stop - first) for layer in self.layers]
-        here = slice(first - self.first, first - self.first + count)
+            here = (first, self.stop - first, self.positions.like)
+            self.turns = [layer.attention.rotary_emb.turns(*here) for layer in self.layers]
+        rows = slice(first - self.first, first - self.first + count)
         parts = zip(self.connections, self.turns, strict=True)
-        return self.embedded[here], [part._replace(turns=(cos[here], sin[here])) for part, (cos, sin) in parts]
+        return self.embedded[rows], [part._replace(turns=(cos[rows], sin[rows])) for part, (cos, sin) in parts]

@@ -64,9 +64,9 @@ class MACLayer(nn.ModuleList):
         self.gates_attention = config.neural_mem_gate_attn_output
         parts: dict[str, nn.Module] = {}  # in the order in which a seed's random numbers are drawn
         if config.has_memory(number):
-            parts["memory"] = make_memory(config, number)
             if config.has_views(number):
                 parts["view_selector"] = ViewSelector(config.dim, num_candidates=4 * (number - 1) + 1)
+            parts["memory"] = make_memory(config, number)
         streams, dim = config.num_residual_streams, config.dim
         # Which stream a branch reads first is its number's, as in the paper, so that a seed fixes all there is.
         nth = 3 * number

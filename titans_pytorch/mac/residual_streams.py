@@ -11,30 +11,71 @@ from typing import NamedTuple
 
 import torch
 from hyper_connections import ManifoldConstrainedHyperConnections, mc_get_init_and_expand_reduce_stream_functions
+from hyper_connections.manifold_constrained_hyper_connections import StreamEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.fast_weights.precision import at_least_float32
+from titans_pytorch.initialization import write
 
 SINKHORN_ITERATIONS = 20
+SMALL = 0.01  # what scales of learned coefficients begin with
 SMALLEST_LOG = math.log(1e-30)  # relative to the sum of a column, so that no sum of a row is zero
 SMALLEST_LENGTH = 1e-12
 
 
 def make_connection(num_streams: int, dim: int, number: int, *, writes: bool = True) -> nn.Module:
     """The parameters with which the branch with this number reads from the streams and, if it does, writes back."""
-    connect, _, _ = mc_get_init_and_expand_reduce_stream_functions(
-        num_streams, dim=dim, disable=num_streams == 1, sinkhorn_iters=SINKHORN_ITERATIONS
-    )
+    if num_streams > 1:
+        return Connection(num_streams, dim, number, writes)
+    connect, _, _ = mc_get_init_and_expand_reduce_stream_functions(num_streams, dim=dim, disable=True)
     return connect(layer_index=number, add_branch_out_to_residual=writes)
 
 
 def make_expansion(num_streams: int, dim: int) -> nn.Module:
     """The parameters with which one sequence of tokens becomes several streams, see `expand`."""
-    _, expansion, _ = mc_get_init_and_expand_reduce_stream_functions(
-        num_streams, dim=dim, add_stream_embed=True, disable=num_streams == 1
-    )
-    return expansion
+    return Expansion(num_streams, dim) if num_streams > 1 else nn.Identity()
+
+
+class Connection(ManifoldConstrainedHyperConnections):  # type: ignore[misc]
+    """The package's parameters of a connection, which can be set once more."""
+
+    def __init__(self, num_streams: int, dim: int, number: int, writes: bool) -> None:
+        super().__init__(
+            num_streams,
+            dim=dim,
+            layer_index=number,
+            add_branch_out_to_residual=writes,
+            sinkhorn_iters=SINKHORN_ITERATIONS,
+        )
+        self.reads_first = number % num_streams
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The branch begins with one stream alone, the streams go on unmixed, and every one receives the answer."""
+        alpha = torch.zeros(self.static_alpha.shape, dtype=self.static_alpha.dtype, device=self.static_alpha.device)
+        alpha[self.reads_first, 0] = 1.0
+        alpha[:, 1:].fill_diagonal_(1.0)
+        write(self.static_alpha, alpha)
+        small, zeros = [self.pre_branch_scale, self.residual_scale], [self.dynamic_alpha_fn, self.norm.gamma]
+        if self.add_branch_out_to_residual:
+            nn.init.ones_(self.static_beta)
+            small.append(self.h_post_scale)
+            zeros.append(self.dynamic_beta_fn)
+        for parameter in small:
+            nn.init.constant_(parameter, SMALL)
+        for parameter in zeros:
+            nn.init.zeros_(parameter)
+
+
+class Expansion(StreamEmbed):  # type: ignore[misc]
+    """The package's embeddings of streams, which can be set once more."""
+
+    def __init__(self, num_streams: int, dim: int) -> None:
+        super().__init__(num_streams, dim, expand_to_streams=True)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.stream_embed)
 
 
 class Combined(NamedTuple):

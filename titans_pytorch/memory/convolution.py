@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from titans_pytorch.initialization import whole_of, write
 from titans_pytorch.public_names import register_state
 
 OTHER_TOKENS = 0.2
@@ -31,15 +32,25 @@ class CausalConvolution(nn.Module):
     A sum of shifted inputs, in the same order wherever a stream is cut: pieces give bitwise what one call gives.
     """
 
+    lag: int | None = None  # the token near which it begins
+    followers: tuple[CausalConvolution, ...] = ()  # others that begin with its numbers
+
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-(size**-0.5), size**-0.5))
+        self.weight = nn.Parameter(torch.empty(size, channels))
+        self.reset_parameters()
 
-    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As torch starts a convolution; after `start_at` near a token. Whatever follows it begins with its numbers."""
+        like, limit = self.weight, len(self.weight) ** -0.5
+        drawn = nn.init.uniform_(torch.empty(like.shape, dtype=like.dtype, device=like.device), -limit, limit)
+        for each in (self, *self.followers):
+            write(each.weight, near_one_token(drawn, each.lag))
+
     def start_at(self, lag: int) -> None:
         """Begin near the token so many before, with a little of the others."""
-        self.weight.abs_().mul_(OTHER_TOKENS)
-        self.weight[min(lag, len(self.weight) - 1)] += 1.0
+        self.lag = lag
+        write(self.weight, near_one_token(self.weight, lag))
 
     def fresh_tail(self, batch: int) -> Tensor:
         """-> (b size-1 channels)"""
@@ -56,12 +67,36 @@ class CausalConvolution(nn.Module):
         return out.to(x.dtype), seen[:, t:].clone()  # not the whole piece's memory
 
 
+def near_one_token(weight: Tensor, lag: int | None) -> Tensor:
+    """Weights mostly of the token so many before, with a little of the others; None: as they are.  (size channels)"""
+    if lag is None:
+        return weight
+    weight = whole_of(weight)
+    near = torch.zeros_like(weight)
+    near[min(lag, len(weight) - 1)] = 1.0
+    return near + weight.abs() * OTHER_TOKENS
+
+
+class LeadingLinear(nn.Linear):
+    """A linear map without bias, with which others may begin."""
+
+    followers: tuple[nn.Linear, ...] = ()
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in, dim_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for each in self.followers:
+            write(each.weight, self.weight)
+
+
 class ConvolvedLinear(nn.Module):
     """A linear map of tokens, then a convolution over time, then an activation.  x: (b t dim)"""
 
     def __init__(self, dim_in: int, dim_out: int, conv_size: int, activation: nn.Module | None) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim_in, dim_out, bias=False)
+        self.linear = LeadingLinear(dim_in, dim_out)
         self.convolution = CausalConvolution(dim_out, conv_size)
         self.activation = nn.Identity() if activation is None else activation
 
@@ -69,6 +104,11 @@ class ConvolvedLinear(nn.Module):
         """-> (b t out), the next tail"""
         out, tail = self.convolution(self.linear(x), tail)
         return self.activation(out), tail
+
+
+def leading(layer: nn.Module) -> list[Any]:
+    """The modules in a projection that own its parameters."""
+    return [each for each in layer.modules() if isinstance(each, LeadingLinear | CausalConvolution)]
 
 
 def projected(layer: nn.Module, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:

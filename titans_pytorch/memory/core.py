@@ -14,10 +14,11 @@ from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.interface import LossFn, Weights
 from titans_pytorch.fast_weights.norms import total_norm
 from titans_pytorch.fast_weights.precision import at_least_float32
-from titans_pytorch.fast_weights.probe import check_contents, inspect_model
+from titans_pytorch.fast_weights.probe import can_be_looked_at, check_contents, inspect_model, learns_from
 from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
+from titans_pytorch.initialization import reset_parameters, write
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.costs import Representation, Sizes
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
@@ -25,6 +26,9 @@ from titans_pytorch.memory.plan import Layout
 from titans_pytorch.memory.projections import Projections, StoredTokens
 from titans_pytorch.memory.state import NeuralMemState, Updates, restarted
 from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
+
+TRANSITION = -5.0
+"""What the logit of going to new weights starts with, where a base is renewed"""
 
 
 class MemoryOptions(NamedTuple):
@@ -68,11 +72,13 @@ class MemoryCore(Projections):
         self.has_learned_gain, self.max_weight_growth = model.has_learned_gain, options.renewal.max_weight_growth
 
         # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
-        self._form = (form,)
+        self.loss_fn = options.loss_fn
+        self._form, self._given = (form,), (model.model, model.has_residual_norm)
+        self.is_known_to_learn = False
         heads_axis = (self.heads,) if model.is_per_head else ()
         initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in fast.values()]
         self.memory_model_parameters = nn.ParameterList(initial)
-        self.transition_gate = nn.Parameter(torch.tensor(-5.0)) if options.renewal.is_gated else None
+        self.transition_gate = nn.Parameter(torch.tensor(TRANSITION)) if options.renewal.is_gated else None
         self.evolution = Engine(
             options.engine,
             form,
@@ -82,6 +88,29 @@ class MemoryCore(Projections):
             options.max_grad_norm,
             options.use_accelerated_scan,
         )
+
+    def reset_parameters(self) -> None:
+        """Only what it owns itself: the memory that it begins with, a transition gate and the gain of a norm."""
+        self.begin_form()
+        for parameter, form in zip(self.memory_model_parameters, self.fast_forms().values(), strict=True):
+            write(parameter, form.detach().expand(parameter.shape))
+        if self.transition_gate is not None:
+            nn.init.constant_(self.transition_gate, TRANSITION)
+        if self.memory_norm_gamma is not None:
+            nn.init.zeros_(self.memory_norm_gamma)
+
+    @torch.no_grad()
+    def begin_form(self) -> None:
+        """A model of the user's begins as it was given, or, if it was on the meta device, as it says itself."""
+        form, (given, is_wrapped) = self.memory_model, self._given
+        if given is None or any(p.is_meta for p in given.parameters()):
+            reset_parameters(form)
+            return
+        if is_wrapped:
+            reset_parameters(form.get_submodule("norm"))
+            form = form.get_submodule("model")
+        for own, parameter in zip(form.parameters(), given.parameters(), strict=True):
+            own.copy_(parameter)
 
     # ---- the memory model and its weights
 
@@ -141,6 +170,7 @@ class MemoryCore(Projections):
 
     def init_state(self, batch: int) -> NeuralMemState:
         """A memory that has seen nothing."""
+        self.check_can_learn()
         weights = self.init_weights(batch)
         views = () if self.num_views is None else (2,)
         waiting = self.memory_model_parameters[0].new_zeros(*views, batch, 0, self.dim)
@@ -244,15 +274,37 @@ class MemoryCore(Projections):
             )
         return updates
 
+    def check_can_learn(self) -> None:
+        """Refuse a memory whose weights are all zero and so have no gradient, as storage is that nobody has set.
+
+        It looks at values once, when a stream begins after the module was made, moved or loaded, and never while it is
+        compiled or captured as a graph: an accelerator is held up once.
+        """
+        if self.is_known_to_learn or torch.compiler.is_compiling():
+            return
+        weights = list(self.memory_model_parameters)
+        if not all(map(can_be_looked_at, weights)):
+            return
+        if not any(bool(weight.any()) for weight in weights if weight.ndim > 1) and not learns_from(
+            self.memory_model, self.loss_fn, self.dim_head, self.initial_weights()
+        ):
+            raise ValueError(
+                "memory_model_parameters must not all be zero, from where this memory has no gradient and can never "
+                "learn, got zeros; a module made without storage is set by titans_pytorch.reset_parameters(module)"
+            )
+        self.is_known_to_learn = True
+
     # ---- as a module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryCore:
+        self.is_known_to_learn = False
         self.memory_model._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Published checkpoints hold a second copy of the memory model, which does not count."""
+        self.is_known_to_learn = False
         for key in [key for key in state_dict if key.startswith(f"{prefix}memory_model.")]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

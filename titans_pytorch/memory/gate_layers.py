@@ -13,7 +13,7 @@ class GateLayer(nn.Sequential):
     """A linear layer whose outputs are laid out as the pattern says."""
 
     def __init__(self, dim: int, num_out: int, pattern: str, *, bias: float | None = None, **sizes: int) -> None:
-        super().__init__(started_at(nn.Linear(dim, num_out), bias), Rearrange(pattern, **sizes))
+        super().__init__(starting_at(dim, num_out, bias), Rearrange(pattern, **sizes))
 
 
 class ChannelGateLayer(nn.Sequential):
@@ -21,16 +21,26 @@ class ChannelGateLayer(nn.Sequential):
 
     def __init__(self, dim: int, num_out: int, pattern: str, *, bias: float | None = None, **sizes: int) -> None:
         rank = min(dim, DECAY_RANK)
-        narrow, wide = nn.Linear(dim, rank, bias=False), started_at(nn.Linear(rank, num_out), bias)
+        narrow, wide = nn.Linear(dim, rank, bias=False), starting_at(rank, num_out, bias)
         super().__init__(narrow, wide, Rearrange(pattern, **sizes))
 
 
-def started_at(linear: nn.Linear, bias: float | None) -> nn.Linear:
-    """A layer that first gives a constant; None: left as it is."""
-    if bias is not None:
-        nn.init.zeros_(linear.weight)
-        nn.init.constant_(linear.bias, bias)
-    return linear
+class ConstantAtFirst(nn.Linear):
+    """A linear layer that gives a constant until it has learned."""
+
+    def __init__(self, dim: int, num_out: int, constant: float) -> None:
+        self.constant = constant
+        super().__init__(dim, num_out)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # so that a seed's numbers do not depend on this option
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.constant)
+
+
+def starting_at(dim: int, num_out: int, bias: float | None) -> nn.Linear:
+    """A layer that first gives a constant; None: as torch starts it."""
+    return nn.Linear(dim, num_out) if bias is None else ConstantAtFirst(dim, num_out, bias)
 
 
 def max_lr_sigmoid(raw: Tensor, max_lr: float) -> Tensor:

@@ -14,7 +14,11 @@ class MultiheadRMSNorm(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.rmsnorm = nn.RMSNorm(dim, elementwise_affine=False)
-        self.gamma = nn.Parameter(torch.zeros(heads, 1, dim))
+        self.gamma = nn.Parameter(torch.empty(heads, 1, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rmsnorm(x) * (self.gamma + 1)

@@ -6,6 +6,8 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
+from titans_pytorch.memory.gate_layers import ConstantAtFirst
+
 
 class AveragePool(nn.Module):
     """One vector for each chunk, the mean of its stored tokens.  x: (b n c d), is_stored: (b n c) -> (b n d)"""
@@ -22,9 +24,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.to_attn_logits = nn.Linear(dim, dim)
-        nn.init.zeros_(self.to_attn_logits.weight)
-        nn.init.zeros_(self.to_attn_logits.bias)
+        self.to_attn_logits = ConstantAtFirst(dim, dim, 0.0)
 
     def forward(self, x: Tensor, is_stored: Tensor | None = None) -> Tensor:
         logits = self.to_attn_logits(x)

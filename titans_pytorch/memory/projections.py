@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from titans_pytorch.fast_weights.interface import Weights, Writes
 from titans_pytorch.fast_weights.rules.rule import Rule
-from titans_pytorch.memory.convolution import ConvolvedLinear, Tails, fresh_tail, projected
+from titans_pytorch.initialization import write
+from titans_pytorch.memory.convolution import (
+    ConvolvedLinear,
+    LeadingLinear,
+    Tails,
+    fresh_tail,
+    leading,
+    projected,
+)
 from titans_pytorch.memory.gates import GateLayers, finite
 from titans_pytorch.memory.head_norms import MultiheadRMSNorm, head_norm
 from titans_pytorch.memory.options import GateOptions, ProjectionOptions
@@ -40,7 +48,7 @@ def projection(dim_in: int, dim_out: int, options: ProjectionOptions) -> nn.Modu
     """A layer for queries, keys or values.  (b t dim_in) -> (b t dim_out)"""
     if options.conv_size is not None:
         return ConvolvedLinear(dim_in, dim_out, options.conv_size, options.activation)
-    linear = nn.Linear(dim_in, dim_out, bias=False)
+    linear = LeadingLinear(dim_in, dim_out)
     return linear if options.activation is None else nn.Sequential(linear, options.activation)
 
 
@@ -87,7 +95,9 @@ class Projections(GateLayers):
         ones, hundreds of steps pass before a token's query finds what was stored (docs/stability.md).
         """
         if self.num_kv_per_token == 1:
-            self.to_queries.load_state_dict(self.to_keys.state_dict())
+            for queries, keys in zip(leading(self.to_queries), leading(self.to_keys), strict=True):
+                keys.followers = (queries,)
+                write(queries.weight, keys.weight)
         for layer, lag in ((self.to_queries, 0), (self.to_keys, 1), (self.to_values, 0)):
             if isinstance(layer, ConvolvedLinear):
                 layer.convolution.start_at(lag)

@@ -23,9 +23,9 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim, bias=False)
         self.rotary_emb = RotaryEmbedding(dim // heads)
 
-    def turns(self, start: int, count: int) -> Turns:
-        """Cosine and sine for the positions start, start + 1, ..."""
-        return self.rotary_emb.turns(start, count)
+    def turns(self, start: int, count: int, like: Tensor) -> Turns:
+        """Cosine and sine for the positions start, start + 1, ... of tokens like these."""
+        return self.rotary_emb.turns(start, count, like)
 
     def queries(self, x: Tensor) -> Tensor:
         """(b n dim) -> (b h n d), not turned"""

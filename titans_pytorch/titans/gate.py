@@ -25,7 +25,12 @@ class Gate(nn.Module):
         super().__init__()
         self.form = form
         self.attention_norm, self.memory_norm = RMSNorm(dim), RMSNorm(dim)
-        self.shares = nn.Parameter(torch.zeros(2, dim)) if form == "mix" else None
+        self.shares = nn.Parameter(torch.empty(2, dim)) if form == "mix" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.shares is not None:
+            nn.init.zeros_(self.shares)
 
     def forward(self, attended: Tensor, remembered: Tensor) -> Tensor:
         y, m = self.attention_norm(attended), self.memory_norm(remembered)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from titans_pytorch.initialization import whole_of
+
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """FSDP2: each of `model.layers`, and what is around them, is a unit that is gathered when it is needed."""
@@ -27,8 +29,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of it, on the CPU.  All processes have to take part."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu().contiguous()
+    return whole_of(tensor).cpu().contiguous()
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:

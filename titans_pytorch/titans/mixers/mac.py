@@ -70,7 +70,7 @@ class MemoryAsContext(AttentionMixer):
         batch, persistent = x.shape[0], self.persistent_tokens(x.shape[0])
         prefix = None
         if persistent is not None:
-            prefix = self.attention.keys_values(persistent, self.attention.turns(0, persistent.shape[1]))
+            prefix = self.attention.keys_values(persistent, self.attention.turns(0, persistent.shape[1], x))
         if self.memory is None:
             return MACState(prefix=prefix)
         memory = self.memory.init_state(batch)
@@ -82,12 +82,12 @@ class MemoryAsContext(AttentionMixer):
         num_persistent = 0 if state.prefix is None else state.prefix.length
         offset = start % self.window
         place = num_persistent + offset  # in S~, which is a sequence by itself: [persistent | h | segment]
-        turns = attention.turns(place + self.window, count)
+        turns = attention.turns(place + self.window, count, x)
         recent = joined(state.recent, attention.keys_values(x, turns))
         context, segment = None, state.segment
         if self.memory is not None and segment is not None:
             h, tail = self.memory.ask(x, segment.before, segment.tail)  # eq. (21)
-            own = attention.keys_values(self.context_norm(h), attention.turns(place, count))
+            own = attention.keys_values(self.context_norm(h), attention.turns(place, count, x))
             context = joined(segment.context, own)
             segment = Segment(context, segment.before, tail)
         mask = self.mask(count, offset + count, num_persistent, context is not None, x.device)

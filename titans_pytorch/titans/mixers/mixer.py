@@ -29,14 +29,19 @@ class Mixer(nn.Module):
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
-        self.persistent = (
-            nn.Parameter(torch.randn(config.num_persistent, config.dim)) if config.num_persistent else None
-        )
+        num = config.num_persistent
+        self.persistent = nn.Parameter(torch.empty(num, config.dim)) if num else None
+        Mixer.reset_parameters(self)
         self.memory = make_memory(config) if config.memory else None
 
     def forward(self, x: Tensor, start: int, state: Any) -> tuple[Tensor, Any]:
         """x: (b n dim), the first token being number `start` of the sequence; state: None if a sequence begins"""
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Only what it owns itself, persistent tokens; a kind with more parameters of its own sets these, too."""
+        if self.persistent is not None:
+            nn.init.normal_(self.persistent)
 
     @property
     def parts(self) -> frozenset[str]:
@@ -83,7 +88,7 @@ class AttentionMixer(Mixer):
         self, x: Tensor, start: int, prefix: KeyValues | None, recent: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
         """Attention over the last `window` tokens and the prefix.  -> (b n dim), what the next token sees"""
-        turns = self.attention.turns(start, x.shape[1])
+        turns = self.attention.turns(start, x.shape[1], x)
         tokens = joined(recent, self.attention.keys_values(x, turns))
         y = attend_sliding(self.attention.queries(x), turns, tokens, prefix, self.window)
         return self.attention.out(y), tokens.last(self.window - 1)
