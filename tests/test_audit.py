@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import titans_pytorch
+from tests.support.sequence_modules import NUM_TOKENS, READERS
 from tests.support.streams import randn
-from titans_pytorch.auditing.audit import AuditReport, audit, stream_with_state
+from titans_pytorch.auditing.audit import AuditReport, audit, padded_with_mask, stream_with_state
 
 TOKENS = 12
 
@@ -421,3 +422,59 @@ def test_the_version_is_that_of_the_project_and_the_public_names_are_sorted() ->
     names = [name for name in titans_pytorch.__all__ if not name.startswith("__")]
     assert names == sorted(names)
     assert all(hasattr(titans_pytorch, name) for name in titans_pytorch.__all__)
+
+
+# padding
+
+
+class Masked(Rule):
+    """Sums of what is not padding; the defect is what a subclass makes of the mask."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x if attention_mask is None else self.masked(x, attention_mask))
+
+    def masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask[..., None]
+
+
+class IgnoresTheMask(Masked):
+    def masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x
+
+
+class MeansOfAllPositions(Masked):
+    """Padding has no value, but it counts."""
+
+    def rule(self, x: Tensor) -> Tensor:
+        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+class HidesNothingInside(Masked):
+    """Knows only padding at the ends."""
+
+    def masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        seen, coming = mask.cumsum(1) > 0, mask.flip(1).cumsum(1).flip(1) > 0
+        return x * (seen & coming)[..., None]
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        (Masked, "no, bitwise"),
+        (IgnoresTheMask, "with padding"),
+        (MeansOfAllPositions, "with padding"),
+        (HidesNothingInside, "with padding (inside|anywhere)"),
+        (Rule, "with padding .*, which raises TypeError"),
+    ],
+)
+def test_padding_that_leaves_a_trace_is_found(kind: type[Rule], words: str) -> None:
+    report = audit(kind(), inputs(), padded=padded_with_mask)
+    assert re.search(words, report["padding"].detail)
+    assert set(failed(report)) == (set() if kind is Masked else {"padding"})
+
+
+@pytest.mark.parametrize("name", ["TitansMAC, plain", "MemoryAsContextTransformer, everything", "NeuralMemory, heads"])
+def test_padding_leaves_no_trace_in_ours(name: str) -> None:
+    reader = READERS[name]
+    tokens = NUM_TOKENS if reader.reads == "ids" else None
+    audit(reader.made(), reader.given(3, TOKENS), padded=padded_with_mask, num_tokens=tokens).check()

@@ -17,6 +17,7 @@ from titans_pytorch.memory_models import (
 )
 from titans_pytorch.nested_attention import NestedAttention
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState, mem_state_detach
+from titans_pytorch.ragged.state import RaggedState
 from titans_pytorch.state_files import load_state, save_state
 from titans_pytorch.titans import (
     TitansBackbone,
@@ -45,6 +46,7 @@ __all__ = [
     "NestedAttention",
     "NeuralMemState",
     "NeuralMemory",
+    "RaggedState",
     "ResidualNorm",
     "SegmentedAttention",
     "TitansBackbone",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -149,9 +149,13 @@ class AttentionTransformer(Pretrained, CausalLM[BlockCaches]):
 
     def hidden_states(self, ids: Tensor, state: BlockCaches | None = None) -> tuple[Tensor, BlockCaches]:
         """All layers.  ids: (b n) -> (b n dim) before the last norm, and what the next piece needs"""
+        return self.hidden_of(self.token_emb(ids), state)
+
+    def hidden_of(self, x: Tensor, state: BlockCaches | None = None, **reading: Any) -> tuple[Tensor, BlockCaches]:
+        """`hidden_states` of tokens that are embedded.  x: (b n dim)"""
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"cache must be of this model's {len(self.layers)} layers, got {len(state)}")
-        x, kept = self.token_emb(ids), []
+        kept = []
         for i, layer in enumerate(self.layers):
             x, after = layer(x, None if state is None else state[i])
             kept.append(after)

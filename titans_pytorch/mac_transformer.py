@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import Unpack
 
 from titans_pytorch.attention.flex import create_mac_block_mask, flex_attention
 from titans_pytorch.attention.key_values import KeyValueCache
 from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
-from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.causal_lm import BatchOptions, CausalLM
 from titans_pytorch.checks import tensor_checks
 from titans_pytorch.mac.ahead import NOTHING_AHEAD, Ahead
 from titans_pytorch.mac.axial import AxialPositions, Factors
@@ -22,6 +23,7 @@ from titans_pytorch.mac.layer import MACLayer, Passed
 from titans_pytorch.mac.lengthened import Lengthened
 from titans_pytorch.mac.residual_streams import expand, make_expansion
 from titans_pytorch.pretrained import Pretrained
+from titans_pytorch.ragged import RaggedState
 from titans_pytorch.sampling import min_p_filter
 
 __all__ = [
@@ -40,6 +42,12 @@ class LossBreakdown(NamedTuple):
     """The parts that a loss is the sum of."""
 
     next_token: Tensor
+
+
+class BatchAndLabels(BatchOptions, total=False):
+    """What `forward` takes beside, as it says."""
+
+    labels: Tensor | None
 
 
 Answer = Tensor | tuple[Tensor, LossBreakdown]
@@ -154,62 +162,68 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
     @overload
     def forward(
         self,
-        ids: Tensor,
+        ids: Tensor | None = ...,
         return_loss: bool = ...,
         return_loss_breakdown: Literal[False] = ...,
         disable_flex_attn: bool = ...,
-        cache: MACCache | None = ...,
+        cache: MACCache | RaggedState | None = ...,
         return_cache: Literal[False] = ...,
         factorized_pos_emb: Factors | None = ...,
+        **given: Unpack[BatchAndLabels],
     ) -> Tensor: ...
 
     @overload
     def forward(
         self,
-        ids: Tensor,
+        ids: Tensor | None = ...,
         return_loss: bool = ...,
         return_loss_breakdown: Literal[False] = ...,
         disable_flex_attn: bool = ...,
-        cache: MACCache | None = ...,
+        cache: MACCache | RaggedState | None = ...,
         *,
         return_cache: Literal[True],
         factorized_pos_emb: Factors | None = ...,
-    ) -> tuple[Tensor, MACCache]: ...
+        **given: Unpack[BatchAndLabels],
+    ) -> tuple[Tensor, Any]: ...
 
     @overload
     def forward(
         self,
-        ids: Tensor,
-        return_loss: bool,
+        ids: Tensor | None = ...,
+        *,
+        return_loss: Literal[True],
         return_loss_breakdown: Literal[True],
         disable_flex_attn: bool = ...,
-        cache: MACCache | None = ...,
+        cache: MACCache | RaggedState | None = ...,
         return_cache: Literal[False] = ...,
         factorized_pos_emb: Factors | None = ...,
+        **given: Unpack[BatchAndLabels],
     ) -> tuple[Tensor, LossBreakdown]: ...
 
     @overload
     def forward(
         self,
-        ids: Tensor,
+        ids: Tensor | None = ...,
         return_loss: bool = ...,
         return_loss_breakdown: bool = ...,
         disable_flex_attn: bool = ...,
-        cache: MACCache | None = ...,
+        cache: MACCache | RaggedState | None = ...,
         return_cache: bool = ...,
         factorized_pos_emb: Factors | None = ...,
-    ) -> Answer | tuple[Answer, MACCache]: ...
+        **given: Unpack[BatchAndLabels],
+    ) -> Answer | tuple[Answer, Any]: ...
 
     def forward(
         self,
-        ids: Tensor,
+        ids: Tensor | None = None,
         return_loss: bool = False,
         return_loss_breakdown: bool = False,
         disable_flex_attn: bool = False,
-        cache: MACCache | None = None,
+        cache: MACCache | RaggedState | None = None,
         return_cache: bool = False,
         factorized_pos_emb: Factors | None = None,
-    ) -> Answer | tuple[Answer, MACCache]:
+        **given: Unpack[BatchAndLabels],
+    ) -> Answer | tuple[Answer, Any]:
         """Logits or the loss of a sequence, or of its next piece.
 
         Args:
@@ -220,15 +234,28 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
             cache: what the piece before returned; None: a sequence begins
             return_cache: return what the next piece needs; with a loss that is the one that begins with the last token
             factorized_pos_emb: `axial_pos_emb.factors(length)`, computed before
+            labels: (b n), with return_loss: what tokens should have been, -100 for those that do not count; None: ids
+            embeds: (b n dim), instead of ids
+            attention_mask: (b n), False or 0 for padding anywhere in a row: it leaves no trace, and outputs there are 0
+            document_ids: (b n), another document begins where the number changes, and is read as if it were alone
+            cu_seqlens: (k + 1), the borders between documents of a single row, from 0 to n
 
         Returns: logits (b n num_tokens), or the loss, or (loss, parts); with return_cache (that, cache)
         """
         if return_loss_breakdown and not return_loss:
             raise ValueError("return_loss_breakdown needs return_loss=True, got False")
-        answer_and_state = self.loss_and_state if return_loss else self.logits_and_state
-        only, next_cache = answer_and_state(
-            ids, cache, disable_flex_attn=disable_flex_attn, factorized_pos_emb=factorized_pos_emb
-        )
+        labels, beside = given.pop("labels", None), cast(BatchOptions, given)
+        if labels is not None and not return_loss:
+            raise ValueError("labels need return_loss=True, got False")
+        reading: dict[str, Any] = dict(disable_flex_attn=disable_flex_attn, factorized_pos_emb=factorized_pos_emb)
+        if return_loss and not return_cache:
+            only, next_cache = self.loss(ids, cache, labels=labels, **beside, **reading), None
+        elif return_loss:
+            only, next_cache = self.loss_and_state(ids, cache, labels=labels, given=beside, **reading)
+        elif return_cache:
+            only, next_cache = self.logits_and_state(ids, cache, given=beside, **reading)
+        else:
+            only, next_cache = self.logits_alone(ids, cache, given=beside, **reading), None
         answer: Answer = (only, LossBreakdown(only)) if return_loss_breakdown else only
         return (answer, next_cache) if return_cache else answer
 
@@ -244,12 +271,23 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
 
         ahead: what was worked out before for all tokens that follow
         """
-        if state is not None:
-            self.check_cache(state, ids.shape[0])
-        num_before, count = 0 if state is None else state.num_tokens, ids.shape[1]
         embedded = self.token_emb(ids)
         tensor_checks.check_shape("what token_emb gives", embedded, (*ids.shape[:2], self.dim))
-        x = self.lengthened.insert(embedded, self.longterm_mems, num_before)
+        return self.hidden_of(embedded, state, disable_flex_attn, factorized_pos_emb, ahead)
+
+    def hidden_of(  # type: ignore[override]
+        self,
+        x: Tensor,
+        state: MACCache | None = None,
+        disable_flex_attn: bool = False,
+        factorized_pos_emb: Factors | None = None,
+        ahead: Ahead | None = None,
+    ) -> tuple[Tensor, MACCache]:
+        """`hidden_states` of tokens that are embedded.  x: (b n dim)"""
+        if state is not None:
+            self.check_cache(state, x.shape[0])
+        num_before, count = 0 if state is None else state.num_tokens, x.shape[1]
+        x = self.lengthened.insert(x, self.longterm_mems, num_before)
         position, of_layers = self.lengthened.length(num_before), [NOTHING_AHEAD] * len(self.layers)
         if ahead is None:
             embedded = self.axial_pos_emb(position, x.shape[1], factorized_pos_emb)
@@ -290,20 +328,23 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         *,
         stop_token: int | None = None,
         generator: Generator | None = None,
-        cache: MACCache | None = None,
+        cache: MACCache | RaggedState | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Continue a batch of prompts (b n) to `seq_len` tokens, prompt included.  -> the tokens after it (b seq_len-n)
 
         temperature: 0 is greedy; filter_fn: (logits, **filter_kwargs) -> logits with removed tokens at -inf, by
         default min-p with min_p=0.1; use_cache: the same tokens, much faster; stop_token: after which a row only
         repeats it, and where all rows have it sampling ends; generator: makes samples reproducible;
-        cache: of tokens that were fed before the prompt (and do not count)
+        cache: of tokens that were fed before the prompt (and do not count); attention_mask: (b n), False or 0 for
+        padding of the prompt, wherever it is
         """
         return self.continued(
             prompt,
             seq_len,
             cache,
             uses_state=use_cache or cache is not None,
+            attention_mask=attention_mask,
             temperature=temperature,
             filter_fn=filter_fn,
             filter_kwargs=filter_kwargs,

@@ -32,9 +32,11 @@ from titans_pytorch.memory.options import (
 from titans_pytorch.memory.paper import paper_options
 from titans_pytorch.memory.plan import CallPlan, Layout
 from titans_pytorch.memory.projections import StoredTokens
+from titans_pytorch.memory.ragged_call import advance_ragged, check_for_each_row
 from titans_pytorch.memory.rows import outside_inference
 from titans_pytorch.memory.state import NeuralMemState, QueryTail, Updates, mem_state_detach
 from titans_pytorch.pretrained import Pretrained
+from titans_pytorch.ragged import Marks, RaggedState, marks_of
 
 __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
 
@@ -255,17 +257,38 @@ class NeuralMemory(Pretrained, MemoryCore):
         ttt_batch_size: int | None = ...,
     ) -> tuple[Tensor, NeuralMemState, LossAndRates]: ...
 
+    @overload
+    def forward(
+        self,
+        seq: Tensor,
+        store_seq: Tensor | None = ...,
+        state: NeuralMemState | RaggedState | None = ...,
+        detach_mem_state: bool = ...,
+        prev_weights: None = ...,
+        store_mask: Tensor | None = ...,
+        return_surprises: Literal[False] = ...,
+        ttt_batch_size: int | None = ...,
+        *,
+        attention_mask: Tensor | None = ...,
+        document_ids: Tensor | None = ...,
+        cu_seqlens: Tensor | None = ...,
+    ) -> tuple[Tensor, NeuralMemState | RaggedState]: ...
+
     def forward(
         self,
         seq: Tensor,
         store_seq: Tensor | None = None,
-        state: NeuralMemState | None = None,
+        state: NeuralMemState | RaggedState | None = None,
         detach_mem_state: bool = False,
         prev_weights: PreviousWeights = None,
         store_mask: Tensor | None = None,
         return_surprises: bool = False,
         ttt_batch_size: int | None = None,
-    ) -> tuple[Tensor, NeuralMemState] | tuple[Tensor, NeuralMemState, LossAndRates]:
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, NeuralMemState | RaggedState] | tuple[Tensor, NeuralMemState, LossAndRates]:
         """Store a piece of a sequence and read the memory at each of its tokens.
 
         Args:
@@ -277,8 +300,13 @@ class NeuralMemory(Pretrained, MemoryCore):
             store_mask: (b n) bool, False for tokens that leave no trace in the memory
             return_surprises: also return the unweighted loss and the step size of every write
             ttt_batch_size: instead of batch_size, for this call
+            attention_mask: (b n), False or 0 for padding, which is not even read: positions, chunks and convolutions
+                count real tokens only (with store_mask they count all), and outputs there are 0
+            document_ids: (b n), another document begins where the number changes, and is read as if it were alone
+            cu_seqlens: (k + 1), the borders between documents of a single row, from 0 to n
 
-        Returns: what was read (b n dim), the state, and if asked for (loss, step size), both (b h writes)
+        Returns: what was read (b n dim), the state (a `RaggedState` where rows differ in length), and if asked for
+        (loss, step size), both (b h writes)
         """
         self.check_input(seq, store_seq)
         if seq.ndim == (2 if self.num_views is None else 3):  # one token
@@ -291,6 +319,11 @@ class NeuralMemory(Pretrained, MemoryCore):
         if store_mask is not None:
             tensor_checks.check_mask("store_mask", store_mask, queries.shape[:2])
         new, layout = StoredTokens(keys, values, store_mask), self.layout_of(ttt_batch_size)
+        marks = marks_of(attention_mask, document_ids, cu_seqlens, queries.shape[:2])
+        if marks is not None or isinstance(state, RaggedState):
+            check_for_each_row(prev_weights=prev_weights is not None, return_surprises=return_surprises)
+            found, after = advance_ragged(self, queries, new, marks or Marks(None, None), state, layout)
+            return found, after.detach() if detach_mem_state else after
         retrieved, state, surprises = advance(self, queries, new, state, prev_weights, layout)
         retrieved = cast(Tensor, retrieved)  # something was read
         state = state.detach() if detach_mem_state else state

@@ -14,17 +14,19 @@ from torch import Tensor, device
 from titans_pytorch.mac.cache import MACCache
 from titans_pytorch.memory.state import NeuralMemState, Updates
 from titans_pytorch.public_names import public_name, state_kind
+from titans_pytorch.ragged.state import RaggedState
 from titans_pytorch.titans.state import TitansState
 
 FORMAT, VERSION = "titans_pytorch.state", 2  # 1: the blocks of all Titans models had one kind of state
-State = NeuralMemState | MACCache | TitansState
+State = NeuralMemState | MACCache | TitansState | RaggedState
+KINDS = "a NeuralMemState, a MACCache, a TitansState or a RaggedState"
 
 
 def save_state(state: State, path: str | Path) -> None:
     """Write the state of a memory or a model, or a cache of a transformer, to one file.  `updates` begin anew."""
     if not isinstance(state, State):
         got = type(state).__name__
-        raise TypeError(f"state must be a NeuralMemState, a MACCache or a TitansState, got {got}")
+        raise TypeError(f"state must be {KINDS}, got {got}")
     tensors: dict[str, Tensor] = {}
     layout = json.dumps(_layout(state, "state", tensors))
     save_file(tensors, path, metadata={"format": FORMAT, "version": str(VERSION), "layout": layout})
@@ -42,7 +44,7 @@ def load_state(path: str | Path, device: str | device = "cpu") -> State:
             )
         state = _restored(json.loads(about["layout"]), file)
     if not isinstance(state, State):
-        raise ValueError(f"{path} must hold a NeuralMemState, a MACCache or a TitansState, got {type(state).__name__}")
+        raise ValueError(f"{path} must hold {KINDS}, got {type(state).__name__}")
     return state
 
 

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from titans_pytorch.auditing.questions import (
     MOST_POSITIONS,
+    Padded,
     Stream,
     default_splits,
     futures,
     gradients,
     judged,
+    paddings,
     pieces,
     reach,
     rows,
@@ -34,11 +36,12 @@ from titans_pytorch.auditing.report import AuditReport, Finding
 from titans_pytorch.auditing.subject import Forward, prepared
 from titans_pytorch.checks.value_checks import check_positive
 
-__all__ = ["AuditReport", "Finding", "audit", "stream_with_state"]
+__all__ = ["AuditReport", "Finding", "audit", "padded_with_mask", "stream_with_state"]
 
 LATER = "do outputs depend on later tokens?"
 ROWS = "do outputs depend on other rows of the batch?"
 PIECES = "does feeding pieces differ from feeding all?"
+PADDING = "does padding leave a trace?"
 
 UNFIT = (torch.bool, torch.complex64, torch.complex128)  # as inputs
 
@@ -49,6 +52,7 @@ def audit(
     *,
     forward: Forward | None = None,
     stream: Stream | None = None,
+    padded: Padded | None = None,
     window: int | None = None,
     num_tokens: int | None = None,
     splits: Sequence[Sequence[int]] | None = None,
@@ -61,6 +65,8 @@ def audit(
     inputs: (b t ...) floats, or ids below `num_tokens`; a lone row gets a second one for company
     forward: (module, inputs) -> outputs (b t ...); by default calls the module and takes the first of a tuple
     stream: (module, piece, state) -> (outputs of the piece, state), state None at first, see `stream_with_state`
+    padded: (module, inputs, mask) -> outputs, the mask (b t) being False at padding, wherever it is in a row, see
+        `padded_with_mask`; a row's outputs at its own tokens have to be those of these tokens alone
     window: how many tokens back the module sees without its memory, which has to change outputs beyond that
     splits: the lengths of the pieces to feed; by default single tokens, uneven and random pieces
     poison: also put NaN into later tokens, and note where it spoils earlier outputs
@@ -73,12 +79,14 @@ def audit(
         replaced = futures(subject, cuts, subject.others, "replaced")
         absent = futures(subject, cuts, subject.others[:, :0], "absent")
         streamed = () if stream is None else pieces(subject, stream, splits or default_splits(count, generator))
+        filled = () if padded is None else paddings(subject, padded)
         findings = (
             judged("future", LATER, replaced, tolerance),
             judged("gradient", LATER, gradients(subject, cuts), tolerance),
             judged("prefix", LATER, absent, tolerance),
             judged("batch", ROWS, rows(subject), tolerance),
             judged("pieces", PIECES, streamed, tolerance),
+            judged("padding", PADDING, filled, tolerance),
             reach(subject, window, tolerance),
         )
         if poison and inputs.is_floating_point():
@@ -93,6 +101,12 @@ def stream_with_state(module: nn.Module, piece: Tensor, state: Any) -> tuple[Ten
     """A `stream` for modules that are called as `module(piece, state=state) -> (outputs, state)`, like NeuralMemory."""
     outputs, state, *_ = module(piece, state=state)
     return outputs, state
+
+
+def padded_with_mask(module: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
+    """A `padded` for modules that are called as `module(inputs, attention_mask=mask)`, like language models here."""
+    outputs = module(inputs, attention_mask=mask)
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def first_output(module: nn.Module, inputs: Tensor) -> Tensor:

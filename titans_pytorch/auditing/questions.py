@@ -16,6 +16,9 @@ from titans_pytorch.auditing.subject import Subject, largest, per_token
 Stream = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Any]]
 """(module, piece, state) -> (outputs of the piece, state), state None at first"""
 
+Padded = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(module, inputs, mask) -> outputs, the mask (b t) being False at padding"""
+
 Trace = tuple[str, Tensor]
 """What was done, and how much each output then changed: (b t)"""
 
@@ -95,6 +98,35 @@ def pieces(subject: Subject, stream: Stream, splits: Sequence[Sequence[int]]) ->
         except Exception as error:
             label = f"{label}, which raises {error!r}"
         yield label, subject.changes(fed, subject.clean)
+
+
+def masks(batch: int, count: int, generator: Generator) -> Iterator[tuple[str, Tensor]]:
+    """Padding of different kinds, another number of tokens in every row.  (b t)"""
+    fewer = 1 + (torch.arange(batch) + count // 3) % max(count // 2, 1)
+    place = torch.arange(count)
+    yield "on the left", place >= fewer[:, None]
+    yield "on the right", place < count - fewer[:, None]
+    yield "inside", (place < count // 3) | (place >= count // 3 + fewer[:, None])
+    drawn = torch.rand(batch, count, generator=generator) < 0.6
+    yield "anywhere", drawn | (place == count // 2)
+
+
+def paddings(subject: Subject, padded: Padded) -> Iterator[Trace]:
+    """Outputs at the tokens of padded rows beside those of the same tokens alone."""
+    batch, count = subject.inputs.shape[:2]
+    for kind, mask in masks(batch, count, subject.generator):
+        mask = mask.to(subject.inputs.device)
+        mixed, alone = subject.others.clone(), torch.full_like(subject.clean, math.nan)
+        for row, own in enumerate(mask):
+            tokens = subject.inputs[row, : int(own.sum())]
+            mixed[row, own] = tokens
+            alone[row, own] = subject.answer(tokens[None])[0]
+        label = f"with padding {kind}"
+        try:
+            outputs = per_token(padded(subject.module, mixed, mask), mixed)
+        except Exception as error:
+            label, outputs = f"{label}, which raises {error!r}", torch.full_like(alone, math.nan)
+        yield label, torch.where(mask, subject.changes(outputs, alone), 0.0)
 
 
 def judged(name: str, question: str, traces: Iterable[Trace], tolerance: float) -> Finding:

@@ -56,6 +56,16 @@ def check_ids(name: str, ids: Any, num_tokens: int | None, at_least: int) -> Non
             raise ValueError(f"{name} must be from 0 to {num_tokens - 1}, got ids from {int(low)} to {int(high)}")
 
 
+def check_labels(name: str, labels: Tensor, num_tokens: int, ignored: int) -> None:
+    """labels: ids, or `ignored`"""
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = torch.where(labels == ignored, 0, labels).aminmax()
+        if low < 0 or high >= num_tokens:
+            raise ValueError(
+                f"{name} must be from 0 to {num_tokens - 1}, or {ignored}, got labels from {int(low)} to {int(high)}"
+            )
+
+
 def check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
     """mask: boolean, with a value for every token"""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

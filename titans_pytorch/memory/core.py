@@ -24,8 +24,9 @@ from titans_pytorch.memory.costs import Representation, Sizes
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
 from titans_pytorch.memory.plan import Layout
 from titans_pytorch.memory.projections import Projections, StoredTokens
-from titans_pytorch.memory.state import NeuralMemState, Updates, restarted
+from titans_pytorch.memory.state import AnyState, NeuralMemState, Updates, restarted
 from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
+from titans_pytorch.ragged.state import RaggedState
 
 TRANSITION = -5.0
 """What the logit of going to new weights starts with, where a base is renewed"""
@@ -177,12 +178,15 @@ class MemoryCore(Projections):
         updates, tails = Updates(0, 0, weights, []), self.fresh_tails(batch)
         return NeuralMemState(0, weights, waiting, (weights, self.init_momentum(batch)), updates, tails=tails)
 
-    def reset(self, state: NeuralMemState, rows: Tensor | None = None) -> NeuralMemState:
+    def reset(self, state: AnyState, rows: Tensor | None = None) -> AnyState:
         """Let some sequences of a batch forget everything, waiting tokens included, as where a new document begins.
 
-        rows: (b) bool, None: all. Positions are common to a batch and go on, so chunks and batches keep their borders.
+        rows: (b) bool, None: all. Positions are common to a batch and go on, so chunks and batches keep their borders;
+        in a `RaggedState` every sequence has a position of its own, and begins anew with that, too.
         """
         batch = state.batch
+        if isinstance(state, RaggedState):
+            return state.restart([True] * batch if rows is None else rows)
         rows = torch.ones(batch, dtype=torch.bool, device=state.waiting.device) if rows is None else rows
         tensor_checks.check_mask("rows", rows, (batch,))
         return restarted(state, self.init_state(batch), rows)

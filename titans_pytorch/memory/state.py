@@ -24,8 +24,10 @@ from titans_pytorch.memory.rows import (
     selected,
 )
 from titans_pytorch.public_names import register_state
+from titans_pytorch.ragged.state import RaggedState
 
 Tree = TypeVar("Tree")
+AnyState = TypeVar("AnyState", "NeuralMemState", RaggedState)
 
 
 def cut(tree: Tree) -> Tree:
@@ -238,9 +240,9 @@ class NeuralMemState(NamedTuple):
         return self._replace(cache_store_mask=mask)
 
 
-def mem_state_detach(state: NeuralMemState) -> NeuralMemState:
+def mem_state_detach(state: AnyState) -> AnyState:
     """Cut a state from the graph of what came before, for truncated backpropagation through time."""
-    if not isinstance(state, NeuralMemState):
+    if not isinstance(state, NeuralMemState | RaggedState):
         raise TypeError(f"state must be a NeuralMemState, got {type(state).__name__}")
     return state.detach()
 

@@ -10,6 +10,7 @@ from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.layers.feed_forward import SwiGLU
 from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.pretrained import Pretrained
+from titans_pytorch.ragged import Marks, RaggedState, marks_of, read_marked
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.mixers import MIXERS
 from titans_pytorch.titans.state import TitansState, parts_of, resting
@@ -34,7 +35,7 @@ class Read(NamedTuple):
     """What a model answers to a piece of a sequence."""
 
     outputs: Tensor  # (b n ...)
-    state: TitansState
+    state: Any  # a TitansState, or a RaggedState where rows differ in length
 
 
 class TitansBackbone(Pretrained, nn.Module):
@@ -57,8 +58,29 @@ class TitansBackbone(Pretrained, nn.Module):
         self.blocks, self.parts = nn.ModuleList(blocks), [block.mixer.parts for block in blocks]
         self.norm = RMSNorm(config.dim)
 
-    def forward(self, x: Tensor, state: TitansState | None = None) -> Read:
-        """The next tokens of a sequence.  x: (b n dim) -> (b n dim), normed, and what the next piece needs"""
+    def forward(
+        self,
+        x: Tensor,
+        state: TitansState | RaggedState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Read:
+        """The next tokens of sequences.  x: (b n dim) -> (b n dim), normed, and what the next piece needs
+
+        attention_mask: (b n), False or 0 for padding, which leaves no trace, and where outputs are 0;
+        document_ids: (b n), another document begins where the number changes; cu_seqlens: (k + 1), the same of a
+        single row, as borders
+        """
+        tensor_checks.check_tokens("x", x, dim=self.config.dim, dtype=self.norm.weight.dtype)
+        marks = marks_of(attention_mask, document_ids, cu_seqlens, x.shape[:2])
+        if marks is None and not isinstance(state, RaggedState):
+            return Read(*self.read(x, state))
+        return Read(*read_marked(self.read, x, marks or Marks(None, None), state))
+
+    def read(self, x: Tensor, state: TitansState | None) -> tuple[Tensor, TitansState]:
+        """The next tokens of sequences at one position.  x: (b n dim) -> (b n dim), normed, and the next state"""
         tensor_checks.check_tokens("x", x, dim=self.config.dim, dtype=self.norm.weight.dtype)
         start = 0
         if state is not None:
@@ -68,7 +90,7 @@ class TitansBackbone(Pretrained, nn.Module):
         for number, block in enumerate(self.blocks):
             x, layer = block(x, start, None if state is None else state.layers[number])
             layers.append(resting(layer))
-        return Read(self.norm(x), TitansState(start + x.shape[1], x.shape[0], tuple(layers)))
+        return self.norm(x), TitansState(start + x.shape[1], x.shape[0], tuple(layers))
 
     def check_state(self, state: TitansState, batch: int) -> None:
         """Refuse a state of another kind of model or of another number of sequences."""

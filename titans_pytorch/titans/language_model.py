@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.causal_lm import BatchOptions, CausalLM
 from titans_pytorch.checks import value_checks
 from titans_pytorch.pretrained import Pretrained
+from titans_pytorch.ragged import RaggedState
 from titans_pytorch.sampling import min_p_filter
 from titans_pytorch.titans.backbone import Read, TitansBackbone
 from titans_pytorch.titans.config import TitansConfig, Variant
@@ -48,14 +49,40 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
     def config(self) -> TitansConfig:
         return self.backbone.config
 
-    def forward(self, ids: Tensor, state: TitansState | None = None) -> Read:
-        """ids: (b n) -> logits (b n num_tokens), and what the next piece needs"""
-        return Read(*self.logits_and_state(ids, state))
+    def forward(
+        self,
+        ids: Tensor | None = None,
+        state: TitansState | RaggedState | None = None,
+        *,
+        embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Read:
+        """Logits of the token after each, of a sequence or of its next piece.
+
+        Args:
+            ids: (b n)
+            state: what the piece before returned; None: sequences begin
+            embeds: (b n dim), instead of ids
+            attention_mask: (b n), False or 0 for padding anywhere in a row: it leaves no trace, and outputs there are 0
+            document_ids: (b n), another document begins where the number changes, and is read as if it were alone
+            cu_seqlens: (k + 1), the borders between documents of a single row, from 0 to n
+
+        Returns: logits (b n num_tokens), and what the next piece needs: a `RaggedState` where rows differ in length
+        """
+        given = BatchOptions(
+            embeds=embeds, attention_mask=attention_mask, document_ids=document_ids, cu_seqlens=cu_seqlens
+        )
+        return Read(*self.logits_and_state(ids, state, given=given))
 
     def hidden_states(self, ids: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
         """All blocks.  ids: (b n) -> (b n dim), normed, and what the next piece needs"""
-        outputs, state = self.backbone(self.token_emb(ids), state)
-        return outputs, state
+        return self.hidden_of(self.token_emb(ids), state)
+
+    def hidden_of(self, x: Tensor, state: TitansState | None = None, **reading: Any) -> tuple[Tensor, TitansState]:
+        """`hidden_states` of tokens that are embedded.  x: (b n dim)"""
+        return self.backbone.read(x, state)
 
     @torch.no_grad()
     def sample(
@@ -67,7 +94,8 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
         filter_kwargs: Mapping[str, Any] | None = None,
         *,
         use_cache: bool = True,
-        state: TitansState | None = None,
+        state: TitansState | RaggedState | None = None,
+        attention_mask: Tensor | None = None,
         stop_token: int | None = None,
         generator: Generator | None = None,
         show_progress: bool = False,
@@ -76,14 +104,16 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
 
         temperature: 0 is greedy; filter_fn: (logits, **filter_kwargs) -> logits with removed tokens at -inf, by
         default min-p with min_p=0.1; use_cache: False reads everything again for each token, to the same end;
-        state: of tokens that were read before the prompt (and do not count); stop_token: after which a row only
-        repeats it, and where all rows have it sampling ends; generator: makes samples reproducible
+        state: of tokens that were read before the prompt (and do not count); attention_mask: (b n), False or 0 for
+        padding of the prompt, wherever it is; stop_token: after which a row only repeats it, and where all rows have
+        it sampling ends; generator: makes samples reproducible
         """
         return self.continued(
             prompt,
             seq_len,
             state,
             uses_state=use_cache,
+            attention_mask=attention_mask,
             temperature=temperature,
             filter_fn=filter_fn,
             filter_kwargs=filter_kwargs,
