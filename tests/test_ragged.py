@@ -282,6 +282,17 @@ def test_what_is_stored_instead_is_padded_alike(has_views: bool) -> None:
         memory(seq, attention_mask=mask, return_surprises=True)
 
 
+@pytest.mark.parametrize("marks", [{}, dict(document_ids=torch.arange(9).expand(2, 9) // 2)])
+def test_outputs_without_states(marks: dict[str, Tensor]) -> None:
+    backbone: Any = model_of("TitansBackbone, mag")
+    x, mask = tokens_of("TitansBackbone, mag", 2, 9), torch.arange(9) < torch.tensor([[9], [5]])
+    outputs = backbone.outputs(x, attention_mask=mask, document_ids=marks.get("document_ids"))
+    expected, _ = backbone(x, attention_mask=mask, document_ids=marks.get("document_ids"))
+    assert_close(outputs, expected, **EXACT)
+    nothing = backbone.outputs(x, attention_mask=torch.zeros(2, 9), document_ids=marks.get("document_ids"))
+    assert not nothing.any(), "a batch of padding says nothing, but it is read"
+
+
 # ---- the state
 
 
@@ -451,6 +462,24 @@ def test_every_token_is_read_once(num_lengths: int) -> None:
     calls.clear()
     read_without_state(noted, x[:1], Marks(None, torch.tensor([[0, 1, 2, 3, 4, 4, 5, 5, 5]])), None)
     assert sorted(calls) == [(2, 3), (4, 1)], "two and three tokens are of about one length"
+
+
+def test_processes_that_share_parameters_make_equally_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def noted(piece: Tensor, state: Any) -> tuple[Tensor, Any]:
+        calls.append(piece.shape[0])
+        return backbone.read(piece, state)
+
+    backbone: Any = model_of("TitansBackbone, lmm")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    x = tokens_of("TitansBackbone, lmm", 1, 9)
+    documents = torch.tensor([[0, 1, 2, 3, 4, 4, 5, 5, 5]])
+    outputs = read_without_state(noted, x, Marks(None, documents), None)
+    assert calls == [6]
+    monkeypatch.undo()
+    assert_close(outputs, backbone(x, document_ids=documents)[0], **EXACT)
 
 
 # ---- what is refused

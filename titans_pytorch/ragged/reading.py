@@ -145,8 +145,10 @@ def read_documents(read: Read, x: Tensor, marks: Marks, state: Any, *, has_end: 
     packing = RealFirst.of(mask)
     packed = packing.pack(x)
     found = stretches(packing.pack(documents), mask.sum(dim=1), state, len(x))  # type: ignore[arg-type]
-    if not found:
+    if not found and has_end:
         raise ValueError("attention_mask must have at least one real token, got only padding")
+    if not found:  # all the same a call, as of processes that share parameters all have to make it
+        return packing.unpack(without_ends(read, packed, groups_of(state, len(x)))), None
     last = {document.row: number for number, document in enumerate(found)} if has_end else {}
     ends = [found[number] for number in last.values()]
     others = [document for number, document in enumerate(found) if number not in set(last.values())]
@@ -185,7 +187,14 @@ def stretches(documents: Tensor, lengths: Tensor, state: Any, batch: int) -> lis
 
 
 def buckets(documents: list[Document]) -> list[list[Document]]:
-    """Documents that are read at once: less than half of what is read is behind the end of one."""
+    """Documents that are read at once: less than half of what is read is behind the end of one.
+
+    In one of several processes all of them, so that every process calls the model equally often: blocks whose
+    parameters are shared out are gathered in each call.
+    """
+    is_one_of_many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_one_of_many and torch.distributed.get_world_size() > 1:
+        return [documents] if documents else []
     by_size: dict[int, list[Document]] = {}
     for document in documents:
         by_size.setdefault(document.length.bit_length(), []).append(document)

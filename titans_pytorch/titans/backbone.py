@@ -10,7 +10,7 @@ from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.layers.feed_forward import SwiGLU
 from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.pretrained import Pretrained
-from titans_pytorch.ragged import Marks, RaggedState, marks_of, read_marked
+from titans_pytorch.ragged import Marks, RaggedState, marks_of, read_marked, read_without_state
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.mixers import MIXERS
 from titans_pytorch.titans.state import TitansState, parts_of, resting
@@ -78,6 +78,20 @@ class TitansBackbone(Pretrained, nn.Module):
         if marks is None and not isinstance(state, RaggedState):
             return Read(*self.read(x, state))
         return Read(*read_marked(self.read, x, marks or Marks(None, None), state))
+
+    def outputs(
+        self,
+        x: Tensor,
+        state: TitansState | RaggedState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """The outputs of `forward` alone: with padding, rows of different lengths are read in one call."""
+        tensor_checks.check_tokens("x", x, dim=self.config.dim, dtype=self.norm.weight.dtype)
+        marks = marks_of(attention_mask, document_ids, cu_seqlens, x.shape[:2])
+        return read_without_state(self.read, x, marks, state)
 
     def read(self, x: Tensor, state: TitansState | None) -> tuple[Tensor, TitansState]:
         """The next tokens of sequences at one position.  x: (b n dim) -> (b n dim), normed, and the next state"""
