@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from titans_pytorch.attention.segmented import SegmentedAttention
 from titans_pytorch.auditing.audit import audit
+from titans_pytorch.conversations import ConversationPool
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.initialization import reset_parameters
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
@@ -18,7 +19,7 @@ from titans_pytorch.memory_models import (
 from titans_pytorch.nested_attention import NestedAttention
 from titans_pytorch.neural_memory import NeuralMemory, NeuralMemState, mem_state_detach
 from titans_pytorch.ragged.state import RaggedState
-from titans_pytorch.state_files import load_state, save_state
+from titans_pytorch.state_files import load_state, save_state, state_from_bytes, state_to_bytes
 from titans_pytorch.titans import (
     TitansBackbone,
     TitansConfig,
@@ -35,6 +36,7 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0.6.0"
 
 __all__ = [
+    "ConversationPool",
     "FactorizedMemoryMLP",
     "GatedResidualMemoryMLP",
     "ImplicitMLPAttention",
@@ -62,4 +64,6 @@ __all__ = [
     "mem_state_detach",
     "reset_parameters",
     "save_state",
+    "state_from_bytes",
+    "state_to_bytes",
 ]

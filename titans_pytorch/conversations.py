@@ -1,0 +1,197 @@
+"""Many conversations with one model, each at a position of its own: opened, continued, forked, taken back, put away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.ragged.reading import with_ends
+from titans_pytorch.ragged.state import Group, RaggedState, position
+from titans_pytorch.sampling import evaluating
+from titans_pytorch.state_files import State, state_from_bytes, state_to_bytes
+
+
+class ConversationPoint(NamedTuple):
+    """A point of a conversation: a row of a state that those share which were read together."""
+
+    state: Any  # of the model; None: nothing has been read
+    row: int
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens have been read."""
+        return position(self.state)
+
+    def alone(self) -> State | None:
+        """The state of this conversation by itself."""
+        return None if self.state is None else self.state.select([self.row])
+
+
+class ConversationPool:
+    """The states of many conversations, read together where they are at one position.
+
+        pool = ConversationPool(model)
+        ann, bob = pool.open(), pool.open()
+        logits = pool.advance({ann: ids, bob: other_ids})    # any lengths; of the token after the last, (num_tokens)
+        draft = pool.fork(ann)                               # goes on by itself, and copies nothing
+        point = pool.keep(ann)
+        pool.advance({ann: more_ids})
+        pool.rollback(ann, point)                            # as if the last call had not been
+        data = pool.snapshot(bob)                            # bytes; pool.restore(data) opens it again, anywhere
+        pool.close(bob)
+
+    Conversations that were read together share one state until they part, so that going on together copies nothing.
+    Every answer is what the conversation alone would get. No gradients; for one thread.
+    """
+
+    def __init__(self, model: CausalLM[Any]) -> None:
+        if not isinstance(model, CausalLM):
+            raise TypeError(f"model must be a language model of this library, got {type(model).__name__}")
+        self.model = model
+        self.points: dict[int, ConversationPoint] = {}
+        self.num_opened = 0
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __contains__(self, conversation: object) -> bool:
+        return conversation in self.points
+
+    def open(self, state: Any = None) -> int:
+        """A new conversation, which has read nothing, or what a state of a single sequence has.  -> its number"""
+        if state is not None and state.batch != 1:
+            raise ValueError(f"state must be of one sequence, got {state.batch}")
+        if isinstance(state, RaggedState):
+            state = state.states[0]
+        return self.enter(ConversationPoint(state, 0))
+
+    def close(self, conversation: int) -> None:
+        """Forget a conversation."""
+        self.point(conversation)
+        del self.points[conversation]
+
+    def num_tokens(self, conversation: int) -> int:
+        """How many tokens it has read."""
+        return self.point(conversation).num_tokens
+
+    @torch.no_grad()
+    def advance(self, tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Read the next tokens of some conversations.  tokens: ids (n) of each -> logits behind its last"""
+        if not tokens:
+            return {}
+        for conversation, ids in tokens.items():
+            self.point(conversation)
+            if not isinstance(ids, Tensor) or ids.ndim != 1 or len(ids) == 0:
+                got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+                raise ValueError(f"tokens of a conversation must be ids (n), at least one, got {got}")
+            self.model.check_ids("tokens", ids[None])
+        order = sorted(tokens, key=self.place_of)
+        lengths = [len(tokens[each]) for each in order]
+        x = nn.utils.rnn.pad_sequence([tokens[each] for each in order], batch_first=True)
+        with evaluating(self.model):
+            hidden, after = with_ends(self.model.hidden_states, x, lengths, self.groups(order))
+            last = torch.tensor(lengths, device=x.device) - 1
+            logits = self.model.logits(hidden[torch.arange(len(order), device=x.device), last])
+        for rows, state in after:
+            for place, row in enumerate(rows):
+                self.points[order[row]] = ConversationPoint(state, place)
+        self.part()
+        return dict(zip(order, logits, strict=True))
+
+    def fork(self, conversation: int) -> int:
+        """Another conversation that has read the same.  -> its number"""
+        return self.enter(self.point(conversation))
+
+    def keep(self, conversation: int) -> ConversationPoint:
+        """Where a conversation is, to come back to by `rollback`."""
+        return self.point(conversation)
+
+    def rollback(self, conversation: int, point: ConversationPoint) -> None:
+        """Take back all that was read since a point that was kept."""
+        self.point(conversation)
+        if not isinstance(point, ConversationPoint):
+            raise TypeError(f"point must be what keep returned, got {type(point).__name__}")
+        self.points[conversation] = point
+
+    def snapshot(self, conversation: int) -> bytes:
+        """A conversation as bytes, with the fingerprint of the model; its state only, not its tokens."""
+        state = self.point(conversation).alone()
+        if state is None:
+            raise ValueError(f"conversation {conversation} must have read a token to be kept as bytes, got none")
+        return state_to_bytes(state, self.model)
+
+    def restore(self, data: bytes) -> int:
+        """Open what `snapshot` gave, of this model with these weights.  -> its number"""
+        device = next(self.model.parameters()).device
+        return self.open(state_from_bytes(data, device, self.model))
+
+    def state(self, conversation: int) -> State | None:
+        """The state of a conversation, of one sequence; None: it has read nothing."""
+        return self.point(conversation).alone()
+
+    # ---- what is shared
+
+    def place_of(self, conversation: int) -> tuple[int, int, int]:
+        """In this order conversations that share a state stand as they do in it."""
+        point = self.points[conversation]
+        return point.num_tokens, id(point.state), point.row
+
+    def point(self, conversation: int) -> ConversationPoint:
+        """Where a conversation is."""
+        if conversation not in self.points:
+            raise KeyError(f"conversation must be open, got {conversation!r}")
+        return self.points[conversation]
+
+    def enter(self, point: ConversationPoint) -> int:
+        """A new conversation at a point."""
+        self.num_opened += 1
+        self.points[self.num_opened] = point
+        return self.num_opened
+
+    def groups(self, order: list[int]) -> list[Group]:
+        """Conversations at one position as one state each; those that share one already, and all of it, as it is."""
+        by_position: dict[tuple[int, bool], list[int]] = {}
+        for place, conversation in enumerate(order):
+            point = self.points[conversation]
+            by_position.setdefault((point.num_tokens, point.state is None), []).append(place)
+        return [
+            Group(tuple(places), joined([self.points[order[place]] for place in places]))
+            for places in by_position.values()
+        ]
+
+    def part(self) -> None:
+        """Conversations that stayed behind take what is theirs of a state whose other rows went on."""
+        shared: dict[int, list[int]] = {}
+        for conversation, point in self.points.items():
+            if point.state is not None:
+                shared.setdefault(id(point.state), []).append(conversation)
+        for conversations in shared.values():
+            state = self.points[conversations[0]].state
+            rows = sorted({self.points[each].row for each in conversations})
+            if 2 * len(rows) <= state.batch:
+                own, places = state.select(rows), {row: place for place, row in enumerate(rows)}
+                for each in conversations:
+                    self.points[each] = ConversationPoint(own, places[self.points[each].row])
+
+
+def joined(points: list[ConversationPoint]) -> State | None:
+    """One state of points at one position, in order."""
+    first = points[0].state
+    if first is None:
+        return None
+    if all(point.state is first for point in points) and [p.row for p in points] == list(range(first.batch)):
+        return first
+    parts: list[tuple[Any, list[int]]] = []
+    for point in points:
+        if not parts or parts[-1][0] is not point.state:
+            parts.append((point.state, []))
+        parts[-1][1].append(point.row)
+    selected = [state.select(rows) for state, rows in parts]
+    return selected[0] if len(selected) == 1 else type(first).join(selected)
+
+
+__all__ = ["ConversationPoint", "ConversationPool"]
