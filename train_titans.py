@@ -8,7 +8,7 @@
 """python train_titans.py --variant mag: byte-level language models, the memory as context, gate, layer or alone."""
 
 from titans_pytorch.training import start
-from titans_pytorch.training.models import TitansModel
+from titans_pytorch.training.models import PaperModel
 
 PRESETS = dict(
     debug=dict(
@@ -28,4 +28,4 @@ PRESETS = dict(
 )
 
 if __name__ == "__main__":
-    raise SystemExit(start("titans", TitansModel, PRESETS))
+    raise SystemExit(start("titans", PaperModel, PRESETS))

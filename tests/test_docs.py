@@ -34,6 +34,8 @@ PAGES = {
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"))
 }
 FENCE = re.compile(r"^ *```(.*?)\n(.*?)^ *```$", flags=re.MULTILINE | re.DOTALL)
+OF_EXTRAS = {"titans_pytorch.hf": "transformers"}
+"""Parts that a page may import, and the packages they need, which a machine may lack; CI has them"""
 OPTIONS = {*inspect.signature(NeuralMemory.__init__).parameters, *TitansConfig.__dataclass_fields__}
 
 
@@ -72,6 +74,9 @@ def _own_registries() -> Iterator[None]:
 @pytest.mark.usefixtures("_own_registries")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part, package in OF_EXTRAS.items():
+        if any(part in block.text for block in blocks(page, "python")):
+            pytest.importorskip(package, reason=f"{part} needs {package}")
     monkeypatch.chdir(tmp_path)
     module = ModuleType(f"page_{re.sub(r'[^a-z]', '_', page.lower())}")
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -35,7 +35,7 @@ from tests.support.titans_configurations import (
 )
 from titans_pytorch import NeuralMemory, TitansBackbone, TitansConfig, TitansState, audit, load_state, save_state
 from titans_pytorch.titans.config import PAPER_TOKENS, SIZES, preset
-from titans_pytorch.training.models import TitansModel
+from titans_pytorch.training.models import PaperModel
 from titans_pytorch.training.next_token import NextTokenLoss
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
@@ -319,7 +319,7 @@ def test_a_backbone_can_be_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_trainer_trains_the_model_itself(variant: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    built = TitansModel(variant=variant, dim=32, depth=1, heads=2, memory_heads=2).build().eval()  # type: ignore[arg-type]
+    built = PaperModel(variant=variant, dim=32, depth=1, heads=2, memory_heads=2).build().eval()  # type: ignore[arg-type]
     assert type(built) is MODELS[variant]
     ids, trained = random_ids(2, 12), NextTokenLoss(built)
     built.save_pretrained(tmp_path)

@@ -28,7 +28,7 @@ from titans_pytorch import (
 )
 from titans_pytorch.training import runs_command, start
 from titans_pytorch.training.checkpoints import last
-from titans_pytorch.training.models import MACModel, TitansModel
+from titans_pytorch.training.models import MACModel, PaperModel
 from titans_pytorch.training.runs import Run
 
 FOLDER = Path(__file__).parent / "written_before"
@@ -74,7 +74,7 @@ def test_a_run(name: str, kind: type) -> None:
 
 @pytest.mark.parametrize(
     "name, script, presets, kind",
-    [("run_titans", "titans", train_titans.PRESETS, TitansModel), ("run_mac", "mac", train_mac.PRESETS, MACModel)],
+    [("run_titans", "titans", train_titans.PRESETS, PaperModel), ("run_mac", "mac", train_mac.PRESETS, MACModel)],
     ids=["titans", "mac"],
 )
 def test_a_run_samples_and_goes_on(name: str, script: str, presets: Any, kind: Any, tmp_path: Path) -> None:

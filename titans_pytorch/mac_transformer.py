@@ -15,6 +15,7 @@ from titans_pytorch.attention.key_values import KeyValueCache
 from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
 from titans_pytorch.causal_lm import BatchOptions, CausalLM
 from titans_pytorch.checks import tensor_checks
+from titans_pytorch.layers.calling import Call, plainly
 from titans_pytorch.mac.ahead import NOTHING_AHEAD, Ahead
 from titans_pytorch.mac.axial import AxialPositions, Factors
 from titans_pytorch.mac.cache import LayerCache, MACCache
@@ -282,8 +283,13 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         disable_flex_attn: bool = False,
         factorized_pos_emb: Factors | None = None,
         ahead: Ahead | None = None,
+        call: Call = plainly,
     ) -> tuple[Tensor, MACCache]:
-        """`hidden_states` of tokens that are embedded.  x: (b n dim)"""
+        """`hidden_states` of tokens that are embedded.  x: (b n dim)
+
+        call: how a layer is called, (layer, *arguments) -> streams (b n' s dim), which have the long-term tokens
+        between them, and what the layer hands on
+        """
         if state is not None:
             self.check_cache(state, x.shape[0])
         num_before, count = 0 if state is None else state.num_tokens, x.shape[1]
@@ -300,7 +306,7 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         befores: Sequence[LayerCache | None]
         befores = [None] * len(self.layers) if state is None else state.layers(self.have_memory)
         for layer, before, part in zip(self.layers, befores, of_layers, strict=True):
-            streams, passed, after = layer(streams, passed, before, disable_flex_attn, part)
+            streams, passed, after = call(layer, streams, passed, before, disable_flex_attn, part)
             kept.append(after if after.memory is None else after._replace(memory=after.memory.at_rest()))
         hidden = self.lengthened.drop(streams.sum(dim=2), num_before, count)
         return hidden, MACCache.of(num_before + count, kept)

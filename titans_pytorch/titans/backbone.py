@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from titans_pytorch.checks import tensor_checks, value_checks
+from titans_pytorch.layers.calling import Call, plainly
 from titans_pytorch.layers.feed_forward import SwiGLU
 from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.pretrained import Pretrained
@@ -93,8 +94,14 @@ class TitansBackbone(Pretrained, nn.Module):
         marks = marks_of(attention_mask, document_ids, cu_seqlens, x.shape[:2])
         return read_without_state(self.read, x, marks, state)
 
-    def read(self, x: Tensor, state: TitansState | None) -> tuple[Tensor, TitansState]:
-        """The next tokens of sequences at one position.  x: (b n dim) -> (b n dim), normed, and the next state"""
+    def read(
+        self, x: Tensor, state: TitansState | None = None, *, call: Call = plainly
+    ) -> tuple[Tensor, TitansState]:
+        """The next tokens of sequences at one position.  x: (b n dim) -> (b n dim), normed, and the next state
+
+        call: how a block is called, (block, *arguments) -> (b n dim) and its state: through `torch.utils.checkpoint`,
+        say, or noting what comes out
+        """
         tensor_checks.check_tokens("x", x, dim=self.config.dim, dtype=self.norm.weight.dtype)
         start = 0
         if state is not None:
@@ -102,7 +109,7 @@ class TitansBackbone(Pretrained, nn.Module):
             start = state.num_tokens
         layers = []
         for number, block in enumerate(self.blocks):
-            x, layer = block(x, start, None if state is None else state.layers[number])
+            x, layer = call(block, x, start, None if state is None else state.layers[number])
             layers.append(resting(layer))
         return self.norm(x), TitansState(start + x.shape[1], x.shape[0], tuple(layers))
 

@@ -135,7 +135,7 @@ OLD_SETTINGS = {"persistent_tokens": "num_persistent", "memory_max_lr": "max_ste
 
 
 @dataclass(frozen=True)
-class TitansModel(TitansConfig):
+class PaperModel(TitansConfig):
     """The four models of the paper: every field of their config is an option, and which of them it is."""
 
     dim: int = 384

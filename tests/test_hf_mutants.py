@@ -1,0 +1,130 @@
+"""What is between the library and transformers, broken on purpose: a test of its behaviour has to notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="titans_pytorch.hf needs transformers, the extra hf")
+
+from transformers import PreTrainedModel
+
+from tests import test_hf_generation as generation
+from tests import test_hf_models as models
+from titans_pytorch.hf import cache, heads, pretrained_model, ragged
+from titans_pytorch.hf import models as hf_models
+
+Patcher = pytest.MonkeyPatch
+
+
+def weights_begin_as_transformers_has_them(patcher: Patcher) -> None:
+    patcher.setattr(pretrained_model.TitansPreTrainedModel, "_init_weights", PreTrainedModel._init_weights)
+
+
+def what_a_file_lacks_is_zero(patcher: Patcher) -> None:
+    def zeroing(self: Any, module: Any) -> None:
+        for tensor in pretrained_model.own_tensors(module).values():
+            if self.was_on_meta and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                torch.nn.init.zeros_(tensor)
+
+    patcher.setattr(pretrained_model.TitansPreTrainedModel, "_init_weights", zeroing)
+
+
+def padding_is_read(patcher: Patcher) -> None:
+    patcher.setattr(hf_models, "checked_mask", lambda mask, x: None)
+
+
+def masks_begin_with_the_first_token(patcher: Patcher) -> None:
+    def misplaced(mask: Tensor | None, x: Tensor) -> Tensor | None:
+        return None if mask is None else mask[:, : x.shape[1]].bool()
+
+    patcher.setattr(hf_models, "checked_mask", misplaced)
+
+
+def padded_tokens_stay_where_they_are(patcher: Patcher) -> None:
+    patcher.setattr(ragged, "real_first", lambda mask: torch.arange(mask.shape[1]).expand(mask.shape))
+
+
+def groups_keep_all_rows(patcher: Patcher) -> None:
+    """Rows that have ended take the state of the first ones that have."""
+    patcher.setattr(
+        ragged, "chosen", lambda state, rows: None if state is None else state.select(torch.arange(int(rows.sum())))
+    )
+
+
+def beams_stay_in_their_rows(patcher: Patcher) -> None:
+    patcher.setattr(cache.TitansCache, "reorder_cache", lambda self, beam_idx: None)
+
+
+def nothing_is_taken_back(patcher: Patcher) -> None:
+    patcher.setattr(cache.TitansCache, "crop", lambda self, tokens_to_remove: None)
+
+
+def all_of_a_call_is_taken_back(patcher: Patcher) -> None:
+    original = cache.TitansCache.crop
+
+    def forgetful(self: cache.TitansCache, tokens_to_remove: int) -> None:
+        length = self.get_seq_length() + tokens_to_remove
+        original(self, tokens_to_remove)
+        self.pending, self.num_read = None, length
+
+    patcher.setattr(cache.TitansCache, "crop", forgetful)
+
+
+def padded_labels_count(patcher: Patcher) -> None:
+    patcher.setattr(heads, "without_padding", lambda labels, mask: labels)
+
+
+def documents_run_into_each_other(patcher: Patcher) -> None:
+    patcher.setattr(hf_models, "document_starts", lambda *_: None)
+
+
+def states_are_not_kept(patcher: Patcher) -> None:
+    original = ragged.read_on
+
+    def forgetting(read: Any, x: Tensor, mask: Any, groups: Any) -> Any:
+        outputs, _ = original(read, x, mask, groups)
+        return outputs, groups
+
+    patcher.setattr(cache, "read_on", forgetting)
+
+
+def trace(padded: Callable[..., Any], use_cache: bool) -> Callable[[Path], None]:
+    return lambda _: models.test_a_padded_token_leaves_no_trace("mag", padded, use_cache)
+
+
+CAUGHT: list[tuple[Callable[[Patcher], None], Callable[[Path], None]]] = [
+    (weights_begin_as_transformers_has_them, lambda _: models.test_models_begin_as_those_of_the_library("mag")),
+    (what_a_file_lacks_is_zero, lambda to: models.test_what_a_file_lacks_begins_as_it_does_in_the_library("mag", to)),
+    (padding_is_read, trace(models.left_padded, False)),
+    (padding_is_read, trace(models.with_holes, True)),
+    (
+        masks_begin_with_the_first_token,
+        lambda _: generation.test_prompts_of_different_lengths_are_continued_as_each_alone("mag"),
+    ),
+    (padded_tokens_stay_where_they_are, trace(models.left_padded, False)),
+    (padded_tokens_stay_where_they_are, trace(models.with_holes, True)),
+    (groups_keep_all_rows, lambda _: generation.test_prompts_of_different_lengths_are_continued_as_each_alone("mag")),
+    (beams_stay_in_their_rows, lambda _: generation.test_beams_are_those_of_a_search_without_cache("mag")),
+    (nothing_is_taken_back, lambda _: generation.test_prompt_lookup_is_greedy("mag", 5)),
+    (all_of_a_call_is_taken_back, lambda _: generation.test_a_rollback_leaves_no_trace("mag")),
+    (
+        padded_labels_count,
+        lambda _: models.test_a_padded_batch_has_the_loss_and_gradients_of_its_rows("mag", models.left_padded),
+    ),
+    (documents_run_into_each_other, lambda _: models.test_documents_of_a_row_are_read_as_if_alone("mag", True)),
+    (states_are_not_kept, lambda _: generation.test_greedy_is_that_of_the_library("mag")),
+]
+
+
+@pytest.mark.parametrize("break_it, check", CAUGHT, ids=lambda each: getattr(each, "__name__", ""))
+def test_a_mutant_is_caught(break_it: Any, check: Any, monkeypatch: Patcher, tmp_path: Path) -> None:
+    check(tmp_path)
+    break_it(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(tmp_path)

@@ -1,0 +1,178 @@
+"""What `generate` calls `past_key_values`: states of constant size, which can be selected by row and taken back."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.hf.ragged import Group, Outputs, Reader, one_group, read_on
+
+MAX_PAST_CALLS = 64
+"""An assistant model drafts a token per call, 20 by default, and takes several calls back at once"""
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Columns of a batch that a model was given."""
+
+    embeddings: Tensor  # (b n dim)
+    mask: Tensor | None  # (b n); None: all are real
+
+    @property
+    def num_columns(self) -> int:
+        return self.embeddings.shape[1]
+
+    def split(self, at: int) -> tuple[Fed, Fed]:
+        """The first so many columns, and the others."""
+        return self.columns(slice(at)), self.columns(slice(at, None))
+
+    def columns(self, some: slice) -> Fed:
+        """Some columns of all rows."""
+        return Fed(self.embeddings[:, some], None if self.mask is None else self.mask[:, some])
+
+    def of_rows(self, rows: Tensor) -> Fed:
+        """Some rows of the batch, in any order."""
+        return Fed(self.embeddings[rows], None if self.mask is None else self.mask[rows])
+
+    def then(self, other: Fed) -> Fed:
+        """These columns, and others behind them."""
+        embeddings = torch.cat((self.embeddings, other.embeddings), dim=1)
+        if self.mask is None and other.mask is None:
+            return Fed(embeddings, None)
+        masks = [
+            torch.ones_like(fed.embeddings[..., 0], dtype=torch.bool) if fed.mask is None else fed.mask
+            for fed in (self, other)
+        ]
+        return Fed(embeddings, torch.cat(masks, dim=1))
+
+
+class Before(NamedTuple):
+    """Where a call began, and what it was fed; states are values, so keeping one copies nothing."""
+
+    groups: tuple[Group, ...] | None
+    num_columns: int
+    fed: Fed
+
+
+class TitansCache:
+    """What rows have read so far, for `past_key_values`; its size does not depend on how much that is.
+
+    It is no `transformers.Cache`, whose layers hold keys and values. Beams are rows of states. A rollback goes back to
+    where a call began, and what stays of its tokens is read once more with the next call: exact, as pieces of any
+    length give what one call gives.
+
+    max_past_calls: calls that `crop` can take back, once they are recorded
+    """
+
+    is_compileable = False  # else generate makes masks of four dimensions
+    is_initialized = True
+    is_croppable = True
+    layers: tuple[()] = ()
+
+    def __init__(self, max_past_calls: int = MAX_PAST_CALLS) -> None:
+        self.max_past_calls = max_past_calls
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was read."""
+        self.groups: tuple[Group, ...] | None = None  # None: nothing was read
+        self.num_read = 0  # columns that the groups have read, padding included
+        self.pending: Fed | None = None  # columns after them, to be read with the next call
+        self.records_past = False
+        self.past: deque[Before] = deque(maxlen=self.max_past_calls)
+
+    # ---- reading
+
+    def advance(self, read: Reader, fed: Fed, num_asked: int = 0) -> Outputs:
+        """Read the next columns of all rows.  -> (b n ...) each
+
+        num_asked: of so many last columns logits will be computed, which may be taken back: while the past is recorded
+        a checkpoint is made before them; 0: all
+        """
+        num_new = fed.num_columns
+        fed = fed if self.pending is None else self.pending.then(fed)
+        groups = one_group(fed.embeddings) if self.groups is None else self.groups
+        if (batch := sum(len(group.rows) for group in groups)) != len(fed.embeddings):
+            raise ValueError(f"past_key_values must be of the input's batch size {len(fed.embeddings)}, got {batch}")
+        split = fed.num_columns - num_asked if self.records_past and 0 < num_asked < fed.num_columns else 0
+        parts: list[Outputs] = []
+        for part in fed.split(split):
+            if part.num_columns:
+                if self.records_past:
+                    self.past.append(Before(self.groups, self.num_read, part))
+                outputs, groups = read_on(read, part.embeddings, part.mask, groups)
+                parts.append(outputs)
+                self.groups, self.num_read, self.pending = groups, self.num_read + part.num_columns, None
+        return tuple(torch.cat(pieces, dim=1)[:, -num_new:] for pieces in zip(*parts, strict=True))
+
+    # ---- taking back, for assisted decoding and prompt lookup
+
+    def activate_past_recording(self) -> None:
+        """From now on, keep what is needed to take the last calls back."""
+        self.records_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back this many tokens of every row, as a negative number."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number, of tokens to take back, got {tokens_to_remove}")
+        target = self.get_seq_length() + tokens_to_remove
+        if target < 0:
+            raise ValueError(f"crop can take back {self.get_seq_length()} token(s) at most, got {tokens_to_remove}")
+        while self.num_read > target:
+            if not self.past:
+                raise RuntimeError(
+                    "crop can take back calls that were recorded, after activate_past_recording(), and of these the "
+                    f"last {self.max_past_calls}: past_key_values=TitansCache(max_past_calls=...) keeps more"
+                )
+            self.groups, self.num_read, self.pending = self.past.pop()
+        stays = target - self.num_read
+        self.pending = self.pending.columns(slice(stays)) if self.pending is not None and stays else None
+
+    # ---- rows, for beams
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order and as often as named; what was recorded of the past is forgotten."""
+        self.past.clear()
+        if self.pending is not None:
+            self.pending = self.pending.of_rows(indices)
+        if self.groups is None:
+            return
+        kept = []
+        for group in self.groups:
+            row, place = (group.rows == indices[:, None]).nonzero(as_tuple=True)  # the new row, its place in the group
+            if len(row):
+                kept.append(Group(row, None if group.state is None else group.state.select(place)))
+        self.groups = tuple(kept)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """A beam search's next beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times in a row."""
+        if self.groups is not None:
+            rows = torch.arange(self.batch_size, device=self.groups[0].rows.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    # ---- what transformers asks
+
+    @property
+    def batch_size(self) -> int:
+        """How many rows; -1 before the first call."""
+        return -1 if self.groups is None else sum(len(group.rows) for group in self.groups)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that every row was fed, padding included."""
+        return self.num_read + (0 if self.pending is None else self.pending.num_columns)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """There is no longest sequence: -1."""
+        return -1
+
+    def has_previous_state(self, *_: Any) -> bool:
+        """Whether anything was read."""
+        return self.get_seq_length() > 0
