@@ -34,7 +34,7 @@ PAGES = {
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"))
 }
 FENCE = re.compile(r"^ *```(.*?)\n(.*?)^ *```$", flags=re.MULTILINE | re.DOTALL)
-OF_EXTRAS = {"titans_pytorch.hf": "transformers"}
+OF_EXTRAS = {"titans_pytorch.hf": "transformers", "from peft": "peft"}
 """Parts that a page may import, and the packages they need, which a machine may lack; CI has them"""
 OPTIONS = {*inspect.signature(NeuralMemory.__init__).parameters, *TitansConfig.__dataclass_fields__}
 
@@ -90,6 +90,11 @@ def run(module: ModuleType, page: str, block: Fenced) -> None:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("error")
+        for category in (
+            DeprecationWarning,
+            FutureWarning,
+        ):  # as in pyproject.toml: what others warn about among themselves
+            warnings.filterwarnings("default", category=category, module="(?!page|titans_pytorch)")
         for words in re.findall(r"# warns: (.+)$", block.text, flags=re.MULTILINE):
             stack.enter_context(pytest.warns(match=re.escape(words)))
         exec(code, module.__dict__)

@@ -129,3 +129,15 @@ def test_blocks_of_the_papers_size(kind: type[nn.Module]) -> None:
 def test_what_would_hold_up_or_fail_elsewhere_is_noticed(forward: Callable[[Tensor], Tensor]) -> None:
     with OneDevice(META), pytest.raises(RuntimeError):
         forward(torch.ones(8, 8, device=META))
+
+
+def test_what_was_loaded_by_assignment_can_be_moved() -> None:
+    """A model that was made here takes tensors that lie elsewhere as they are; its memory's form follows."""
+    memory = NeuralMemory(8, 4)
+    made = on_meta(lambda: NeuralMemory(8, 4))
+    made.load_state_dict(memory.state_dict(), assign=True)
+    seq = torch.randn(2, 9, 8)
+    expected = memory(seq)[0]
+    torch.testing.assert_close(made.to("cpu")(seq)[0], expected)
+    torch.testing.assert_close(made.double()(seq.double())[0], memory.double()(seq.double())[0])
+    assert all(p.is_meta for p in made.to("meta").memory_model.parameters())

@@ -14,7 +14,9 @@ try:
 except ImportError as missing:
     raise ImportError("titans_pytorch.hf needs transformers: pip install 'titans-pytorch[hf]'") from missing
 
+from titans_pytorch.hf.adapters import lora_targets
 from titans_pytorch.hf.cache import TitansCache
+from titans_pytorch.hf.collating import PaddingCollator
 from titans_pytorch.hf.config import MACTransformerConfig, TitansModelConfig
 from titans_pytorch.hf.convert import from_library, to_library
 from titans_pytorch.hf.heads import MACTransformerForCausalLM, TitansForCausalLM
@@ -33,11 +35,13 @@ __all__ = [
     "MACTransformerConfig",
     "MACTransformerForCausalLM",
     "MACTransformerModel",
+    "PaddingCollator",
     "TitansCache",
     "TitansForCausalLM",
     "TitansModel",
     "TitansModelConfig",
     "byte_tokenizer",
     "from_library",
+    "lora_targets",
     "to_library",
 ]

@@ -301,8 +301,14 @@ class MemoryCore(Projections):
     # ---- as a module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryCore:
+        """The form goes where the weights go, also where they left it behind on the meta device (assign=True)."""
+
+        def to_form(t: Tensor) -> Tensor:
+            return fn(torch.zeros_like(t, device="cpu") if t.is_meta and not is_on_meta else t)
+
+        is_on_meta = self.memory_model_parameters[0].is_meta
         self.is_known_to_learn = False
-        self.memory_model._apply(fn, recurse)
+        self.memory_model._apply(to_form, recurse)
         super()._apply(fn, recurse)
         return self
 
