@@ -18,21 +18,18 @@ from tests import test_hf_generation as generation
 from tests import test_hf_models as models
 from titans_pytorch.hf import cache, heads, pretrained_model, ragged
 from titans_pytorch.hf import models as hf_models
+from titans_pytorch.initialization import reset_parameters
 
 Patcher = pytest.MonkeyPatch
 
 
 def weights_begin_as_transformers_has_them(patcher: Patcher) -> None:
-    patcher.setattr(pretrained_model.TitansPreTrainedModel, "_init_weights", PreTrainedModel._init_weights)
+    for name in ("_init_weights", "initialize_weights"):
+        patcher.setattr(pretrained_model.TitansPreTrainedModel, name, getattr(PreTrainedModel, name))
 
 
-def what_a_file_lacks_is_zero(patcher: Patcher) -> None:
-    def zeroing(self: Any, module: Any) -> None:
-        for tensor in pretrained_model.own_tensors(module).values():
-            if self.was_on_meta and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
-                torch.nn.init.zeros_(tensor)
-
-    patcher.setattr(pretrained_model.TitansPreTrainedModel, "_init_weights", zeroing)
+def all_weights_begin_anew(patcher: Patcher) -> None:
+    patcher.setattr(pretrained_model, "reset_parameters", lambda model, only: reset_parameters(model))
 
 
 def padding_is_read(patcher: Patcher) -> None:
@@ -100,7 +97,7 @@ def trace(padded: Callable[..., Any], use_cache: bool) -> Callable[[Path], None]
 
 CAUGHT: list[tuple[Callable[[Patcher], None], Callable[[Path], None]]] = [
     (weights_begin_as_transformers_has_them, lambda _: models.test_models_begin_as_those_of_the_library("mag")),
-    (what_a_file_lacks_is_zero, lambda to: models.test_what_a_file_lacks_begins_as_it_does_in_the_library("mag", to)),
+    (all_weights_begin_anew, lambda to: models.test_what_a_file_lacks_begins_as_it_does_in_the_library("mag", to)),
     (padding_is_read, trace(models.left_padded, False)),
     (padding_is_read, trace(models.with_holes, True)),
     (

@@ -9,6 +9,7 @@ from torch import nn
 
 from titans_pytorch.hf.config import VARIANTS, MACTransformerConfig, TitansModelConfig
 from titans_pytorch.hf.heads import CausalHead, MACTransformerForCausalLM, TitansForCausalLM
+from titans_pytorch.hf.models import part
 from titans_pytorch.mac_transformer import MemoryAsContextTransformer
 from titans_pytorch.titans.language_model import TitansLanguageModel
 
@@ -73,15 +74,10 @@ def to_library(model: CausalHead) -> LibraryModel:
     return made.train(model.training)
 
 
-def part(model: nn.Module, name: str) -> Any:
-    """A part of a model, by name."""
-    return model.get_submodule(name)
-
-
 def share(given: MemoryAsContextTransformer, taker: MemoryAsContextTransformer) -> None:
     """Make all parts of one transformer those of another, but for the embedding and the head."""
-    for name, part in given.named_children():
+    for name, child in given.named_children():
         if name not in ELSEWHERE:
-            setattr(taker, name, part)
+            setattr(taker, name, child)
     for name, parameter in given.named_parameters(recurse=False):
         setattr(taker, name, parameter)

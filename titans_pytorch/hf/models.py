@@ -141,10 +141,10 @@ class MACTransformerModel(StreamingModel):
 
     def __init__(self, config: MACTransformerConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        # The embedding and the head are here: the transformer itself is given embeddings.
-        self.transformer = MemoryAsContextTransformer(**config.arguments(), token_emb=nn.Identity())
-        self.transformer.to_logits = nn.Identity()  # type: ignore[assignment]
+        self.transformer = MemoryAsContextTransformer(**config.arguments())
+        # The embedding is here, and the head above: the transformer itself is given embeddings.
+        self.embed_tokens = part(self.transformer, "token_emb")
+        self.transformer.token_emb, self.transformer.to_logits = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         self.was_on_meta = self.embed_tokens.weight.is_meta
         self.post_init()
 
@@ -160,6 +160,11 @@ class MACTransformerModel(StreamingModel):
         hidden, state = transformer.hidden_of(x, state, call=call)
         outputs = transformer.norm(hidden)
         return (*given, outputs) if notes_layers else (outputs,), state
+
+
+def part(model: nn.Module, name: str) -> Any:
+    """A part of a model, by name."""
+    return model.get_submodule(name)
 
 
 def checked_cache(given: Any) -> TitansCache:

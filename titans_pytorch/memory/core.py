@@ -104,6 +104,8 @@ class MemoryCore(Projections):
     def begin_form(self) -> None:
         """A model of the user's begins as it was given, or, if it was on the meta device, as it says itself."""
         form, (given, is_wrapped) = self.memory_model, self._given
+        if any(p.is_meta for p in form.parameters()):  # left there, where weights were assigned
+            form.to_empty(device=self.memory_model_parameters[0].device)
         if given is None or any(p.is_meta for p in given.parameters()):
             reset_parameters(form)
             return
