@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "titans_pytorch"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md"))
 }
 FENCE = re.compile(r"^ *```(.*?)\n(.*?)^ *```$", flags=re.MULTILINE | re.DOTALL)
 OF_EXTRAS = {"titans_pytorch.hf": "transformers", "from peft": "peft"}

@@ -83,9 +83,11 @@ class AttentionTransformer(Pretrained, CausalLM[BlockCaches]):
 
     Args:
         num_tokens: size of the vocabulary
-        dim, depth: features of a token, layers
+        dim: features of a token
+        depth: layers
         attention: implicit-mlp, nested or full
-        heads, dim_head: of attention (dim_head of nested and full)
+        heads: of attention
+        dim_head: of nested and full attention
         mlp_hiddens: of implicit-mlp
         ff_mult: width of feed-forward networks
     """

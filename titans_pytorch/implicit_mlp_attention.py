@@ -46,7 +46,8 @@ class ImplicitMLPAttention(nn.Module):
         activation: between its layers
         heads: number of heads
         talking_heads: mix heads between its layers
-        prenorm, keys_rmsnorm: norms of tokens and keys
+        prenorm: norm of tokens
+        keys_rmsnorm: norms of keys
     """
 
     def __init__(

@@ -68,7 +68,8 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
 
     Args:
         num_tokens: size of the vocabulary
-        dim, depth: features of a token, layers
+        dim: features of a token
+        depth: layers
         segment_len: tokens between inserted long-term tokens; with them, the window of attention
         neural_memory_segment_len: tokens in a chunk of the memory; None: a window
         neural_mem_gate_attn_output: what is read gates the output of attention, instead of joining the streams
@@ -77,7 +78,8 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         num_persist_mem_tokens: learned keys and values that all tokens see
         neural_memory_batch_size: tokens after which memories take surprises at their current weights
         neural_memory_qkv_receives_diff_views: memories see mixes of all that earlier layers saw
-        dim_head, heads: of attention
+        dim_head: width of a head of attention
+        heads: of attention
         ff_mult: width of feed-forward networks over dim, see ff_hidden
         num_residual_streams: hyper-connection streams
         neural_memory_model: what memories consist of; every one has its own copy
@@ -339,11 +341,18 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
     ) -> Tensor:
         """Continue a batch of prompts (b n) to `seq_len` tokens, prompt included.  -> the tokens after it (b seq_len-n)
 
-        temperature: 0 is greedy; filter_fn: (logits, **filter_kwargs) -> logits with removed tokens at -inf, by
-        default min-p with min_p=0.1; use_cache: the same tokens, much faster; stop_token: after which a row only
-        repeats it, and where all rows have it sampling ends; generator: makes samples reproducible;
-        cache: of tokens that were fed before the prompt (and do not count); attention_mask: (b n), False or 0 for
-        padding of the prompt, wherever it is
+        Args:
+            prompt: (b n) token ids
+            seq_len: tokens in the end, those of the prompt included
+            temperature: 0 is greedy
+            filter_fn: (logits, **filter_kwargs) -> logits with removed tokens at -inf; by default min-p
+            filter_kwargs: further arguments of it; of min-p, min_p=0.1
+            show_progress: show a bar
+            use_cache: the same tokens, much faster
+            stop_token: after which a row only repeats it; where all rows have it sampling ends
+            generator: makes samples reproducible
+            cache: of tokens that were fed before the prompt, which do not count
+            attention_mask: (b n), False or 0 for padding of the prompt, wherever it is
         """
         return self.continued(
             prompt,

@@ -31,8 +31,10 @@ class NestedAttention(nn.Module):
 
     Args:
         dim: features of a token
-        dim_head, heads: width and number of heads
-        prenorm, keys_rmsnorm: norms of tokens and keys
+        dim_head: width of a head
+        heads: number of heads
+        prenorm: norm of tokens
+        keys_rmsnorm: norms of keys
     """
 
     def __init__(

@@ -58,22 +58,31 @@ class NeuralMemory(Pretrained, MemoryCore):
         dim: features of a token
         chunk_size: tokens that share one step; a pair (retrieve, store) for different ones when reading and storing
         batch_size: tokens after which surprises are taken at the current weights; None: always at those of the start
-        dim_head, heads: every head is a memory of its own, `dim_head` wide (default dim)
+        dim_head: width of a head; default dim
+        heads: every head is a memory of its own
         model: the memory, any module (... n dim_head) -> (... n dim_head) without buffers; default `MemoryMLP`
         store_memory_loss_fn: (prediction, value), both (... d) -> loss of each token (...); default mean squared error
         adaptive_step_transform: raw step -> step, elementwise; default sigmoid(step) * default_step_transform_max_lr
-        per_parameter_lr_modulation: scale every parameter's surprise by a gate, up to max_mem_layer_modulation
+        default_step_transform_max_lr: the largest step size, unless it is made by a transform of yours
+        per_parameter_lr_modulation: scale every parameter's surprise by a gate
+        max_mem_layer_modulation: what that gate is at most
         per_head_learned_parameters: every head has an initial memory of its own
         attn_pool_chunks: gates see an attention pool of the chunk, not its mean
-        momentum, momentum_order: chained moving averages of surprises
-        learned_momentum_combine: step by a learned mix of the orders, the surprise itself too if include_zeroth
+        momentum: moving averages of surprises
+        momentum_order: how many of them are chained
+        learned_momentum_combine: step by a learned mix of the orders
+        learned_combine_include_zeroth: the surprise itself is in that mix, too
         num_kv_per_token: writes of one token
         qkv_receives_diff_views: the input has a leading axis of three, seen by queries, keys and values
-        pre_rmsnorm, post_rmsnorm, qk_rmsnorm: norms of the input, of what is read, of queries and keys
+        pre_rmsnorm: norm of the input
+        post_rmsnorm: norm of what is read
+        qk_rmsnorm: norms of queries and keys
         max_grad_norm: smooth limit of the norm of each chunk's gradient of each parameter
         use_accelerated_scan: scan with the CUDA kernel of accelerated-scan, where an engine scans
         activation: of queries, keys and values
-        init_adaptive_step_bias, init_momentum_bias, init_decay_bias: start these gates at a constant
+        init_adaptive_step_bias: start the gate of step sizes at a constant
+        init_momentum_bias: start the gate of momentum at a constant
+        init_decay_bias: start the gate of forgetting at a constant
         accept_weight_residual: surprises are taken at base + mix * weights of the previous memory layer
         spectral_norm_surprises: orthogonalise steps by Newton-Schulz iterations
         gated_transition: where the base is renewed, go only a learned part of the way from the old base
@@ -341,7 +350,14 @@ class NeuralMemory(Pretrained, MemoryCore):
     ) -> tuple[Updates, NeuralMemState] | tuple[Updates, NeuralMemState, LossAndRates]:
         """Only store.  seq: (b n dim), with views (2 b n dim) -> updates, state, and if asked for (loss, step size)
 
-        weights: the base; past_state: current weights and momenta; seq_index: tokens stored before, whole chunks
+        Args:
+            seq: tokens to store
+            weights: the base
+            past_state: current weights and momenta
+            seq_index: tokens stored before, whole chunks
+            prev_weights: of the memory before this one, with accept_weight_residual
+            mask: (b n) bool, which tokens are stored
+            return_surprises: return loss and step size of each token, too
         """
         views = None if self.num_views is None else 2
         tensor_checks.check_sequence("seq", seq, views=views, dim=self.dim, dtype=self.dtype)
@@ -362,7 +378,9 @@ class NeuralMemory(Pretrained, MemoryCore):
     def retrieve_memories(self, seq: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Only read.  seq: (b n dim), the first token being that of a fresh stream -> (b n dim)
 
-        weights: one memory (b·h ...) for all tokens, or as `updates` (b·h N+1 ...) that of each chunk
+        Args:
+            seq: (b n dim)
+            weights: one memory (b·h ...) for all tokens, or as `updates` (b·h N+1 ...) that of each chunk
         """
         name, form = next(iter(self.fast_forms().items()))
         weights = dict(tensor_checks.checked_trajectory("weights", weights, self.parameter_names))
@@ -380,8 +398,11 @@ class NeuralMemory(Pretrained, MemoryCore):
     ) -> tuple[Tensor, QueryTail]:
         """Read one memory, whatever was stored since: M*(q) of eq. 15.  tokens: (b n dim) -> (b n dim), the next tail
 
-        weights: (b·h ...), as `state.current`; tail: what the call before returned, so that pieces of any length give
-        what one call gives; None: the first tokens of a stream
+        Args:
+            tokens: (b n dim)
+            weights: (b·h ...), as `state.current`
+            tail: what the call before returned, so that pieces of any length give what one call gives; None: the first
+                tokens of a stream
         """
         tokens = self.checked_tokens(tokens)
         self.check_weights(dict(weights), tokens.shape[0])

@@ -34,9 +34,11 @@ class SegmentedAttention(nn.Module):
 
     Args:
         dim: features of a token
-        segment_len, num_longterm_mem_tokens: together the length of a window
+        segment_len: tokens of a window, without long-term tokens
+        num_longterm_mem_tokens: long-term tokens of a window
         num_persist_mem_tokens: learned keys and values that every token sees
-        dim_head, heads: width and number of heads
+        dim_head: width of a head
+        heads: number of heads
         sliding: every token sees the window before it, not only what is in its own aligned window
         accept_value_residual: mix in the values of another layer, by a learned share of each token and head
         attend_kwargs: of the attention itself: dropout, scale, flash (the fastest exact kernel is taken anyway)

@@ -62,14 +62,15 @@ def audit(
 ) -> AuditReport:
     """Look for outputs that see later tokens, other rows or the cuts of a stream, and for a memory without effect.
 
-    inputs: (b t ...) floats, or ids below `num_tokens`; a lone row gets a second one for company
-    forward: (module, inputs) -> outputs (b t ...); by default calls the module and takes the first of a tuple
-    stream: (module, piece, state) -> (outputs of the piece, state), state None at first, see `stream_with_state`
-    padded: (module, inputs, mask) -> outputs, the mask (b t) being False at padding, wherever it is in a row, see
-        `padded_with_mask`; a row's outputs at its own tokens have to be those of these tokens alone
-    window: how many tokens back the module sees without its memory, which has to change outputs beyond that
-    splits: the lengths of the pieces to feed; by default single tokens, uneven and random pieces
-    poison: also put NaN into later tokens, and note where it spoils earlier outputs
+    Args:
+        inputs: (b t ...) floats, or ids below `num_tokens`; a lone row gets a second one for company
+        forward: (module, inputs) -> outputs (b t ...); by default calls the module and takes the first of a tuple
+        stream: (module, piece, state) -> (outputs of the piece, state), state None at first, see `stream_with_state`
+        padded: (module, inputs, mask) -> outputs, the mask (b t) being False at padding, wherever it is in a row, see
+            `padded_with_mask`; a row's outputs at its own tokens have to be those of these tokens alone
+        window: how many tokens back the module sees without its memory, which has to change outputs beyond that
+        splits: the lengths of the pieces to feed; by default single tokens, uneven and random pieces
+        poison: also put NaN into later tokens, and note where it spoils earlier outputs
     """
     check_arguments(module, inputs, num_tokens, window, splits, tolerance)
     generator, count = torch.Generator().manual_seed(seed), inputs.shape[1]

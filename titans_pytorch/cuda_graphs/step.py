@@ -54,8 +54,9 @@ def captured(
 
     The step runs a few times before it is captured, on the examples.
 
-    changes: modules and optimizers that the step changes; they are put back to what they were before it ran
-    recorder: what captures, for tests; None: CUDA
+    Args:
+        changes: modules and optimizers that the step changes; they are put back to what they were before it ran
+        recorder: what captures, for tests; None: CUDA
     """
     buffers = Buffers(examples)
     recorder = buffers.recorder() if recorder is None else recorder

@@ -32,11 +32,12 @@ class CapturedStream(Generic[State]):
     chunks, batches and segments, and on nothing else that the host counts. The first period captures; in the second,
     replays are compared with the step itself, and an answer that differs is refused.
 
-    step: (pieces, state) -> (outputs, next state), with no effect beside; without a gradient
-    state: of the tokens so far; shapes must be those of a period later
-    examples: tensors like those that are to come
-    period: calls after which a memory's chunks and batches, and the segments of attention, begin alike
-    recorder: what captures, for tests; None: CUDA
+    Args:
+        step: (pieces, state) -> (outputs, next state), with no effect beside; without a gradient
+        state: of the tokens so far; shapes must be those of a period later
+        examples: tensors like those that are to come
+        period: calls after which a memory's chunks and batches, and the segments of attention, begin alike
+        recorder: what captures, for tests; None: CUDA
     """
 
     def __init__(

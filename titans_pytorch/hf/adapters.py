@@ -20,9 +20,13 @@ def lora_targets(model: nn.Module, *parts: str) -> list[str]:
 
         peft.get_peft_model(model, peft.LoraConfig(target_modules=lora_targets(model, "attention", "memory")))
 
-    parts: "attention"; "memory", how it is written and read (queries, keys, values, what joins heads); "gates", how
-    fast it learns and forgets; "feed_forward". What a memory holds cannot be adapted this way: it is no linear layer,
-    and is trained whole by modules_to_save=["memory"]
+    What a memory holds cannot be adapted this way: it is no linear layer, and is trained whole by
+    modules_to_save=["memory"].
+
+    Args:
+        model: with parts of this library
+        parts: "attention"; "memory", how it is written and read (queries, keys, values, what joins heads); "gates",
+            how fast it learns and forgets; "feed_forward"
     """
     if not parts:
         raise ValueError(f"parts must be at least one of {', '.join(PARTS)}, got none")

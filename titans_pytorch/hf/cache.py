@@ -65,7 +65,8 @@ class TitansCache:
     where a call began, and what stays of its tokens is read once more with the next call: exact, as pieces of any
     length give what one call gives.
 
-    max_past_calls: calls that `crop` can take back, once they are recorded
+    Args:
+        max_past_calls: calls that `crop` can take back, once they are recorded
     """
 
     is_compileable = False  # else generate makes masks of four dimensions

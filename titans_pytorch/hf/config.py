@@ -56,7 +56,8 @@ class LibraryConfig(PreTrainedConfig):
 class TitansModelConfig(LibraryConfig):
     """A model of the paper, to be built by transformers; see `TitansConfig` for what the library's settings mean.
 
-    variant: mac, mag, mal or lmm
+    Attributes:
+        variant: mac, mag, mal or lmm
     """
 
     model_type = "titans"

@@ -32,7 +32,9 @@ def from_library(model: LibraryModel, **kwargs: Any) -> CausalHead:
         titans = TitansMAG.from_pretrained("ours")
         from_library(titans, eos_token_id=0).save_pretrained("theirs")
 
-    kwargs: further fields of the configuration, as ids of special tokens
+    Args:
+        model: MAC, MAG, MAL, LMM or a `MemoryAsContextTransformer`
+        kwargs: further fields of the configuration, as ids of special tokens
     """
     made: CausalHead
     with torch.device("meta"):  # nothing of what is made here stays

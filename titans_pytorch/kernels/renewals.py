@@ -62,7 +62,8 @@ def renewal_loop(
 ) -> tuple[Tensor, Tensor]:
     """Read and store a span of renewals.  -> reads (n r c d), the state after the last (r 4 d h); see `Renewals`
 
-    precision: of products; None: as torch multiplies matrices (`torch.set_float32_matmul_precision`)
+    Args:
+        precision: of products; None: as torch multiplies matrices (`torch.set_float32_matmul_precision`)
     """
     given = Renewals(keys, values, descents, queries, keep, eta, gain, state, limit, stores)
     precision = torchs_own() if precision is None else precision

@@ -18,7 +18,12 @@ class MQAR(Task):
 
     Ids are 0 for a blank, then `keys` keys, then as many values.
 
-    gap: blanks at least between the pairs and the first question, so that no attention over fewer tokens reaches across
+    Args:
+        pairs: how many
+        keys: of which they are drawn, and as many values
+        tokens: of a sequence
+        gap: blanks at least between the pairs and the first question, so that no attention over fewer tokens reaches
+            across
     """
 
     pairs: int = 8

@@ -46,7 +46,9 @@ class TitansBackbone(Pretrained, nn.Module):
         outputs, state = backbone(torch.randn(2, 1000, 64))             # (2 1000 64)
         more, state = backbone(torch.randn(2, 7, 64), state)            # goes on at any token
 
-    variant: mac, mag, mal or lmm: the memory as context, as gate, as layer, or alone; or a name of `register_mixer`
+    Args:
+        variant: mac, mag, mal or lmm: the memory as context, as gate, as layer, or alone; or a name of `register_mixer`
+        config: what the blocks are made of
     """
 
     def __init__(self, variant: str, config: TitansConfig) -> None:
@@ -99,8 +101,11 @@ class TitansBackbone(Pretrained, nn.Module):
     ) -> tuple[Tensor, TitansState]:
         """The next tokens of sequences at one position.  x: (b n dim) -> (b n dim), normed, and the next state
 
-        call: how a block is called, (block, *arguments) -> (b n dim) and its state: through `torch.utils.checkpoint`,
-        say, or noting what comes out
+        Args:
+            x: (b n dim)
+            state: of the tokens before; None: sequences begin
+            call: how a block is called, (block, *arguments) -> (b n dim) and its state: through
+                `torch.utils.checkpoint`, say, or noting what comes out
         """
         tensor_checks.check_tokens("x", x, dim=self.config.dim, dtype=self.norm.weight.dtype)
         start = 0

@@ -38,30 +38,31 @@ class TitansConfig:
         config = TitansConfig(dim=256, depth=4, window=64)
         ablated = replace(config, momentum=False)
 
-    dim: features of a token
-    depth: blocks
-    heads: of attention, `dim / heads` wide
-    window: tokens that attention sees, the query included: the segment of MAC, the sliding window of MAG and MAL
-    num_persistent: learned tokens in front of the sequence (eq. 19), in every block its own
-    ff_hidden: width of the feed-forward networks; None: 8/3 dim, rounded up to a multiple of 32
-    gate: how attention and memory are combined (eqs. 25 and 28), see `titans.gate`
-    layer_residual: inside blocks of MAC and MAL every layer has a residual connection of its own, not the block alone:
-        what MAC writes is x + y, and MAL adds both M(x) and what attention makes of x + M(x)
-    memory: False leaves the memory out, for comparison
-    memory_layers: numbers, from 1, of the blocks with a memory; None: all. The others keep attention and feed-forward
-    memory_heads: memories per block, `dim / memory_heads` wide each; None: as many as attention has
-    memory_depth: layers of the memory's MLP (1: linear)
-    memory_expansion: width of its hidden layers over its own
-    memory_chunk: tokens that share one step; every token reads the memory after the last complete chunk
-    memory_refresh: tokens after which gradients are taken at the current memory; None: always at the initial one
-    conv_size: tokens that convolutions of queries, keys and values see; None: no convolution
-    qk_l2norm: queries and keys have length 1
-    momentum: past surprise (eq. 10)
-    decay: forgetting (eq. 13)
-    max_step: the largest step size
-    decay_bias: what the logit of forgetting starts with
-    memory_options: further arguments of `NeuralMemory`, which win over the family's: SiLU, gated_output and
-        learned_norm_gain are on
+    Args:
+        dim: features of a token
+        depth: blocks
+        heads: of attention, `dim / heads` wide
+        window: tokens that attention sees, the query included: the segment of MAC, the sliding window of MAG and MAL
+        num_persistent: learned tokens in front of the sequence (eq. 19), in every block its own
+        ff_hidden: width of the feed-forward networks; None: 8/3 dim, rounded up to a multiple of 32
+        gate: how attention and memory are combined (eqs. 25 and 28), see `titans.gate`
+        layer_residual: inside blocks of MAC and MAL every layer has a residual connection of its own, not the block
+            alone: what MAC writes is x + y, and MAL adds both M(x) and what attention makes of x + M(x)
+        memory: False leaves the memory out, for comparison
+        memory_layers: numbers, from 1, of the blocks with a memory; None: all. The others keep all else
+        memory_heads: memories per block, `dim / memory_heads` wide each; None: as many as attention has
+        memory_depth: layers of the memory's MLP (1: linear)
+        memory_expansion: width of its hidden layers over its own
+        memory_chunk: tokens that share one step; every token reads the memory after the last complete chunk
+        memory_refresh: tokens after which gradients are taken at the current memory; None: always at the initial one
+        conv_size: tokens that convolutions of queries, keys and values see; None: no convolution
+        qk_l2norm: queries and keys have length 1
+        momentum: past surprise (eq. 10)
+        decay: forgetting (eq. 13)
+        max_step: the largest step size
+        decay_bias: what the logit of forgetting starts with
+        memory_options: further arguments of `NeuralMemory`, which win over the family's: SiLU, gated_output and
+            learned_norm_gain are on
     """
 
     dim: int
@@ -132,7 +133,10 @@ class TitansConfig:
     def preset(cls, size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> TitansConfig:
         """A model of the paper's sizes, with what it does not say chosen as `preset` explains.
 
-        size: 170M, 340M, 400M, 760M or 1.3B parameters with so many tokens in the vocabulary
+        Args:
+            size: 170M, 340M, 400M, 760M or 1.3B parameters, with so many tokens in the vocabulary
+            variant: mac, mag, mal or lmm
+            num_tokens: size of the vocabulary
         """
         return preset(size, variant, num_tokens)
 

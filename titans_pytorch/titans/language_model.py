@@ -27,7 +27,9 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
         logits, state = model(more_ids, state)                   # goes on at any token
         tokens = model.sample(prompt, 512)                       # (b 512 - prompt)
 
-    num_tokens: size of the vocabulary
+    Args:
+        num_tokens: size of the vocabulary
+        config: what the blocks are made of
     """
 
     variant: ClassVar[Variant]
@@ -102,11 +104,18 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
     ) -> Tensor:
         """Continue a batch of prompts (b n) to `seq_len` tokens, prompt included.  -> the tokens after it (b seq_len-n)
 
-        temperature: 0 is greedy; filter_fn: (logits, **filter_kwargs) -> logits with removed tokens at -inf, by
-        default min-p with min_p=0.1; use_cache: False reads everything again for each token, to the same end;
-        state: of tokens that were read before the prompt (and do not count); attention_mask: (b n), False or 0 for
-        padding of the prompt, wherever it is; stop_token: after which a row only repeats it, and where all rows have
-        it sampling ends; generator: makes samples reproducible
+        Args:
+            prompt: (b n) token ids
+            seq_len: tokens in the end, those of the prompt included
+            temperature: 0 is greedy
+            filter_fn: (logits, **filter_kwargs) -> logits with removed tokens at -inf; by default min-p
+            filter_kwargs: further arguments of it; of min-p, min_p=0.1
+            use_cache: False reads everything again for each token, to the same end
+            state: of tokens that were read before the prompt, which do not count
+            attention_mask: (b n), False or 0 for padding of the prompt, wherever it is
+            stop_token: after which a row only repeats it; where all rows have it sampling ends
+            generator: makes samples reproducible
+            show_progress: show a bar
         """
         return self.continued(
             prompt,

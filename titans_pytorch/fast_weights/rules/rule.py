@@ -29,9 +29,11 @@ Term = Tensor | Sum | Zero
 class GateSpec(NamedTuple):
     """A gate that a rule asks for, made by a linear layer from each chunk (or token), for every head.
 
-    kind: factor, a number between 0 and 1 that multiplies what is old; decay, the same made of a number that says what
-        is forgotten (both are kept as logarithms); share, numbers that sum to one; rate, the step size of a write
-    varies: whether all parameters of the memory share it, each has its own, or each entry of their last axes
+    Attributes:
+        kind: factor, a number between 0 and 1 that multiplies what is old; decay, the same made of a number that says
+            what is forgotten (both are kept as logarithms); share, numbers that sum to one; rate, the step size of a
+            write
+        varies: whether all parameters of the memory share it, each has its own, or each entry of their last axes
     """
 
     name: str  # in the equations
@@ -107,11 +109,13 @@ class Shares(NamedTuple):
 class Rule:
     """How weights follow from surprises; see the head of this file.
 
-    gates: what it asks for; the rate of each write is always among them
-    num_momenta: tensors like the weights that it carries from chunk to chunk
-    transform: acts on every step of a matrix before it is added, (... i j) -> same; such rules are built chunk by chunk
-    is_linear: whether `move` and `retain` are linear in the surprises; if not, weights are built chunk by chunk
-    uses_start: whether `retain` looks at the learned start
+    Attributes:
+        gates: what it asks for; the rate of each write is always among them
+        num_momenta: tensors like the weights that it carries from chunk to chunk
+        transform: acts on every step of a matrix before it is added, (... i j) -> same; such rules are built chunk by
+            chunk
+        is_linear: whether `move` and `retain` are linear in the surprises; if not, weights are built chunk by chunk
+        uses_start: whether `retain` looks at the learned start
     """
 
     gates: tuple[GateSpec, ...] = (GateSpec("rate", "to_adaptive_step", kind="rate", per="token"),)

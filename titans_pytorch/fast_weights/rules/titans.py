@@ -20,11 +20,14 @@ from titans_pytorch.fast_weights.rules.rule import Coefficients, GateSpec, Rule,
 class Titans(Rule):
     """Momentum and forgetting with a gate for each chunk.
 
-    orders: of momentum; 0: none
-    num_combined: how many of the last orders a learned mix adds up; 0: the last one is added
-    per_parameter: every parameter of the memory has gates of its own
-    channelwise: every entry along the last axis of every parameter is forgotten by itself
-    rate_bias, momentum_bias, decay_bias: constants that gates start at
+    Args:
+        orders: of momentum; 0: none
+        num_combined: how many of the last orders a learned mix adds up; 0: the last one is added
+        per_parameter: every parameter of the memory has gates of its own
+        channelwise: every entry along the last axis of every parameter is forgotten by itself
+        rate_bias: constant that the gate of step sizes starts at
+        momentum_bias: constant that the gate of momentum starts at
+        decay_bias: constant that the gate of forgetting starts at
     """
 
     def __init__(
