@@ -14,9 +14,10 @@ pytest.importorskip("transformers", reason="titans_pytorch.hf needs transformers
 
 from transformers import PreTrainedModel
 
+from tests import test_hf_beside as added
 from tests import test_hf_generation as generation
 from tests import test_hf_models as models
-from titans_pytorch.hf import cache, heads, pretrained_model, ragged
+from titans_pytorch.hf import beside, cache, heads, pretrained_model, ragged
 from titans_pytorch.hf import models as hf_models
 from titans_pytorch.initialization import reset_parameters
 
@@ -91,6 +92,40 @@ def states_are_not_kept(patcher: Patcher) -> None:
     patcher.setattr(cache, "read_on", forgetting)
 
 
+def gates_begin_open(patcher: Patcher) -> None:
+    def opened(self: beside.AddedMemory) -> None:
+        for gate in self.gates:
+            torch.nn.init.ones_(gate)
+
+    patcher.setattr(beside.AddedMemory, "reset_parameters", opened)
+
+
+def an_added_memory_reads_padding(patcher: Patcher) -> None:
+    patcher.setattr(beside, "checked_mask", lambda mask, x: None)
+
+
+def an_added_memory_stays_in_its_rows(patcher: Patcher) -> None:
+    patcher.delattr(beside.Remembering, "reorder_cache")
+
+
+def an_added_memory_takes_nothing_back(patcher: Patcher) -> None:
+    """Silently: the check of lengths is off, too."""
+    patcher.delattr(beside.Remembering, "crop")
+    patcher.setattr(cache.TitansCache, "get_seq_length", lambda self, layer_idx=0: Anything())
+
+
+class Anything(int):
+    """A length that fits whatever it is compared with."""
+
+    def __add__(self, other: int) -> Anything:
+        return self
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
 def trace(padded: Callable[..., Any], use_cache: bool) -> Callable[[Path], None]:
     return lambda _: models.test_a_padded_token_leaves_no_trace("mag", padded, use_cache)
 
@@ -115,6 +150,10 @@ CAUGHT: list[tuple[Callable[[Patcher], None], Callable[[Path], None]]] = [
         lambda _: models.test_a_padded_batch_has_the_loss_and_gradients_of_its_rows("mag", models.left_padded),
     ),
     (documents_run_into_each_other, lambda _: models.test_documents_of_a_row_are_read_as_if_alone("mag", True)),
+    (gates_begin_open, lambda _: added.test_nothing_changes_until_it_is_trained("gpt2")),
+    (an_added_memory_reads_padding, lambda _: added.test_padding_is_not_remembered("gpt2")),
+    (an_added_memory_stays_in_its_rows, lambda _: added.test_generating_reads_every_token_once("gpt2")),
+    (an_added_memory_takes_nothing_back, lambda _: added.test_generating_reads_every_token_once("gpt2")),
     (states_are_not_kept, lambda _: generation.test_greedy_is_that_of_the_library("mag")),
 ]
 

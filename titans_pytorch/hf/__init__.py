@@ -15,6 +15,7 @@ except ImportError as missing:
     raise ImportError("titans_pytorch.hf needs transformers: pip install 'titans-pytorch[hf]'") from missing
 
 from titans_pytorch.hf.adapters import lora_targets
+from titans_pytorch.hf.beside import AddedMemory
 from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.collating import PaddingCollator
 from titans_pytorch.hf.config import MACTransformerConfig, TitansModelConfig
@@ -32,6 +33,7 @@ for config, model, causal_lm in (
     AutoModelForCausalLM.register(config, causal_lm)
 
 __all__ = [
+    "AddedMemory",
     "MACTransformerConfig",
     "MACTransformerForCausalLM",
     "MACTransformerModel",
