@@ -24,6 +24,7 @@ from titans_pytorch import MemoryAsContextTransformer, MemoryMLP, TitansConfig, 
 from titans_pytorch.hf import (
     MACTransformerConfig,
     MACTransformerForCausalLM,
+    TitansCache,
     TitansForCausalLM,
     TitansModelConfig,
     byte_tokenizer,
@@ -165,10 +166,10 @@ def test_documents_of_a_row_are_read_as_if_alone(name: str, by_positions: bool) 
 
 def test_documents_that_do_not_fit_are_refused() -> None:
     _, model = both("mag")
-    with pytest.raises(ValueError, match=r"from 0 to the 4 tokens of one row, got \[0, 3\]"):
+    with pytest.raises(ValueError, match=r"rise from 0 to the number of tokens, 4, got \[0, 3\]"):
         model(ids(1, 4), cu_seq_lens_q=torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match="neither attention_mask nor past_key_values"):
-        model(ids(1, 4), cu_seq_lens_q=torch.tensor([0, 4]), attention_mask=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="cu_seq_lens_q does not go with past_key_values"):
+        model(ids(1, 4), cu_seq_lens_q=torch.tensor([0, 4]), past_key_values=TitansCache())
     with pytest.raises(ValueError, match="seq_idx alone"):
         model(ids(1, 4), seq_idx=torch.zeros(1, 4))
 
@@ -405,3 +406,15 @@ def test_checkpoints_that_cannot_follow_states_are_refused() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="must have use_reentrant=False: it follows states, got True"):
         gradients_of(model, ids(2, 9))
+
+
+@pytest.mark.parametrize("name", ["mag", "mac transformer"])
+def test_losses_are_those_of_the_library_however_a_batch_is_made(name: str) -> None:
+    """With holes the label of a token is the next real one; of documents nobody predicts the first token."""
+    library, model = both(name)
+    holes = with_holes([ids(8), ids(5, seed=1)])
+    expected = library.loss(holes["input_ids"], attention_mask=holes["attention_mask"])
+    assert_close(model(**holes, labels=holes["input_ids"]).loss, expected.float(), check_dtype=False)
+    row, borders = ids(1, 12), torch.tensor([0, 5, 12])
+    expected = library.loss(row, cu_seqlens=borders)
+    assert_close(model(row, labels=row, cu_seq_lens_q=borders).loss, expected.float(), check_dtype=False)

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from tests import test_hf_beside as added
 from tests import test_hf_generation as generation
 from tests import test_hf_models as models
-from titans_pytorch.hf import beside, cache, heads, pretrained_model, ragged
+from titans_pytorch.causal_lm import targets_of
+from titans_pytorch.hf import beside, cache, documents, heads, pretrained_model
 from titans_pytorch.hf import models as hf_models
 from titans_pytorch.initialization import reset_parameters
+from titans_pytorch.ragged import read_marked
 
 Patcher = pytest.MonkeyPatch
 
@@ -34,25 +36,14 @@ def all_weights_begin_anew(patcher: Patcher) -> None:
 
 
 def padding_is_read(patcher: Patcher) -> None:
-    patcher.setattr(hf_models, "checked_mask", lambda mask, x: None)
+    patcher.setattr(documents, "new_columns", lambda mask, x: None)
 
 
 def masks_begin_with_the_first_token(patcher: Patcher) -> None:
     def misplaced(mask: Tensor | None, x: Tensor) -> Tensor | None:
         return None if mask is None else mask[:, : x.shape[1]].bool()
 
-    patcher.setattr(hf_models, "checked_mask", misplaced)
-
-
-def padded_tokens_stay_where_they_are(patcher: Patcher) -> None:
-    patcher.setattr(ragged, "real_first", lambda mask: torch.arange(mask.shape[1]).expand(mask.shape))
-
-
-def groups_keep_all_rows(patcher: Patcher) -> None:
-    """Rows that have ended take the state of the first ones that have."""
-    patcher.setattr(
-        ragged, "chosen", lambda state, rows: None if state is None else state.select(torch.arange(int(rows.sum())))
-    )
+    patcher.setattr(documents, "new_columns", misplaced)
 
 
 def beams_stay_in_their_rows(patcher: Patcher) -> None:
@@ -75,21 +66,18 @@ def all_of_a_call_is_taken_back(patcher: Patcher) -> None:
 
 
 def padded_labels_count(patcher: Patcher) -> None:
-    patcher.setattr(heads, "without_padding", lambda labels, mask: labels)
+    patcher.setattr(heads, "targets_of", lambda labels, marks: targets_of(labels, None))
 
 
 def documents_run_into_each_other(patcher: Patcher) -> None:
-    patcher.setattr(hf_models, "document_starts", lambda *_: None)
+    patcher.setattr(hf_models, "marks_of_call", lambda *_: None)
 
 
 def states_are_not_kept(patcher: Patcher) -> None:
-    original = ragged.read_on
+    def forgetting(read: Any, x: Tensor, marks: Any, state: Any) -> Any:
+        return read_marked(read, x, marks, state)[0], state
 
-    def forgetting(read: Any, x: Tensor, mask: Any, groups: Any) -> Any:
-        outputs, _ = original(read, x, mask, groups)
-        return outputs, groups
-
-    patcher.setattr(cache, "read_on", forgetting)
+    patcher.setattr(cache, "read_marked", forgetting)
 
 
 def gates_begin_open(patcher: Patcher) -> None:
@@ -101,7 +89,7 @@ def gates_begin_open(patcher: Patcher) -> None:
 
 
 def an_added_memory_reads_padding(patcher: Patcher) -> None:
-    patcher.setattr(beside, "checked_mask", lambda mask, x: None)
+    patcher.setattr(beside, "new_columns", lambda mask, x: None)
 
 
 def an_added_memory_stays_in_its_rows(patcher: Patcher) -> None:
@@ -139,9 +127,6 @@ CAUGHT: list[tuple[Callable[[Patcher], None], Callable[[Path], None]]] = [
         masks_begin_with_the_first_token,
         lambda _: generation.test_prompts_of_different_lengths_are_continued_as_each_alone("mag"),
     ),
-    (padded_tokens_stay_where_they_are, trace(models.left_padded, False)),
-    (padded_tokens_stay_where_they_are, trace(models.with_holes, True)),
-    (groups_keep_all_rows, lambda _: generation.test_prompts_of_different_lengths_are_continued_as_each_alone("mag")),
     (beams_stay_in_their_rows, lambda _: generation.test_beams_are_those_of_a_search_without_cache("mag")),
     (nothing_is_taken_back, lambda _: generation.test_prompt_lookup_is_greedy("mag", 5)),
     (all_of_a_call_is_taken_back, lambda _: generation.test_a_rollback_leaves_no_trace("mag")),

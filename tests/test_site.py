@@ -34,16 +34,20 @@ def public_names(package: str) -> list[str]:
 @pytest.mark.parametrize("package", PUBLIC)
 def test_every_public_name_is_in_the_reference(package: str) -> None:
     prefix = ".".join(filter(None, ("titans_pytorch", package)))
-    of_root = {f"titans_pytorch.{name}" for name in public_names("")}
     names = public_names(package)
     assert names
-    missing = [n for n in names if f"{prefix}.{n}" not in REFERENCE and f"titans_pytorch.{n}" not in of_root]
+    missing = [name for name in names if not {f"{prefix}.{name}", f"titans_pytorch.{name}"} & REFERENCE]
     assert missing == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
     assert set(re.findall(r": ([\w/]+\.md)$", NAVIGATION, re.MULTILINE)) == pages
+
+
+def test_the_changelog_has_no_links_to_pages() -> None:
+    """It is a page here, too, where links from the root of the repository lead nowhere: it names pages instead."""
+    assert re.findall(r"\]\((?!https?://)[^)]*\)", (ROOT / "CHANGELOG.md").read_text()) == []
 
 
 def build(tool: str, into: Path) -> str:

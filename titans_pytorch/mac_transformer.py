@@ -237,6 +237,8 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
             cache: what the piece before returned; None: a sequence begins
             return_cache: return what the next piece needs; with a loss that is the one that begins with the last token
             factorized_pos_emb: `axial_pos_emb.factors(length)`, computed before
+
+        Other Parameters:
             labels: (b n), with return_loss: what tokens should have been, -100 for those that do not count; None: ids
             embeds: (b n dim), instead of ids
             attention_mask: (b n), False or 0 for padding anywhere in a row: it leaves no trace, and outputs there are 0

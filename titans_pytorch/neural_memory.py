@@ -351,7 +351,6 @@ class NeuralMemory(Pretrained, MemoryCore):
         """Only store.  seq: (b n dim), with views (2 b n dim) -> updates, state, and if asked for (loss, step size)
 
         Args:
-            seq: tokens to store
             weights: the base
             past_state: current weights and momenta
             seq_index: tokens stored before, whole chunks
@@ -379,7 +378,6 @@ class NeuralMemory(Pretrained, MemoryCore):
         """Only read.  seq: (b n dim), the first token being that of a fresh stream -> (b n dim)
 
         Args:
-            seq: (b n dim)
             weights: one memory (b·h ...) for all tokens, or as `updates` (b·h N+1 ...) that of each chunk
         """
         name, form = next(iter(self.fast_forms().items()))
@@ -399,7 +397,6 @@ class NeuralMemory(Pretrained, MemoryCore):
         """Read one memory, whatever was stored since: M*(q) of eq. 15.  tokens: (b n dim) -> (b n dim), the next tail
 
         Args:
-            tokens: (b n dim)
             weights: (b·h ...), as `state.current`
             tail: what the call before returned, so that pieces of any length give what one call gives; None: the first
                 tokens of a stream
@@ -413,23 +410,6 @@ class NeuralMemory(Pretrained, MemoryCore):
         """How a call with so many tokens will be run; `explain()` says it in words."""
         first_token, first_chunk = (1, 0) if state is None else (state.num_seen + 1, state.seq_index)
         return plan_of(self, self.layout, batch, first_token, num_tokens, first_chunk // self.layout.store_chunk)
-
-    def layout_of(self, ttt_batch_size: int | None) -> Layout:
-        """How time is cut in a call that may have a batch size of its own."""
-        if ttt_batch_size is None:
-            return self.layout
-        value_checks.check_whole(ttt_batch_size=ttt_batch_size)
-        value_checks.check_multiple("ttt_batch_size", ttt_batch_size, self.layout.store_chunk)
-        return self.layout._replace(batch=ttt_batch_size)
-
-    def checked_tokens(self, seq: Tensor) -> Tensor:
-        """Tokens to be read, (b n dim) or one (b dim).  -> (b n dim)"""
-        tensor_checks.check_sequence("seq", seq, views=None, dim=self.dim, dtype=self.dtype)
-        return seq if seq.ndim == 3 else seq.unsqueeze(1)
-
-    def check_weights(self, weights: Mapping[str, Tensor], batch: int, *chunks: int) -> None:
-        """Weights that this module could have made."""
-        tensor_checks.check_weights("weights", weights, self.weight_shapes(batch, *chunks), self.weight_dtype)
 
 
 def _default_of(name: str) -> Any:

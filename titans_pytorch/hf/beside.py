@@ -12,10 +12,10 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from titans_pytorch.checks import value_checks
 from titans_pytorch.hf.cache import Fed, TitansCache
-from titans_pytorch.hf.models import checked_mask
-from titans_pytorch.hf.ragged import Outputs, read_whole
+from titans_pytorch.hf.documents import new_columns
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.pretrained import Pretrained
+from titans_pytorch.ragged import Marks, read_without_state
 
 PREPARES = "_prepare_cache_for_generation"
 """The method of models that `generate` asks for a cache"""
@@ -114,14 +114,14 @@ class AddedMemory(Pretrained, nn.Module):
     def read(self, place: int, x: Tensor, cache: Cache | None) -> Tensor:
         """What a memory says of the next tokens, which it then stores.  x: (b n dim) -> same"""
         memory = self.memories[place]
-        x, mask = x.to(self.gates[place].dtype), checked_mask(self.mask, x)
+        x, mask = x.to(self.gates[place].dtype), new_columns(self.mask, x)
 
-        def read(piece: Tensor, state: Any) -> tuple[Outputs, Any]:
+        def read(piece: Tensor, state: Any) -> tuple[Tensor, Any]:
             outputs, state = memory(piece, state=state)
-            return (outputs,), state.at_rest()
+            return outputs, state.at_rest()
 
         if cache is None:
-            return read_whole(read, x, mask)[0]
+            return read_without_state(read, x, Marks(mask, None), None)
         mask = None if mask is None or bool(mask.all()) else mask
         number = self.layers[place]
         own = remembering(cache, number)
@@ -130,7 +130,7 @@ class AddedMemory(Pretrained, nn.Module):
                 f"past_key_values must have been read with this memory from its first token, got {got} tokens in layer "
                 f"{number}, of which the memory has read {length}"
             )
-        return own.advance(read, Fed(x, mask))[0]
+        return own.advance(read, Fed(x, mask))
 
 
 # ---- the cache of the model

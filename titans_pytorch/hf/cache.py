@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.hf.ragged import Group, Outputs, Reader, one_group, read_on
+from titans_pytorch.ragged import Marks, read_marked
+from titans_pytorch.ragged.reading import Read
 
 MAX_PAST_CALLS = 64
 """An assistant model drafts a token per call, 20 by default, and takes several calls back at once"""
@@ -36,6 +37,7 @@ class Fed:
 
     def of_rows(self, rows: Tensor) -> Fed:
         """Some rows of the batch, in any order."""
+        rows = rows.to(self.embeddings.device)
         return Fed(self.embeddings[rows], None if self.mask is None else self.mask[rows])
 
     def then(self, other: Fed) -> Fed:
@@ -53,7 +55,7 @@ class Fed:
 class Before(NamedTuple):
     """Where a call began, and what it was fed; states are values, so keeping one copies nothing."""
 
-    groups: tuple[Group, ...] | None
+    state: Any
     num_columns: int
     fed: Fed
 
@@ -80,35 +82,44 @@ class TitansCache:
 
     def reset(self) -> None:
         """Forget all that was read."""
-        self.groups: tuple[Group, ...] | None = None  # None: nothing was read
-        self.num_read = 0  # columns that the groups have read, padding included
+        self.state: Any = None  # of the library, a RaggedState where rows differ; None: nothing was read
+        self.batch_size = -1  # rows; -1: nothing was read
+        self.num_read = 0  # columns that the state has read, padding included
         self.pending: Fed | None = None  # columns after them, to be read with the next call
         self.records_past = False
         self.past: deque[Before] = deque(maxlen=self.max_past_calls)
 
     # ---- reading
 
-    def advance(self, read: Reader, fed: Fed, num_asked: int = 0) -> Outputs:
-        """Read the next columns of all rows.  -> (b n ...) each
+    def advance(self, read: Read, fed: Fed, num_asked: int = 0) -> Tensor:
+        """Read the next columns of all rows.  -> (b n ...), 0 at padding
 
         num_asked: of so many last columns logits will be computed, which may be taken back: while the past is recorded
         a checkpoint is made before them; 0: all
         """
-        num_new = fed.num_columns
+        num_new, batch = fed.num_columns, len(fed.embeddings)
+        if self.batch_size not in (-1, batch):
+            raise ValueError(f"past_key_values must be of the input's batch size {batch}, got {self.batch_size}")
         fed = fed if self.pending is None else self.pending.then(fed)
-        groups = one_group(fed.embeddings) if self.groups is None else self.groups
-        if (batch := sum(len(group.rows) for group in groups)) != len(fed.embeddings):
-            raise ValueError(f"past_key_values must be of the input's batch size {len(fed.embeddings)}, got {batch}")
         split = fed.num_columns - num_asked if self.records_past and 0 < num_asked < fed.num_columns else 0
-        parts: list[Outputs] = []
+        outputs = []
         for part in fed.split(split):
             if part.num_columns:
+                before = Before(self.state, self.num_read, part)
+                outputs.append(self.read_part(read, part))
                 if self.records_past:
-                    self.past.append(Before(self.groups, self.num_read, part))
-                outputs, groups = read_on(read, part.embeddings, part.mask, groups)
-                parts.append(outputs)
-                self.groups, self.num_read, self.pending = groups, self.num_read + part.num_columns, None
-        return tuple(torch.cat(pieces, dim=1)[:, -num_new:] for pieces in zip(*parts, strict=True))
+                    self.past.append(before)
+                self.batch_size, self.num_read, self.pending = batch, self.num_read + part.num_columns, None
+        return torch.cat(outputs, dim=1)[:, -num_new:]
+
+    def read_part(self, read: Read, part: Fed) -> Tensor:
+        """Read columns, of which all may be padding."""
+        x, mask = part.embeddings, part.mask
+        if mask is not None and not mask.any():
+            like = read(x[:1, :1], None)[0]
+            return like.new_zeros(*x.shape[:2], *like.shape[2:])
+        outputs, self.state = read_marked(read, x, Marks(mask, None), self.state)
+        return outputs
 
     # ---- taking back, for assisted decoding and prompt lookup
 
@@ -129,7 +140,7 @@ class TitansCache:
                     "crop can take back calls that were recorded, after activate_past_recording(), and of these the "
                     f"last {self.max_past_calls}: past_key_values=TitansCache(max_past_calls=...) keeps more"
                 )
-            self.groups, self.num_read, self.pending = self.past.pop()
+            self.state, self.num_read, self.pending = self.past.pop()
         stays = target - self.num_read
         self.pending = self.pending.columns(slice(stays)) if self.pending is not None and stays else None
 
@@ -140,14 +151,10 @@ class TitansCache:
         self.past.clear()
         if self.pending is not None:
             self.pending = self.pending.of_rows(indices)
-        if self.groups is None:
-            return
-        kept = []
-        for group in self.groups:
-            row, place = (group.rows == indices[:, None]).nonzero(as_tuple=True)  # the new row, its place in the group
-            if len(row):
-                kept.append(Group(row, None if group.state is None else group.state.select(place)))
-        self.groups = tuple(kept)
+        if self.state is not None:
+            self.state = self.state.select(indices)
+        if self.batch_size >= 0:
+            self.batch_size = len(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """A beam search's next beams."""
@@ -155,16 +162,10 @@ class TitansCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times in a row."""
-        if self.groups is not None:
-            rows = torch.arange(self.batch_size, device=self.groups[0].rows.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
+        if self.batch_size >= 0:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     # ---- what transformers asks
-
-    @property
-    def batch_size(self) -> int:
-        """How many rows; -1 before the first call."""
-        return -1 if self.groups is None else sum(len(group.rows) for group in self.groups)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that every row was fed, padding included."""

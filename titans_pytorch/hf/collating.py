@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_pytorch.hf.heads import IGNORED
+from titans_pytorch.causal_lm import IGNORED
 
 
 class PaddingCollator:

@@ -10,14 +10,12 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from titans_pytorch.causal_lm import targets_of
 from titans_pytorch.hf.cache import TitansCache
 from titans_pytorch.hf.config import MACTransformerConfig, TitansModelConfig
-from titans_pytorch.hf.documents import OF_COLLATORS
-from titans_pytorch.hf.models import MACTransformerModel, StreamingModel, TitansModel, checked_cache, checked_mask
+from titans_pytorch.hf.documents import OF_COLLATORS, marks_of_call
+from titans_pytorch.hf.models import MACTransformerModel, StreamingModel, TitansModel, checked_cache
 from titans_pytorch.hf.pretrained_model import TitansPreTrainedModel
-
-IGNORED = -100
-"""The label of a token that nobody has to predict"""
 
 
 class CausalHead(TitansPreTrainedModel, GenerationMixin):
@@ -56,8 +54,8 @@ class CausalHead(TitansPreTrainedModel, GenerationMixin):
         """The next tokens of a batch; what is not said here is said by the model's `forward`.
 
         Args:
-            labels: (b n), as long as the logits: ids, which are shifted here, or -100; padded tokens, and what would be
-                predicted from one, do not count
+            labels: (b n), ids, which are shifted here, or -100; padded tokens and the first ones of documents, which
+                nobody predicts, do not count
             logits_to_keep: logits of so many last tokens, or of tokens at these places; 0: of all
             kwargs: documents in one row, and arguments of the loss
         """
@@ -78,7 +76,8 @@ class CausalHead(TitansPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            labels = without_padding(labels, checked_mask(attention_mask, hidden))
+            targets = targets_of(labels, marks_of_call(hidden, attention_mask, past_key_values, documents))
+            kwargs = {"shift_labels": targets[:, kept]} | kwargs
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=read.past_key_values, hidden_states=read.hidden_states
@@ -129,12 +128,3 @@ class MACTransformerForCausalLM(CausalHead):
         super().__init__(config)
         self.model = MACTransformerModel(config)
         self.add_head()
-
-
-def without_padding(labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Labels of padded tokens, and of those whose logits would be a padded token's, are ignored.  (b n) -> (b n)"""
-    if mask is None:
-        return labels
-    labels = labels.masked_fill(~mask, IGNORED)
-    labels[:, 1:] = labels[:, 1:].masked_fill(~mask[:, :-1], IGNORED)
-    return labels

@@ -11,10 +11,10 @@ from transformers.utils.generic import can_return_tuple
 
 from titans_pytorch.hf.cache import Fed, TitansCache
 from titans_pytorch.hf.config import MACTransformerConfig, TitansModelConfig
-from titans_pytorch.hf.documents import document_starts, read_documents
+from titans_pytorch.hf.documents import marks_of_call
 from titans_pytorch.hf.pretrained_model import TitansPreTrainedModel
-from titans_pytorch.hf.ragged import Outputs, Reader, read_whole
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
+from titans_pytorch.ragged import read_without_state
 from titans_pytorch.titans.backbone import TitansBackbone
 from titans_pytorch.titans.state import TitansState
 
@@ -31,10 +31,10 @@ class StreamingModel(TitansPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value  # type: ignore[assignment]
 
-    def read(self, x: Tensor, state: Any, *, notes_layers: bool) -> tuple[Outputs, Any]:
-        """The next tokens of sequences.  x: (b n dim) -> normed features (b n dim), and the state after them
+    def read(self, x: Tensor, state: Any, *, notes_layers: bool) -> tuple[Tensor, Any]:
+        """The next tokens of sequences.  x: (b n dim) -> normed features (b n 1 dim), and the state after them
 
-        notes_layers: before the features, also what each layer is given (b n dim)
+        notes_layers: before the features, also what each layer is given, (b n layers+1 dim)
         """
         raise NotImplementedError
 
@@ -62,7 +62,7 @@ class StreamingModel(TitansPreTrainedModel):
             output_hidden_states: return what each layer was given, and the features
             output_attentions: there are none that transformers knows
             num_asked: of so many last tokens logits will be asked, 0: all; see `TitansCache.advance`
-            kwargs: documents in one row, as collators describe them; see `document_starts`
+            kwargs: documents in one row, as collators describe them; see `marks_of_call`
 
         Returns: features (b n dim), 0 for padded tokens
         """
@@ -74,29 +74,22 @@ class StreamingModel(TitansPreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-        def read(piece: Tensor, state: Any) -> tuple[Outputs, Any]:
+        def read(piece: Tensor, state: Any) -> tuple[Tensor, Any]:
             return self.read(piece, state, notes_layers=bool(notes_layers))
 
-        starts = document_starts(x, attention_mask, past_key_values, kwargs)
-        cache = None
-        if starts is not None:
-            outputs = read_documents(read, x, starts)
-        elif past_key_values is None and not use_cache:
-            outputs = read_whole(read, x, checked_mask(attention_mask, x))
+        marks, cache = marks_of_call(x, attention_mask, past_key_values, kwargs), None
+        if past_key_values is None and (not use_cache or (marks is not None and marks.documents is not None)):
+            outputs = read_without_state(read, x, marks, None)
         else:
             cache = checked_cache(past_key_values)
-            outputs = self.read_on(read, cache, x, checked_mask(attention_mask, x), num_asked)
+            mask = None if marks is None or marks.mask is None or bool(marks.mask.all()) else marks.mask
+            outputs = cache.advance(read, Fed(x, mask), num_asked)
+        of_layers = outputs.unbind(dim=2)
         return BaseModelOutputWithPast(
-            last_hidden_state=outputs[-1],
+            last_hidden_state=of_layers[-1],
             past_key_values=cache if use_cache else None,  # type: ignore[arg-type]
-            hidden_states=outputs if notes_layers else None,
+            hidden_states=of_layers if notes_layers else None,
         )
-
-    @staticmethod
-    def read_on(read: Reader, cache: TitansCache, x: Tensor, mask: Tensor | None, num_asked: int) -> Outputs:
-        """Go on from a cache, which is advanced.  A mask that hides nothing, as `generate` gives, costs nothing."""
-        mask = None if mask is None or bool(mask.all()) else mask
-        return cache.advance(read, Fed(x, mask), num_asked)
 
     def call(self, layer: nn.Module, *arguments: Any) -> Any:
         """Call a layer, in training with gradient checkpointing so that it is computed again in the backward pass."""
@@ -121,7 +114,7 @@ class TitansModel(StreamingModel):
         self.was_on_meta = self.embed_tokens.weight.is_meta
         self.post_init()
 
-    def read(self, x: Tensor, state: TitansState | None, *, notes_layers: bool) -> tuple[Outputs, TitansState]:
+    def read(self, x: Tensor, state: TitansState | None, *, notes_layers: bool) -> tuple[Tensor, TitansState]:
         given: list[Tensor] = []
 
         def call(block: nn.Module, x: Tensor, *arguments: Any) -> tuple[Tensor, Any]:
@@ -130,7 +123,7 @@ class TitansModel(StreamingModel):
             return answer
 
         outputs, state = self.backbone.read(x, state, call=call)
-        return (*given, outputs) if notes_layers else (outputs,), state
+        return torch.stack((*given, outputs) if notes_layers else (outputs,), dim=2), state
 
 
 class MACTransformerModel(StreamingModel):
@@ -148,7 +141,7 @@ class MACTransformerModel(StreamingModel):
         self.was_on_meta = self.embed_tokens.weight.is_meta
         self.post_init()
 
-    def read(self, x: Tensor, state: MACCache | None, *, notes_layers: bool) -> tuple[Outputs, MACCache]:
+    def read(self, x: Tensor, state: MACCache | None, *, notes_layers: bool) -> tuple[Tensor, MACCache]:
         transformer, (before, count) = self.transformer, (0 if state is None else state.num_tokens, x.shape[1])
         given: list[Tensor] = []
 
@@ -159,7 +152,7 @@ class MACTransformerModel(StreamingModel):
 
         hidden, state = transformer.hidden_of(x, state, call=call)
         outputs = transformer.norm(hidden)
-        return (*given, outputs) if notes_layers else (outputs,), state
+        return torch.stack((*given, outputs) if notes_layers else (outputs,), dim=2), state
 
 
 def part(model: nn.Module, name: str) -> Any:
@@ -174,13 +167,3 @@ def checked_cache(given: Any) -> TitansCache:
     if not isinstance(given, TitansCache):
         raise TypeError(f"past_key_values must be a TitansCache, got {type(given).__name__}")
     return given
-
-
-def checked_mask(mask: Any, x: Tensor) -> Tensor | None:
-    """Which of the new tokens are real, of a mask that may also have columns for those before.  -> (b n)"""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(x) or mask.shape[1] < x.shape[1]:
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must have the shape (batch, tokens), here {tuple(x.shape[:2])}, got {got}")
-    return mask[:, -x.shape[1] :].to(torch.bool)

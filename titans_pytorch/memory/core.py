@@ -300,6 +300,25 @@ class MemoryCore(Projections):
             )
         self.is_known_to_learn = True
 
+    # ---- what comes in
+
+    def layout_of(self, ttt_batch_size: int | None) -> Layout:
+        """How time is cut in a call that may have a batch size of its own."""
+        if ttt_batch_size is None:
+            return self.layout
+        value_checks.check_whole(ttt_batch_size=ttt_batch_size)
+        value_checks.check_multiple("ttt_batch_size", ttt_batch_size, self.layout.store_chunk)
+        return self.layout._replace(batch=ttt_batch_size)
+
+    def checked_tokens(self, seq: Tensor) -> Tensor:
+        """Tokens to be read, (b n dim) or one (b dim).  -> (b n dim)"""
+        tensor_checks.check_sequence("seq", seq, views=None, dim=self.dim, dtype=self.dtype)
+        return seq if seq.ndim == 3 else seq.unsqueeze(1)
+
+    def check_weights(self, weights: Mapping[str, Tensor], batch: int, *chunks: int) -> None:
+        """Weights that this module could have made."""
+        tensor_checks.check_weights("weights", weights, self.weight_shapes(batch, *chunks), self.weight_dtype)
+
     # ---- as a module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryCore:

@@ -96,9 +96,7 @@ class TitansBackbone(Pretrained, nn.Module):
         marks = marks_of(attention_mask, document_ids, cu_seqlens, x.shape[:2])
         return read_without_state(self.read, x, marks, state)
 
-    def read(
-        self, x: Tensor, state: TitansState | None = None, *, call: Call = plainly
-    ) -> tuple[Tensor, TitansState]:
+    def read(self, x: Tensor, state: TitansState | None = None, *, call: Call = plainly) -> tuple[Tensor, TitansState]:
         """The next tokens of sequences at one position.  x: (b n dim) -> (b n dim), normed, and the next state
 
         Args:
