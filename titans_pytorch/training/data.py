@@ -11,13 +11,13 @@ import sysconfig
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from titans_pytorch.tasks.texts import OPENERS, library_files
 from titans_pytorch.training import download
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.files import COPY_BYTES, writing
@@ -26,10 +26,7 @@ from titans_pytorch.training.text import ByteText, Ids, Text
 Bytes = NDArray[np.uint8]
 
 TRAIN, VALID = 0.90, 0.05  # shares of a file, in this order; the rest is for tests
-OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 PYTHON = "python"
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
-VALIDATION_FILE = 20  # of so many files of the default text one is validated on
 
 
 @dataclass(frozen=True)
@@ -129,8 +126,7 @@ def plain(path: Path, folder: Path) -> Path:
 
 def unpack(path: Path, to: Path) -> None:
     try:
-        opener: Any = OPENERS[path.suffix]
-        with opener(path, "rb") as source, to.open("wb") as target:
+        with OPENERS[path.suffix](path, "rb") as source, to.open("wb") as target:
             shutil.copyfileobj(source, target, COPY_BYTES)
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
         raise SettingsError(f"--data must be a whole {path.suffix} file, got {path}: {error}") from None
@@ -152,10 +148,8 @@ def standard_library(folder: Path) -> Corpus:
 def library_sources(root: Path) -> dict[str, list[bytes]]:
     """Contents of all files, in an order and a split that depend only on their names."""
     sources: dict[str, list[bytes]] = {"train": [], "valid": []}
-    found = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
-    order = sorted((hashlib.sha256(path.relative_to(root).as_posix().encode()).digest(), path) for path in found)
-    for digest, path in order:
-        sources["valid" if digest[-1] % VALIDATION_FILE == 0 else "train"].append(path.read_bytes())
+    for part, path in library_files(root):
+        sources[part].append(path.read_bytes())
     if not all(sources.values()):
         raise SettingsError(f"--data must name a file: Python's own source text is not at {root}")
     return sources

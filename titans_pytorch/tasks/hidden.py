@@ -1,0 +1,97 @@
+"""Texts in which something is hidden, with a question at their end: bytes, of exactly the length that is asked for."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator
+
+from titans_pytorch.tasks.task import NO_ANSWER, Metric, Questions, Task, check_range
+from titans_pytorch.tasks.texts import haystack, piece
+
+NOISE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+TRIES = 100
+"""Draws until one fits the length"""
+
+
+class Written(NamedTuple):
+    """What a task wants to say, but for the haystack."""
+
+    before: str
+    hidden: list[tuple[float, str]]  # depth in the haystack (0: its beginning, 1: its end), and a line
+    after: list[tuple[str, bool]]  # pieces of text, and whether each is an answer
+
+
+@dataclass(frozen=True)
+class HiddenInText(Task):
+    """Lines hidden in a haystack; answers at the end are given byte by byte, each after the right ones before it.
+
+    An answer counts if all of its bytes are right, which is what greedy decoding would write.
+
+    tokens: bytes of the whole, exactly; haystack: noise, one sentence again and again, or lines of a text
+    data: that text, a file or a folder; None: the source of Python's own library
+    """
+
+    metric: ClassVar[Metric] = "exact match"
+
+    tokens: int = 1024
+    haystack: Literal["noise", "text", "needles"] = "noise"
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        check_range("tokens", self.tokens, 1)
+        if self.haystack not in (allowed := ("noise", "text", "needles")):
+            raise ValueError(f"haystack must be one of {', '.join(allowed)}, got {self.haystack!r}")
+
+    @property
+    def num_tokens(self) -> int:
+        return 256
+
+    @abstractmethod
+    def write(self, drawn: random.Random) -> Written:
+        """What is hidden, and what is asked."""
+
+    def hay(self, length: int, drawn: random.Random) -> bytes:
+        """So many bytes to hide something in, in lines."""
+        if self.haystack == "text":
+            return piece(haystack(self.data), length, drawn)
+        return (NOISE * (length // len(NOISE) + 1))[:length]
+
+    def draw(self, rows: int, generator: Generator) -> Questions:
+        """-> ids (b n), answers (b n): the bytes of each answer"""
+        drawn = [self.draw_row(random.Random(int(torch.randint(2**62, (), generator=generator)))) for _ in range(rows)]
+        text, is_answer = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
+        return Questions(text[:, :-1], torch.where(is_answer, text, NO_ANSWER)[:, 1:])
+
+    def draw_row(self, drawn: random.Random) -> tuple[np.ndarray, np.ndarray]:
+        """One text with a byte more than `tokens`, and which of its bytes are answers."""
+        for _ in range(TRIES):
+            before, hidden, after = self.write(drawn)
+            written = len(before.encode()) + sum(len(line.encode()) + 1 for _, line in hidden)
+            written += sum(len(text.encode()) for text, _ in after)
+            if written <= self.tokens + 1:
+                break
+        else:
+            raise ValueError(f"tokens must be at least {written - 1} for {type(self).__name__}, got {self.tokens}")
+        context = hide(self.hay(self.tokens + 1 - written, drawn), hidden)
+        pieces = [(before.encode() + context, False), *((text.encode(), is_answer) for text, is_answer in after)]
+        text = np.frombuffer(b"".join(each for each, _ in pieces), dtype=np.uint8).astype(np.int64)
+        return text, np.concatenate([np.full(len(each), is_answer) for each, is_answer in pieces])
+
+
+def hide(hay: bytes, hidden: list[tuple[float, str]]) -> bytes:
+    """Put lines between those of a haystack, each at its depth or a little before."""
+    hay = hay[:-1] + b"\n" if hay else hay
+    ends = [0, *(place + 1 for place, byte in enumerate(hay) if byte == 10)]
+    found, done = [], 0
+    for depth, line in sorted(hidden, key=lambda each: each[0]):
+        place = ends[bisect_right(ends, depth * len(hay)) - 1]
+        found += [hay[done:place], line.encode(), b"\n"]
+        done = place
+    return b"".join([*found, hay[done:]])
