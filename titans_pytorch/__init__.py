@@ -8,6 +8,7 @@ from titans_pytorch.conversations import ConversationPool
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.initialization import reset_parameters
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
+from titans_pytorch.memory.writes import writes_off
 from titans_pytorch.memory_models import (
     FactorizedMemoryMLP,
     GatedResidualMemoryMLP,
@@ -66,4 +67,5 @@ __all__ = [
     "save_state",
     "state_from_bytes",
     "state_to_bytes",
+    "writes_off",
 ]

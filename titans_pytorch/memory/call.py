@@ -9,14 +9,14 @@ from einops import rearrange
 from torch import Tensor
 
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works, written_gradients_work
-from titans_pytorch.fast_weights.interface import Block, Carry
+from titans_pytorch.fast_weights.interface import Carry
 from titans_pytorch.memory.core import MemoryCore
 from titans_pytorch.memory.pieces import Stored
-from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout, plan_call
+from titans_pytorch.memory.plan import CallPlan, Layout, plan_call
 from titans_pytorch.memory.projections import StoredTokens
-from titans_pytorch.memory.reading import SpanReader
 from titans_pytorch.memory.results import CallResult, Moment, Report
-from titans_pytorch.memory.state import NeuralMemState, QueryTail, ReadingGroup, Updates
+from titans_pytorch.memory.state import NeuralMemState, Updates
+from titans_pytorch.memory.still import only_read
 from titans_pytorch.memory.streaming import Stream
 
 PreviousWeights = NeuralMemState | Mapping[str, Tensor] | None
@@ -35,13 +35,17 @@ def advance(
     """Go on from a state; None: a stream begins.  seq: (b n dim), what is read; None: only store"""
     batch, chunk, is_fresh = new.keys.shape[0], layout.store_chunk, state is None
     state = memory.init_state(batch) if state is None else memory.checked_state(state, batch)
+    new = new if memory.writes_are_on else new.without_trace()
     stored = Stored(memory.waiting_tokens(state), new)
     num_chunks, first_chunk = stored.num_tokens // chunk, state.seq_index // chunk
-    residual = memory.checked_residual(prev_weights, first_chunk, num_chunks, batch)
-    first_token = state.num_seen + 1
-    stream = Stream(memory, memory.evolution, memory.renewal, layout, residual, first_token, first_chunk)
-    plan = plan_of(memory, layout, batch, first_token, new.keys.shape[1], first_chunk, residual is None)
-    result = stream.run(plan, moment_of(memory, state, is_fresh), seq, stored)
+    if memory.writes_are_on:
+        residual = memory.checked_residual(prev_weights, first_chunk, num_chunks, batch)
+        first_token = state.num_seen + 1
+        stream = Stream(memory, memory.evolution, memory.renewal, layout, residual, first_token, first_chunk)
+        plan = plan_of(memory, layout, batch, first_token, new.keys.shape[1], first_chunk, residual is None)
+        result = stream.run(plan, moment_of(memory, state, is_fresh), seq, stored)
+    else:
+        result = only_read(memory, seq, state, num_chunks)
     rest = stored.select(num_chunks * chunk, stored.num_tokens)
     after = state_after(state, result, rest, first_chunk, num_chunks, chunk)
     return result.reads, after, by_head(memory, result.reports, batch)
@@ -96,17 +100,6 @@ def plan_of(
         may_loop=is_alone and layout.retrieve_chunk == layout.store_chunk and written_gradients_work(),
         device=memory.memory_model_parameters[0].device.type,
     )
-
-
-def read_block(memory: MemoryCore, tokens: Tensor, block: Block, tail: QueryTail | None) -> tuple[Tensor, QueryTail]:
-    """Read weights that are there.  tokens: (b n dim) -> (b n dim), the next tail"""
-    num_read, convolution, group = QueryTail(0, None, ReadingGroup(None, None)) if tail is None else tail
-    layout, last = memory.layout, num_read + tokens.shape[1]
-    reader = SpanReader(memory, memory.evolution, layout, tokens, num_read + 1, group, convolution, memory.weight_dtype)
-    groups = (num_read + 1) // layout.retrieve_chunk, last // layout.retrieve_chunk + 1
-    reader.read(block, BlockPlan(0, block.num_chunks, *groups, False))
-    reads, group = reader.finish()
-    return reads, QueryTail(last, reader.tail, group._replace(weights=None))
 
 
 def by_head(memory: MemoryCore, reports: list[Report], batch: int) -> LossAndRates:

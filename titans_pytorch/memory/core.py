@@ -69,6 +69,7 @@ class MemoryCore(Projections):
         form = form_of(model, width)
         traits, fast = inspect_model(form, width, options.loss_fn), fast_parameters(form, model.has_learned_gain)
         super().__init__(options.projections, options.gates, options.rule, fast, traits.mixes_tokens)
+        self.writes_are_on = True  # see `memory.writes`
         self.dim, self.num_views, self.layout = options.projections.dim, options.num_views, options.layout
         self.has_learned_gain, self.max_weight_growth = model.has_learned_gain, options.renewal.max_weight_growth
 

@@ -34,6 +34,10 @@ class StoredTokens(NamedTuple):
     values: Tensor  # (b t dim)    view that values are made of; the same tensor unless views differ
     is_stored: Tensor | None  # (b t)  None: all
 
+    def without_trace(self) -> StoredTokens:
+        """The tokens, none of which is to be stored."""
+        return self._replace(is_stored=torch.zeros(self.keys.shape[:2], dtype=torch.bool, device=self.keys.device))
+
 
 class ProjectedWrites(NamedTuple):
     """Writes, and which of them count."""
