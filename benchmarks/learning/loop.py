@@ -24,14 +24,15 @@ def training(
     loss_of: Callable[[int], Tensor],
     rate: Callable[[int, float], float],
     clip: float,
+    number: int = 0,
+    seconds: float = 0.0,
 ) -> Iterator[Step]:
-    """Steps without end; what the caller does between them does not count as time.
+    """Steps without end, from step `number` on; what the caller does between them does not count as time.
 
     `loss_of(step)` is the loss of a step, `rate(step, seconds)` the share of the optimizer's learning rates that it
     takes; both count steps from 0.
     """
     highest = [group["lr"] for group in optimizer.param_groups]
-    number, seconds = 0, 0.0
     while True:
         began = time.perf_counter()
         for group, lr in zip(optimizer.param_groups, highest, strict=True):

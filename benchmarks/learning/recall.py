@@ -22,8 +22,10 @@ from torch.nn import functional as F
 
 from benchmarks import records
 from benchmarks.learning.loop import training
+from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.tasks import MQAR, Task
 from titans_pytorch.titans import TitansConfig, TitansLMM, TitansMAC, TitansMAG, TitansMAL
+from titans_pytorch.training.answers import answers_of
 
 MODELS = {model.variant: model for model in (TitansMAC, TitansMAG, TitansMAL, TitansLMM)}
 LENGTHS = (1, 4, 16)
@@ -58,19 +60,13 @@ def config_of(args: argparse.Namespace) -> TitansConfig:
     )
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, task: Task, generator: Generator, batches: int = BATCHES, rows: int = 32) -> float:
+def accuracy(model: CausalLM[Any], task: Task, generator: Generator, batches: int = BATCHES, rows: int = 32) -> float:
     """Of all questions, the share answered with the right value."""
-    model.eval()
     right = asked = 0
     for _ in range(batches):
-        questions, state, guesses = task.draw(rows, generator), None, []
-        for piece in questions.ids.split(1024, dim=1):
-            logits, state = model(piece, state)
-            guesses.append(logits.argmax(dim=-1))
-        right += task.num_right(torch.cat(guesses, dim=1), questions)
+        questions = task.draw(rows, generator)
+        right += task.num_right(answers_of(model, questions).guesses, questions)
         asked += int(questions.is_asked.sum())
-    model.train()
     return right / asked
 
 

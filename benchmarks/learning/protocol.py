@@ -1,0 +1,194 @@
+"""What a comparison holds fixed: which models stand beside each other, of how many parameters, and what recovery is.
+
+docs/protocol.md says it in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from titans_pytorch import writes_off
+from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.tasks import Task, make_task
+from titans_pytorch.training.models import MACModel, TitansModel, size
+from titans_pytorch.training.options import from_json
+from titans_pytorch.training.settings import Training
+
+KINDS: dict[str, type[Any]] = {"titans": TitansModel, "mac": MACModel}
+FLOOR, CEILING, FROZEN = "floor", "ceiling", "frozen"
+ROLES = ("memory", FROZEN, FLOOR, CEILING)
+WITHIN = 0.001
+LENGTHS = (1, 4, 16, 64)
+"""Times the trained length that a model is asked at"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a trained model is asked.
+
+    lengths: times the trained one; rows: sequences of each; depths: of needles, for a map; bins: first positions
+    """
+
+    lengths: tuple[int, ...] = LENGTHS
+    rows: int = 64
+    batch: int = 8
+    seed: int = 1_000_000
+    depths: int = 0
+    bins: tuple[int, ...] = (0, 32, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One setting: a task, a model with memory and what stands beside it, how they are trained and asked.
+
+    models: settings that differ from `model`, by name, each of which is a model with memory; the first one is what
+        floor and ceiling have as many parameters as
+    budgets: of steps, or of seconds of training; several are several runs of everything
+    """
+
+    name: str
+    task: dict[str, Any]
+    model: dict[str, Any]
+    train: dict[str, Any]
+    budgets: tuple[dict[str, float], ...] = ({"steps": 500},)
+    models: dict[str, dict[str, Any]] | None = None
+    roles: tuple[str, ...] = ROLES
+    seeds: tuple[int, ...] = (0, 1, 2)
+    evaluation: dict[str, Any] | None = None
+    within: float = WITHIN
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.roles) - set(ROLES):
+            raise ValueError(f"roles must be among {', '.join(ROLES)}, got {', '.join(sorted(unknown))}")
+        for budget in self.budgets:
+            if len(budget) != 1 or not set(budget) <= {"steps", "seconds"} or not all(v > 0 for v in budget.values()):
+                raise ValueError(f"a budget must be steps or seconds, above 0, got {budget}")
+        if self.model.get("kind") not in KINDS:
+            raise ValueError(f"model.kind must be one of {', '.join(KINDS)}, got {self.model.get('kind')!r}")
+
+    def training(self, seed: int, steps: int) -> Training:
+        return from_json(Training, self.train | dict(seed=seed, steps=steps), "train")
+
+    @property
+    def asking(self) -> Evaluation:
+        return from_json(Evaluation, self.evaluation or {}, "evaluation")
+
+    def make_task(self, **more: Any) -> Task:
+        options = {name: value for name, value in self.task.items() if name != "name"}
+        return make_task(self.task["name"], **options | more)
+
+    def settings(self, name: str) -> Any:
+        """The model with memory of this name."""
+        own = (self.models or {"memory": {}})[name]
+        kind, merged = KINDS[self.model["kind"]], self.model | own
+        if unknown := set(merged) - {"kind", *(each.name for each in fields(kind))}:
+            raise ValueError(f"model must hold settings of {kind.__name__}, got {', '.join(sorted(unknown))}")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
+        return kind(**{key: value for key, value in values.items() if key != "kind"})
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Everything that is trained, in its order."""
+        names = list(self.models or {"memory": {}})
+        found = [Entry(name, "memory", self.settings(name)) for name in names if "memory" in self.roles]
+        if FROZEN in self.roles:
+            found += [Entry(f"{name}, {FROZEN}", FROZEN, self.settings(name)) for name in names]
+        first, num_tokens = self.settings(names[0]), self.make_task().num_tokens
+        if FLOOR in self.roles:
+            found.append(Entry(FLOOR, FLOOR, floor_of(first, num_tokens, self.within)))
+        if CEILING in self.roles:
+            longest = max(self.asking.lengths) * self.make_task().tokens  # type: ignore[attr-defined]
+            found.append(Entry(CEILING, CEILING, ceiling_of(first, longest, num_tokens, self.within)))
+        return found
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of a comparison.  role: memory, frozen (its writes are off, in training too), floor or ceiling"""
+
+    name: str
+    role: str
+    settings: Any
+
+    def build(self, num_tokens: int) -> CausalLM[Any]:
+        model: CausalLM[Any] = self.settings.build(num_tokens)
+        return model
+
+    def running(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """How it is run, in training and afterwards."""
+        return writes_off(model) if self.role == FROZEN else nullcontext()
+
+
+# ---- models of equal parameters
+
+
+def floor_of(settings: Any, num_tokens: int, within: float = WITHIN) -> Any:
+    """The model without memory, its feed-forward networks widened until it has as many parameters."""
+    return of_equal_size(settings, replace(settings, memory=False), num_tokens, within)
+
+
+def ceiling_of(settings: Any, longest: int, num_tokens: int, within: float = WITHIN) -> Any:
+    """The model without memory whose attention sees all of the longest sequence, of as many parameters."""
+    bare = replace(settings, memory=False, window=longest)
+    if isinstance(settings, TitansModel):
+        bare = replace(bare, variant="mag")  # a window over all of a sequence is full attention; LMM has none
+    return of_equal_size(settings, bare, num_tokens, within)
+
+
+def of_equal_size(wanted: Any, bare: Any, num_tokens: int, within: float) -> Any:
+    """`bare`, with feed-forward networks of the width that brings it to the parameters of `wanted`."""
+    target = parameters(wanted, num_tokens)
+    if isinstance(bare, TitansModel):
+        width = matched_width(lambda width: parameters(replace(bare, ff_hidden=width), num_tokens), target)
+        bare = replace(bare, ff_hidden=width)
+    got = parameters(bare, num_tokens)  # MACModel widens itself
+    if abs(got / target - 1) > within:
+        raise ValueError(
+            f"a model without memory must come within {within:.3%} of {target:,} parameters, got {got:,} at best: "
+            "take a wider model, or allow more with `within`"
+        )
+    return bare
+
+
+def matched_width(parameters_at: Callable[[int], int], target: int) -> int:
+    """The width at which a model whose parameters grow evenly with it comes nearest to a number of parameters."""
+    first, each = parameters_at(1), parameters_at(2) - parameters_at(1)
+    return max(1, 1 + round((target - first) / each))
+
+
+def parameters(settings: Any, num_tokens: int) -> int:
+    """Of a model with these settings, which is only counted."""
+    with torch.device("meta"):
+        return size(settings.build(num_tokens))
+
+
+def recovery(score: float, floor: float, ceiling: float) -> float | None:
+    """The share of what full attention wins over no memory that a model wins; None where it wins nothing.
+
+    Bits per byte go in with a minus: the order is what counts, higher being better.
+    """
+    if not all(map(math.isfinite, (score, floor, ceiling))) or ceiling <= floor:
+        return None
+    return (score - floor) / (ceiling - floor)
+
+
+def comparison_from(loaded: Any, where: str) -> Comparison:
+    """A comparison as a file holds it."""
+    if isinstance(loaded, dict):
+        known = {each.name for each in fields(Comparison)}
+        for name in ("budgets", "roles", "seeds"):
+            if isinstance(loaded.get(name), list):
+                loaded[name] = tuple(loaded[name])
+        if missing := {"name", "task", "model", "train"} - set(loaded):
+            raise ValueError(f"{where} must name {', '.join(sorted(missing))}, got {', '.join(loaded) or 'nothing'}")
+        if unknown := set(loaded) - known:
+            raise ValueError(f"{where} must hold a comparison's {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        return Comparison(**loaded)
+    raise ValueError(f"{where} must hold a comparison, got {type(loaded).__name__}")
