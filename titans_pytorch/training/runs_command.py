@@ -2,6 +2,7 @@
 
 titans-pytorch sample RUN --prompt "def "        goes on with a text, token by token as they come
 titans-pytorch plot RUN                          draws its curves and what surprised it
+titans-pytorch eval RUN --tasks niah --lengths 4k   asks it tasks at many lengths
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from titans_pytorch.training.decoding import continued
 from titans_pytorch.training.errors import SettingsError, report_errors
+from titans_pytorch.training.eval_command import add_eval, evaluate
 from titans_pytorch.training.options import Parser, named
 from titans_pytorch.training.runs import Run
 
@@ -24,13 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str] | None) -> int:
     parsed = parser().parse_args(arguments)
     if parsed.command is None:
-        raise SettingsError("titans-pytorch needs a command, sample or plot, got none")
-    return {"sample": sample, "plot": plot}[parsed.command](parsed)
+        raise SettingsError("titans-pytorch needs a command, sample, plot or eval, got none")
+    return {"sample": sample, "plot": plot, "eval": evaluation}[parsed.command](parsed)
 
 
 def parser() -> Parser:
     made = Parser(prog="titans-pytorch", description="What to do with a trained run.")
-    commands = made.add_subparsers(dest="command", metavar="sample | plot")
+    commands = made.add_subparsers(dest="command", metavar="sample | plot | eval")
     each = commands.add_parser("sample", help="go on with a text")
     each.add_argument("run", type=Path, help="folder of the run")
     each.add_argument("--prompt", help="text to go on with")
@@ -43,7 +45,12 @@ def parser() -> Parser:
     each = commands.add_parser("plot", help="draw its curves and what surprised it")
     each.add_argument("run", type=Path, help="folder of the run")
     each.add_argument("--text", type=Path, help="file whose beginning is drawn; default: validation text")
+    add_eval(commands)
     return made
+
+
+def evaluation(parsed: Namespace) -> int:
+    return evaluate(parsed, device(parsed.device))
 
 
 def sample(parsed: Namespace) -> int:
