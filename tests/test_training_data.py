@@ -148,6 +148,14 @@ def test_without_a_network_it_is_python_s_own_text(tmp_path: Path, monkeypatch: 
 def test_the_default_text_is_split_by_file(tmp_path: Path) -> None:
     found = data.corpus("python", tmp_path)
     assert len(found.train) > 20 * len(found.valid) > 1_000_000
+    again = data.corpus("python", tmp_path)
+    for part, starts in ((again.train, again.train_starts), (again.valid, again.valid_starts)):
+        assert starts is not None
+        assert starts[0] == 0
+        assert len(starts) > 20
+        assert (np.diff(np.append(starts, len(part))) >= 0).all()
+        before = part[starts[starts > 0] - 1]  # files end with a line
+        assert (before == ord("\n")).mean() > 0.95
 
 
 def test_no_file_is_in_both_parts(tmp_path: Path) -> None:

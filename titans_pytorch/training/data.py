@@ -9,6 +9,7 @@ import shutil
 import sys
 import sysconfig
 import zlib
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from titans_pytorch.training.files import COPY_BYTES, writing
 from titans_pytorch.training.text import ByteText, Ids, Text
 
 Bytes = NDArray[np.uint8]
+Starts = NDArray[np.int64]
+"""The first token of each document, (documents)"""
 
 TRAIN, VALID = 0.90, 0.05  # shares of a file, in this order; the rest is for tests
 PYTHON = "python"
@@ -38,14 +41,25 @@ class Corpus:
     valid: Ids
     train_bytes_per_token: float = 1.0
     valid_bytes_per_token: float = 1.0
+    train_starts: Starts | None = None  # where documents begin; None: all is one
+    valid_starts: Starts | None = None
 
-    def check(self, sequence: int, unit: str = "byte") -> None:
-        """Refuse a text that has not one sequence."""
-        for name, part in (("training", self.train), ("validation", self.valid)):
+    def check(self, sequence: int, unit: str = "byte", carry: int = 1) -> None:
+        """Refuse a text that has not one sequence, or, where states are carried, no document as long as all of them."""
+        for name, part, starts in (
+            ("training", self.train, self.train_starts),
+            ("validation", self.valid, self.valid_starts),
+        ):
             if len(part) < sequence + 1:
                 raise SettingsError(
                     f"--data must have more than --sequence {sequence} {unit}s of {name} text, got {len(part)} "
                     f"from {self.about}"
+                )
+            longest = len(part) if starts is None else int(np.diff(np.append(starts, len(part))).max())
+            if carry > 1 and longest < carry * sequence + 1:
+                raise SettingsError(
+                    f"--data must have a document of {name} text with more than --carry {carry} times --sequence "
+                    f"{sequence} {unit}s, got at most {longest} from {self.about}"
                 )
 
 
@@ -53,9 +67,23 @@ def tokenized(corpus: Corpus, text: Text) -> Corpus:
     """Turn a text into the tokens of a tokenizer."""
     if isinstance(text, ByteText):
         return corpus
-    train, valid = text.encode(bytes(corpus.train)), text.encode(bytes(corpus.valid))
+    train, train_starts = encoded(corpus.train, corpus.train_starts, text)
+    valid, valid_starts = encoded(corpus.valid, corpus.valid_starts, text)
     shares = len(corpus.train) / max(len(train), 1), len(corpus.valid) / max(len(valid), 1)
-    return Corpus(f"{corpus.about}, {shares[0]:.2f} bytes a token", train, valid, *shares)
+    return Corpus(f"{corpus.about}, {shares[0]:.2f} bytes a token", train, valid, *shares, train_starts, valid_starts)
+
+
+def encoded(part: Ids, starts: Starts | None, text: Text) -> tuple[Ids, Starts | None]:
+    """Documents as tokens, and where each of them begins then."""
+    if starts is None:
+        return text.encode(bytes(part)), None
+    found = [text.encode(bytes(document)) for document in np.split(part, starts[1:])]
+    return np.concatenate(found), starts_of(found)
+
+
+def starts_of(documents: Sequence[Sized]) -> Starts:
+    """Where each of some documents begins, one after the other."""
+    return np.cumsum([0, *map(len, documents)], dtype=np.int64)[:-1]
 
 
 def batch(text: Ids, *, seed: int, step: int, index: int, size: int, length: int) -> Tensor:
@@ -136,13 +164,18 @@ def standard_library(folder: Path) -> Corpus:
     """The source text of Python's own library, which every machine has, split by file."""
     name = f"python-{'.'.join(map(str, sys.version_info[:3]))}"
     paths = {part: folder / "standard-library" / f"{name}-{part}.txt" for part in ("train", "valid")}
-    if not all(path.exists() for path in paths.values()):
+    starts = {part: path.with_suffix(".starts.npy") for part, path in paths.items()}
+    if not all(path.exists() for path in (*paths.values(), *starts.values())):
         sources = library_sources(Path(sysconfig.get_paths()["stdlib"]))
         for part, path in paths.items():
             with writing(path) as temporary:
                 temporary.write_bytes(b"".join(sources[part]))
+            with writing(starts[part]) as temporary, temporary.open("wb") as file:
+                np.save(file, starts_of(sources[part]))
     train, valid = mapped(paths["train"]), mapped(paths["valid"])
-    return Corpus(f"Python's own source text ({len(train) + len(valid):,} bytes, split by file)", train, valid)
+    about = f"Python's own source text ({len(train) + len(valid):,} bytes, split by file)"
+    begin = {part: np.load(path) for part, path in starts.items()}
+    return Corpus(about, train, valid, train_starts=begin["train"], valid_starts=begin["valid"])
 
 
 def library_sources(root: Path) -> dict[str, list[bytes]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pytorch.training import data
+from titans_pytorch.training.carrying import Stretches, losses_over_segments
 from titans_pytorch.training.settings import Training
 from titans_pytorch.training.text import Ids, Text
 
@@ -20,11 +21,17 @@ BITS = 1 / math.log(2)
 def validate(model: nn.Module, corpus: data.Corpus, settings: Training, accelerator: Any) -> tuple[float, Tensor]:
     """Bits per byte of the fixed sequences, and by position (n); every process takes its share of the batches.
 
+    Where states are carried, a sequence is as many segments of one document, read one after the other.
+
     model: ids (b n) to the loss of each token but the first (b n-1), as `NextTokenLoss` with per_token=True
     """
-    length = settings.sequence + 1
-    starts = data.evenly(corpus.valid, settings.validate_sequences, length)
-    total = torch.zeros(settings.sequence, device=accelerator.device, dtype=torch.float32)
+    length = settings.carry * settings.sequence + 1
+    if settings.carry == 1:
+        starts = data.evenly(corpus.valid, settings.validate_sequences, length)
+    else:
+        stretches = Stretches.of(corpus.valid, corpus.valid_starts, length)
+        starts = stretches.evenly(settings.validate_sequences)
+    total = torch.zeros(length - 1, device=accelerator.device, dtype=torch.float32)
     count, world = math.ceil(len(starts) / settings.batch), accelerator.num_processes
     model.eval()
     # Sharded models are gathered by all processes together: all make the same number of calls.
@@ -32,7 +39,7 @@ def validate(model: nn.Module, corpus: data.Corpus, settings: Training, accelera
         index = min(i + accelerator.process_index, count - 1)
         ids = data.rows(corpus.valid, np.array_split(starts, count)[index], length).to(accelerator.device)
         with accelerator.autocast():
-            losses = model(ids, per_token=True).sum(dim=0)
+            losses = losses_over_segments(model, ids, settings.carry).sum(dim=0)
         if i + accelerator.process_index < count:
             total += losses
     model.train()

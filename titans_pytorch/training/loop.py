@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.training import checkpoints, data, sharding
+from titans_pytorch.training.carrying import Carrying, segment
 from titans_pytorch.training.checkpoints import Checkpoint, Progress
 from titans_pytorch.training.compiling import compile_parts
 from titans_pytorch.training.decoding import continued
@@ -74,7 +75,7 @@ class Trainer:
         self.optimizers = optimizers(self.module, settings)
         if resumed is not None:
             sharding.load_optimizer_state(self.module, self.optimizers, resumed.optimizer())
-        self.skipped = 0
+        self.skipped, self.carrying = 0, Carrying(settings.carry)
         self.is_asked_to_stop = False
 
     # ---- the whole training
@@ -92,7 +93,7 @@ class Trainer:
             dynamic_ncols=True,
         )
         with bar, self.stoppable():
-            while not self.is_done() and not self.is_asked_to_stop:
+            while not self.is_over():
                 began = time.perf_counter()
                 loss, norm, lr = self.step()
                 took = time.perf_counter() - began
@@ -103,6 +104,10 @@ class Trainer:
                 bar.update()
                 self.after_step()
         return self.is_done()
+
+    def is_over(self) -> bool:
+        """Whether training ends here, for now or for good; a group of steps that carry a state is gone through."""
+        return self.carrying.is_border(self.progress.step) and (self.is_asked_to_stop or self.is_done())
 
     def is_done(self) -> bool:
         if self.settings.minutes is None:
@@ -149,7 +154,7 @@ class Trainer:
         for micro in range(settings.accumulate):
             ids = self.micro_batch(number, micro)
             with self.syncing(micro == settings.accumulate - 1), accelerator.autocast():
-                loss = self.model(ids) / settings.accumulate
+                loss = self.carrying.loss(self.model, ids, number, micro) / settings.accumulate
                 accelerator.backward(loss)
             total += loss.detach()
         norm = self.gradient_norm()
@@ -166,8 +171,11 @@ class Trainer:
         """All micro-batches of a step are numbered, first those that the processes take first."""
         index = micro * self.accelerator.num_processes + self.accelerator.process_index
         settings = self.settings
-        size, length = settings.batch, settings.sequence + 1
-        ids = data.batch(self.corpus.train, seed=settings.seed, step=step, index=index, size=size, length=length)
+        which = dict(seed=settings.seed, step=step, index=index, size=settings.batch)
+        if settings.carry > 1:
+            ids = segment(self.corpus, carry=settings.carry, length=settings.sequence, **which)
+        else:
+            ids = data.batch(self.corpus.train, length=settings.sequence + 1, **which)
         return ids.to(self.accelerator.device)
 
     @contextmanager
@@ -218,7 +226,7 @@ class Trainer:
 
     def after_step(self) -> None:
         settings, step = self.settings, self.progress.step
-        is_over = self.is_done() or self.is_asked_to_stop
+        is_over, is_due = self.is_over(), self.carrying.is_due
         is_new_best = False
         if is_over or is_due(step, settings.validate_every):
             bits, by_position = validate(self.model, self.corpus, settings, self.accelerator)
@@ -276,10 +284,6 @@ class Trainer:
 def mixed(*numbers: int) -> int:
     """One seed of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
-
-
-def is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def flat(*settings: Any) -> dict[str, Any]:

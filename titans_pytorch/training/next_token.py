@@ -19,8 +19,17 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, per_token: bool = False) -> Tensor:
-        """ids: (b n) -> the mean loss of all tokens but the first, or that of each (b n-1), in nats"""
+    def forward(
+        self, ids: Tensor, per_token: bool = False, state: Any = None, carries: bool = False
+    ) -> Tensor | tuple[Tensor, Any]:
+        """ids: (b n) -> the mean loss of all tokens but the first, or that of each (b n-1), in nats
+
+        carries: go on from `state` (None: a sequence begins), and also give the state for the piece that begins with
+            the last token
+        """
+        if carries:
+            logits, after = self.model.logits_and_state(ids[:, :-1], state)
+            return next_token_loss(logits, ids, per_token), after
         answer = self.model(ids[:, :-1])
         logits = answer if isinstance(answer, Tensor) else answer[0]
         return next_token_loss(logits, ids, per_token)

@@ -56,7 +56,8 @@ def write(fig: Any, path: Path) -> Path:
 
 def draw_curves(run: Run) -> Path:
     """Bits per byte over steps, and over the position in the context."""
-    sequence, records = run.config()["training"]["sequence"], run.metrics()
+    settings, records = run.config()["training"], run.metrics()
+    sequence = settings["sequence"] * settings.get("carry", 1)
     steps = [each for each in records if "bits_per_byte" in each]
     valid = [each for each in records if "valid_bits_per_byte" in each]
     if not steps:

@@ -16,7 +16,7 @@ from titans_pytorch.training.settings import Training, check_types, dashed
 
 Presets = Mapping[str, Mapping[str, Any]]
 RUNS = Path("runs")
-STAYS = ("optimizer", "seed", "tokenizer")  # what a resumed run cannot change, beside the model
+STAYS = ("carry", "optimizer", "seed", "tokenizer")  # what a resumed run cannot change, beside the model
 
 
 @dataclass(frozen=True)

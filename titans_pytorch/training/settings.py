@@ -19,6 +19,7 @@ class Training:
     batch: int = setting(4, "sequences per process and micro-batch")
     accumulate: int = setting(1, "micro-batches per step")
     sequence: int = setting(512, "tokens per sequence")
+    carry: int = setting(1, "segments of a document that a state is carried over, a step each; 1: no state is carried")
     seed: int = setting(0, "decides the initial weights and all batches")
 
     lr: float = setting(2e-4, "learning rate at its highest")
@@ -57,11 +58,15 @@ class Training:
 
     def check(self) -> None:
         check_types(self)
-        at_least = dict(steps=1, batch=1, accumulate=1, sequence=2, warmup=0, validate_sequences=1, sample_length=1)
+        at_least = dict(
+            steps=1, batch=1, accumulate=1, sequence=2, carry=1, warmup=0, validate_sequences=1, sample_length=1
+        )
         at_least |= dict(prime_length=1, validate_every=0, sample_every=0, checkpoint_every=0, keep=1, seed=0)
         for name, smallest in at_least.items():
             if (value := getattr(self, name)) < smallest:
                 raise SettingsError(f"--{dashed(name)} must be at least {smallest}, got {value}")
+        if self.minutes is None and self.steps % self.carry:
+            raise SettingsError(f"--steps must be a multiple of --carry {self.carry}, got {self.steps}")
         for name in ("lr", "clip", "minutes"):
             if (number := getattr(self, name)) is not None and not 0 < number < float("inf"):
                 raise SettingsError(f"--{name} must be above 0, got {number}")

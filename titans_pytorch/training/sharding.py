@@ -16,7 +16,7 @@ from titans_pytorch.initialization import whole_of
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """FSDP2: each of `model.layers`, and what is around them, is a unit that is gathered when it is needed."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     model.to(device)
@@ -24,6 +24,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)  # in place
+    register_fsdp_forward_method(model, "logits_and_state")  # by which states are carried
     return model
 
 

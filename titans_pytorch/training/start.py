@@ -64,7 +64,7 @@ def train_with(plan: Plan, accelerate: Any) -> int:
     plan = replace(plan, training=training)
     with accelerate.local_main_process_first():
         corpus = data.tokenized(data.corpus(name, folder), text)
-    corpus.check(training.sequence, text.unit)
+    corpus.check(training.sequence, text.unit, training.carry)
     say(f"data: {corpus.about}{why}")
     resumed = checkpoints.last(run.checkpoints) if plan.is_resumed else None
     trainer = Trainer(training, lambda: built(plan.model, text), corpus, text, run, accelerate, resumed)
