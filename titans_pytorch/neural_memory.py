@@ -18,7 +18,7 @@ from titans_pytorch.fast_weights.rules.registry import RuleOptions, rule_of
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.losses import mean_squared_error
-from titans_pytorch.memory.call import LossAndRates, PreviousWeights, advance, plan_of
+from titans_pytorch.memory.call import PreviousWeights, advance, plan_of
 from titans_pytorch.memory.core import MemoryCore, MemoryOptions
 from titans_pytorch.memory.options import (
     GateOptions,
@@ -33,6 +33,7 @@ from titans_pytorch.memory.paper import paper_options
 from titans_pytorch.memory.plan import CallPlan, Layout
 from titans_pytorch.memory.projections import StoredTokens
 from titans_pytorch.memory.ragged_call import advance_ragged, check_for_each_row
+from titans_pytorch.memory.results import LossAndRates
 from titans_pytorch.memory.rows import outside_inference
 from titans_pytorch.memory.state import NeuralMemState, QueryTail, Updates, mem_state_detach
 from titans_pytorch.memory.still import read_block

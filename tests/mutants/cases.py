@@ -51,6 +51,16 @@ PAPER = PLAIN | {
     "default_step_transform_max_lr": 0.1,
 }
 
+LINEAR = PLAIN | {
+    "model": "linear",
+    "heads": 2,
+    "dim": 6,
+    "chunk_size": 1,
+    "batch_size": 1,
+    "mem_model_norm_add_residual": False,
+    "max_weight_growth": None,
+}
+
 
 def case(
     chosen: dict[str, Any],
@@ -90,5 +100,7 @@ CASES = {
     "gated loop": case(LOOP | {"gated_transition": True}, split=(17, 4)),
     "loop cut in a batch": case(LOOP, split=(2, 4, 5)),
     "grown loop": case(LOOP | {"max_weight_growth": 1.02, "default_step_transform_max_lr": 2.0}, split=(17,)),
+    "solved": case(LINEAR, split=(40, 1, 9)),
+    "solved, two orders": case(LINEAR | {"momentum_order": 2, "num_kv_per_token": 2}, split=(20,), mask=True),
     "gates of parameters": case(PAPER | {"channelwise_decay": False, "momentum_order": 2}),
 }

@@ -36,6 +36,7 @@ from titans_pytorch.fast_weights.probe import ModelTraits
 from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.rule import Rule, Shares
+from titans_pytorch.fast_weights.solved.blocks import can_solve, solved_blocks
 from titans_pytorch.fast_weights.surprises import Surprises, surprises_of
 from titans_pytorch.fast_weights.ways import EngineName, fitting, runner
 
@@ -65,6 +66,7 @@ class Engine:
         self.model = runner(self.name, model, traits, loss_fn)
         is_known = isinstance(self.model, ClosedMLP) and self.name == "factored" and max_grad_norm is None
         self.has_loop = is_known and can_loop(rule)  # whether many blocks can be stored by one, see `store_series`
+        self.can_solve = is_known and can_solve(self.model, rule)  # whether many renewals can be solved for at once
         self.loop, self.loop_reads = renewals, False
 
     def store(
@@ -105,6 +107,11 @@ class Engine:
         with full_precision(loss):
             shares = writes.gates.map(lambda gates: self.shares(gates.blocks(num_blocks)))
             return blocks_at_once(carry, surprises, shares, num_blocks, self.rule.num_momenta), loss
+
+    def store_solved(self, carry: Carry, writes: Writes, num_blocks: int) -> tuple[Block, Tensor]:
+        """Equal blocks of a linear memory, with a base that is renewed after every chunk.  -> as `store`"""
+        with full_precision(writes.keys):
+            return solved_blocks(self.model, self.rule, carry, writes, num_blocks)
 
     def block(self, carry: Carry, surprises: Surprises, writes: Writes, shares: BlockShares) -> Block:
         """The weights over the chunks of a block."""

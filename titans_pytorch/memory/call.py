@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works, written_gradients_work
@@ -14,14 +13,12 @@ from titans_pytorch.memory.core import MemoryCore
 from titans_pytorch.memory.pieces import Stored
 from titans_pytorch.memory.plan import CallPlan, Layout, plan_call
 from titans_pytorch.memory.projections import StoredTokens
-from titans_pytorch.memory.results import CallResult, Moment, Report
+from titans_pytorch.memory.results import CallResult, LossAndRates, Moment, by_head
 from titans_pytorch.memory.state import NeuralMemState, Updates
 from titans_pytorch.memory.still import only_read
 from titans_pytorch.memory.streaming import Stream
 
 PreviousWeights = NeuralMemState | Mapping[str, Tensor] | None
-LossAndRates = tuple[Tensor, Tensor]
-"""Unweighted loss and step size of every write, (b h writes) each"""
 
 
 def advance(
@@ -98,15 +95,8 @@ def plan_of(
         has_grad=torch.is_grad_enabled(),
         can_recompute=plain_autograd_works(),
         may_loop=is_alone and layout.retrieve_chunk == layout.store_chunk and written_gradients_work(),
+        may_solve=is_alone and layout.retrieve_chunk == layout.store_chunk,
         device=memory.memory_model_parameters[0].device.type,
     )
 
 
-def by_head(memory: MemoryCore, reports: list[Report], batch: int) -> LossAndRates:
-    """Losses and rates of all writes.  (r n c) each -> (b h writes)"""
-    if not reports:
-        nothing = memory.memory_model_parameters[0].new_zeros(batch, memory.heads, 0)
-        return nothing, nothing
-    loss, rates = (torch.cat(parts, dim=1) for parts in zip(*reports, strict=True))
-    merge = "(b h) n c -> b h (n c)"
-    return rearrange(loss, merge, h=memory.heads), rearrange(rates, merge, h=memory.heads)

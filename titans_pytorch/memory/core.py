@@ -223,7 +223,17 @@ class MemoryCore(Projections):
             num_slots=1 + self.rule.num_momenta,
             can_fold=self.engine == "factored" and factored == "factored" and not self.rule.uses_start,
             has_loop=self.evolution.has_loop,
+            is_linear=self.evolution.can_solve,
+            not_solved=self.why_not_solved,
         )
+
+    @property
+    def why_not_solved(self) -> str:
+        """What keeps the renewals of a linear memory from being solved for: what is not linear in its weights."""
+        acts = "acts at every renewal, so they run one by one"
+        if self.max_weight_growth is not None:
+            return f"max_weight_growth {acts}; without it (None) those of this linear memory are solved for"
+        return "" if self.transition_gate is None else f"gated_transition {acts}"
 
     # ---- what comes in
 

@@ -24,6 +24,7 @@ class Costs(NamedTuple):
     read_elements: int = 2**21  # of weights that are read together inside a loop, where no backward pass follows
     loop_chunks: int = 2  # of a batch, up to which each is a block of its own in a loop
     loop_tokens: int = 64  # of a batch, up to which there are loops; they keep the start of every block
+    solved_writes: tuple[int, int] = (32, 64)  # at least and at most in a block whose renewals are solved for; 0: none
     at_once: bool = False  # blocks that are surprised at one base do not wait for each other
 
 
@@ -43,6 +44,7 @@ COSTS = {
         read_elements=2**28,
         loop_chunks=1,
         loop_tokens=2**20,
+        solved_writes=(64, 64),
         at_once=True,
     ),
 }
@@ -61,6 +63,8 @@ class Sizes(NamedTuple):
     num_slots: int = 1  # tensors of every parameter that move: its weights and their momenta
     has_loop: bool = False  # whether several blocks can go through one loop
     can_fold: bool = False  # whether several blocks can be stored at once
+    is_linear: bool = False  # whether renewals of every chunk can be solved for
+    not_solved: str = ""  # why they are not, where they could be
 
     @property
     def width(self) -> int:
@@ -79,3 +83,15 @@ def kept_elements(sizes: Sizes, costs: Costs) -> int:
 def held_elements(sizes: Sizes) -> int:
     """About how many numbers a block has for a row's chunk."""
     return sizes.num_elements if sizes.representation == "built" else sizes.writes_per_chunk * sizes.width
+
+
+def solved_writes(sizes: Sizes, costs: Costs) -> tuple[int, str]:
+    """How many writes of a linear memory go into a block whose renewals are solved for, and why none could.
+
+    Products over pairs of writes grow with them, and blocks wait for each other: about half a key's width is best.
+    """
+    fewest, most = costs.solved_writes
+    num = min(max(fewest, sizes.matrices[0][0] // 2), most) if sizes.is_linear else 0
+    if num < 2 * sizes.writes_per_chunk:
+        return 0, ""
+    return (0, sizes.not_solved) if sizes.not_solved else (num, "")

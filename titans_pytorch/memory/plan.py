@@ -11,7 +11,7 @@ import math
 from itertools import pairwise
 from typing import NamedTuple
 
-from titans_pytorch.memory.costs import COSTS, Costs, Sizes, held_elements, kept_elements
+from titans_pytorch.memory.costs import COSTS, Costs, Sizes, held_elements, kept_elements, solved_writes
 
 
 class Layout(NamedTuple):
@@ -55,6 +55,7 @@ class CallPlan(NamedTuple):
     has_loop: bool = False  # where a base is renewed
     num_places: int | None = None  # renewals that a loop reads together while it runs; None: all, after it
     why: str = ""  # blocks are as long as they are
+    solves: bool = False  # the base is renewed after every chunk of a block, and that is solved for
 
     @property
     def num_chunks(self) -> int:
@@ -66,6 +67,7 @@ class CallPlan(NamedTuple):
         way = "block by block" if self.longest_series == 1 else f"up to {self.longest_series} blocks in one loop"
         way += ", all at once where they share a base" if self.at_once else ""
         way += f", {self.num_places} renewal(s) read together" if self.num_places is not None else ""
+        way = "renewals solved for, in all blocks of a span at once" if self.solves else way
         return (
             f"{self.num_chunks} chunk(s) in {num_blocks} block(s), {len(self.spans)} span(s), "
             f"{'computed again in a backward pass' if self.recomputes else 'kept if a backward pass may come'}; "
@@ -85,13 +87,14 @@ def plan_call(
     has_grad: bool,
     can_recompute: bool,
     may_loop: bool = False,
+    may_solve: bool = False,
     device: str = "cpu",
 ) -> CallPlan:
     """The plan of a call.
 
     first_token: position of its first token; first_chunk: the first chunk that was not yet complete before it;
     has_grad: a backward pass may follow; can_recompute: in which spans may be computed again;
-    may_loop: whether several blocks may go through one loop; device: kind of device
+    may_loop, may_solve: whether blocks may go through one loop, renewals be solved for; device: kind of device
     """
     costs = COSTS.get(device, COSTS["cpu"])
     rows = batch * sizes.heads
@@ -110,14 +113,23 @@ def plan_call(
         num_places = renewals_together(layout, costs.read_elements // (rows * sizes.num_elements))
     if num_places is not None:  # only tokens have to fit
         longest_series = max(longest_series, longest)
+    is_renewed = may_solve and layout.batch == layout.store_chunk
+    solved, not_solved = solved_writes(sizes, costs) if is_renewed else (0, "")
+    why = f"{why}; {not_solved}" if not_solved else why
+    if solved:  # the base is renewed inside of blocks, but for those of a single chunk
+        most, why = solved // sizes.writes_per_chunk, "half a key's width is best for a triangular system"
+        has_loop, at_once, num_places, longest_series = False, False, None, num_tokens
+        kept += 8 * rows * solved
+        layout = layout._replace(batch=None)
     blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, most, longest_series > 1)
+    blocks = [block._replace(renews_base=block.num_chunks == 1) for block in blocks] if solved else blocks
     num_chunks, num_blocks = sum(b.num_chunks for b in blocks), sum(b.num_chunks > 0 for b in blocks)
     recomputes = has_grad and can_recompute and num_chunks * kept > costs.kept_elements
     is_small = num_chunks * rows * held_elements(sizes) <= costs.block_elements
     keeps_blocks = num_blocks <= 1 or (has_grad and (is_small or not recomputes))
     spans, is_serial = in_spans(blocks, longest), longest_series > 1
     at_once, has_loop = at_once and is_serial, has_loop and is_serial
-    return CallPlan(spans, recomputes, keeps_blocks, longest_series, at_once, has_loop, num_places, why)
+    return CallPlan(spans, recomputes, keeps_blocks, longest_series, at_once, has_loop, num_places, why, solved > 0)
 
 
 def renewals_together(layout: Layout, num_chunks: int) -> int | None:

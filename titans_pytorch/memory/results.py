@@ -6,12 +6,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from titans_pytorch.fast_weights.interface import Block, Carry
 from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.core import MemoryCore
 from titans_pytorch.memory.projections import ProjectedWrites
 from titans_pytorch.memory.state import ReadingGroup
+
+LossAndRates = tuple[Tensor, Tensor]
+"""Unweighted loss and step size of every write, (b h writes) each"""
 
 
 class Report(NamedTuple):
@@ -61,3 +66,13 @@ def report_of(projected: ProjectedWrites, loss: Tensor) -> Report:
         back = projected.order.argsort(dim=-1)
         loss, rates = loss.gather(2, back), rates.gather(2, back)
     return Report(loss if projected.is_stored is None else torch.where(projected.is_stored, loss, 0.0), rates)
+
+
+def by_head(memory: MemoryCore, reports: list[Report], batch: int) -> LossAndRates:
+    """Losses and rates of all writes.  (r n c) each -> (b h writes)"""
+    if not reports:
+        nothing = memory.memory_model_parameters[0].new_zeros(batch, memory.heads, 0)
+        return nothing, nothing
+    loss, rates = (torch.cat(parts, dim=1) for parts in zip(*reports, strict=True))
+    merge = "(b h) n c -> b h (n c)"
+    return rearrange(loss, merge, h=memory.heads), rearrange(rates, merge, h=memory.heads)

@@ -13,10 +13,11 @@ class SeriesPlan(NamedTuple):
 
     blocks: tuple[BlockPlan, ...]
     per_renewal: int  # blocks that are surprised at one base
+    is_solved: bool = False  # whether the base is renewed after every chunk, and that is solved for
 
     @property
     def is_single(self) -> bool:
-        return len(self.blocks) == 1
+        return len(self.blocks) == 1 and not self.is_solved
 
     @property
     def shares_base(self) -> bool:
@@ -47,7 +48,9 @@ def in_series(span: Sequence[BlockPlan], plan: CallPlan) -> list[SeriesPlan]:
     """A span as series of equal blocks, as far as a plan has them stored together."""
     found: list[SeriesPlan] = []
     for batch in equal_runs(span, plan.longest_series):
-        if plan.has_loop and found and may_follow(found[-1], batch):
+        if plan.solves and batch[0].num_chunks > 1:
+            found.append(SeriesPlan(batch, len(batch), is_solved=True))
+        elif plan.has_loop and found and may_follow(found[-1], batch):
             found[-1] = found[-1]._replace(blocks=(*found[-1].blocks, *batch))
         else:
             found.append(SeriesPlan(batch, len(batch)))

@@ -117,6 +117,8 @@ class Stream:
                 residual = None if layer is None else Residual(layer, each.first_chunk)
                 if each.is_single:
                     done = [(each.as_one(), *self.engine.store(carry, writes, residual, shares))]
+                elif each.is_solved:
+                    done = [(each.as_one(), *self.engine.store_solved(carry, writes, len(each.blocks)))]
                 elif each.renews_inside(call.at_once):
                     done = self.stored_by_loops(each, carry, writes, renewal, call, reader, keeps_blocks)
                 else:

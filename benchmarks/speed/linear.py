@@ -1,0 +1,106 @@
+"""A linear memory that is surprised at every token: renewals solved for, in a loop, and beside attention.
+
+    python -m benchmarks.speed.linear
+
+One training step, forward and backward, of a block of a Titans model without and with its feed-forward network: `lmm`
+with a linear memory (momentum, forgetting, chunks of one token, renewed at every token), and sliding attention over 128
+tokens with as many heads. Normally distributed input from seed 0, float32, one thread, CPU time of the process. All
+take turns, and the table, which goes to docs/benchmarks.md, has the least of each; with `--quick` it goes nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import DOCS, describe_machine
+from benchmarks.pages import markdown, put
+from titans_pytorch import TitansConfig
+from titans_pytorch.memory.costs import COSTS, Costs
+from titans_pytorch.titans.backbone import TitansBlock
+
+SIZES = {"dim 256, 4 heads, 2 × 4,096 tokens": (256, 2), "dim 64, 4 heads, 1 × 4,096 tokens": (64, 1)}
+TOKENS, TURNS = 4096, 4
+CPU = COSTS["cpu"]
+WAYS: dict[str, Costs | None] = {
+    "linear memory, renewals solved for": CPU,
+    "linear memory, renewals in a loop": CPU._replace(solved_writes=(0, 0)),
+    "sliding attention over 128 tokens": None,
+}
+HEADER = ["", "", "mixer, s", "of attention", "block, s", "of attention"]
+
+
+def config(dim: int) -> TitansConfig:
+    options = dict(mem_model_norm_add_residual=False, learned_norm_gain=False, max_weight_growth=None)
+    linear = dict(memory_depth=1, memory_chunk=1, memory_refresh=1, memory_options=options)
+    return TitansConfig(dim=dim, depth=1, heads=4, window=128, **linear)
+
+
+def blocks(dim: int) -> dict[str, TitansBlock]:
+    """The block of each way."""
+    torch.manual_seed(0)
+    memory, attention = TitansBlock("lmm", config(dim)), TitansBlock("mag", replace(config(dim), memory=False))
+    return {name: attention if costs is None else memory for name, costs in WAYS.items()}
+
+
+def step(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """CPU seconds of forward and backward."""
+    module.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    start = time.process_time()
+    run(x).square().mean().backward()
+    return time.process_time() - start
+
+
+def least(dim: int, rows: int, turns: int) -> dict[str, list[float]]:
+    """Seconds of each way: of the mixer, and of the whole block."""
+    found = {name: [float("inf")] * 2 for name in WAYS}
+    of_ways, x = blocks(dim), torch.randn(rows, TOKENS, dim)
+    for turn in range(1 + turns):  # the first warms up
+        for name, block in of_ways.items():
+            COSTS["cpu"] = WAYS[name] or CPU
+            for part, module in enumerate((block.mixer, block)):
+                seconds = step(module, lambda x, module=module: module(x, 0, None)[0], x)
+                if turn:
+                    found[name][part] = min(found[name][part], seconds)
+    COSTS["cpu"] = CPU
+    return found
+
+
+def table(turns: int) -> list[list[str]]:
+    rows = [HEADER]
+    for size, (dim, batch) in SIZES.items():
+        found = least(dim, batch, turns)
+        of_attention = found["sliding attention over 128 tokens"]
+        for name, seconds in found.items():
+            cells = [f"{x:.3g}" for pair in zip(seconds, relative(seconds, of_attention), strict=True) for x in pair]
+            rows.append([size, name, *cells])
+            print(" | ".join(rows[-1]), flush=True)
+    return rows
+
+
+def relative(seconds: list[float], others: list[float]) -> list[float]:
+    return [a / b for a, b in zip(seconds, others, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one turn, to see that everything works")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    rows = table(1 if quick else TURNS)
+    if not quick:
+        where = describe_machine()
+        about = (
+            f"{where['cpu']}, 1 thread of a machine that others used too, {where['date']}, commit {where['commit']}, "
+        )
+        put(DOCS / "benchmarks.md", "linear", f"{about}least of {TURNS} turns, seed 0.\n\n{markdown(rows)}")
+
+
+if __name__ == "__main__":
+    main()
