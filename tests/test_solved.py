@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.support.configurations import Case, RuleUnderTest, cases, with_rule
 from tests.support.operations import operations
+from tests.support.rules_by_the_book import GATED_DELTA, GATED_DELTA_RULE
 from tests.support.streams import in_pieces, randn
 from tests.test_exactness import check
 from tests.test_loop import compare, results
@@ -90,14 +92,20 @@ def test_a_rule_of_ones_own_is_solved_for_too(small_blocks: None, case: Case) ->
     check(with_rule(case, rule))
 
 
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=linear(), has_momentum=st.booleans())
+def test_the_gated_delta_rule_equals_the_oracle(small_blocks: None, case: Case, has_momentum: bool) -> None:
+    check(with_rule(case, GATED_DELTA if has_momentum else GATED_DELTA_RULE))
+
+
 # delta rules, by the book
 
 
 class Given:
     """Writes, gates and queries of two rows as they come, with what gradients are asked of."""
 
-    def __init__(self, has_momentum: bool, forgets: bool, num: int = 23, width: int = 5) -> None:
-        rows, self.num = 2, num
+    def __init__(self, has_momentum: bool, forgets: bool, rule: str = "titans", num: int = 23, width: int = 5) -> None:
+        rows, self.num, self.rule = 2, num, rule
         self.keys, self.queries = (F.normalize(randn(rows, num, width, seed=s), dim=-1) for s in (0, 1))
         self.values, self.start = randn(rows, num, width, seed=2), randn(rows, width, width, seed=3)
         self.beta = torch.rand(rows, num, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -110,7 +118,7 @@ class Given:
 
     def solved(self, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
         """By the library, with the paper's loss, whose gradient has a factor 2.  -> reads (r n d), last weights"""
-        model = dict(model=MemoryMLP(5, 1), mem_model_norm_add_residual=False, loss="sse")
+        model = dict(model=MemoryMLP(5, 1), mem_model_norm_add_residual=False, loss="sse", rule=self.rule)
         engine = NeuralMemory(5, 1, 1, **model, momentum=self.has_momentum).evolution
         factors = {"keep": (self.kept if self.forgets else torch.zeros_like(self.kept))[None]}
         factors |= {"momentum": self.eta[None]} if self.has_momentum else {}
@@ -173,6 +181,90 @@ def test_without_momentum_and_forgetting_it_is_the_delta_rule() -> None:
     found, expected = g.solved(), by_delta_rule(g)
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert_close(g.gradients(found), g.gradients(expected), rtol=1e-11, atol=1e-11)
+
+
+def by_gated_delta_rule(g: Given) -> tuple[Tensor, Tensor]:
+    """W_t = a (1 - beta k k^T) W_{t-1} + beta k v^T, a what is kept (arXiv 2412.06464, eq. 10, with W its transpose)"""
+    reads, last = [], []
+    for row in range(len(g.keys)):
+        w, of_row = g.start[row], []
+        for t in range(g.num):
+            of_row.append(g.queries[row, t] @ w)
+            k, beta, kept = g.keys[row, t], g.beta[row, t], g.kept[row, t].exp()
+            erased = torch.eye(5, dtype=w.dtype) - beta * torch.outer(k, k)
+            w = kept * erased @ w + beta * torch.outer(k, g.values[row, t])
+        reads.append(torch.stack(of_row))
+        last.append(w)
+    return torch.stack(reads), torch.stack(last)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 23])
+def test_surprised_after_forgetting_and_without_momentum_it_is_the_gated_delta_rule(num_blocks: int) -> None:
+    g = Given(False, True, "gated_delta")
+    found, expected = g.solved(num_blocks), by_gated_delta_rule(g)
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert_close(g.gradients(found), g.gradients(expected), rtol=1e-11, atol=1e-11)
+
+
+def test_surprised_before_forgetting_it_is_the_gated_delta_rule_with_other_steps_and_values() -> None:
+    """a W - beta k (k W - v) is a (W - (beta / a) k (k W - v)): what Titans says of its rule without momentum."""
+    g, same = Given(False, True), Given(False, True, "gated_delta")
+    kept = g.kept.detach().exp()
+    same.beta, same.values = g.beta.detach() / kept, g.values.detach() * kept[..., None]
+    assert_close(g.solved(), by_gated_delta_rule(same), rtol=1e-11, atol=1e-11)
+
+
+def test_with_momentum_errors_are_taken_after_forgetting() -> None:
+    """S <- eta S + beta k (v - a k W), W <- a W + S"""
+    g = Given(True, True, "gated_delta")
+    reads, last = g.solved()
+    w, s = g.start[0], torch.zeros_like(g.start[0])
+    for t in range(g.num):
+        assert_close(reads[0, t], g.queries[0, t] @ w, rtol=1e-12, atol=1e-12)
+        k, kept = g.keys[0, t], g.kept[0, t].exp()
+        s = g.eta[0, t].exp() * s + g.beta[0, t] * torch.outer(k, g.values[0, t] - kept * k @ w)
+        w = kept * w + s
+    assert_close(last[0], w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_forgetting_first_needs_the_memory_of_every_chunks_start(batch_size: int | None) -> None:
+    with pytest.raises(ValueError, match=r"batch_size must be the store chunk size \(1\) with a rule"):
+        NeuralMemory(8, 1, batch_size, rule="gated_delta")
+    memory = NeuralMemory(8, 1, 1, rule="gated_delta")
+    with pytest.raises(ValueError, match="ttt_batch_size must be the store chunk size"):
+        memory(torch.randn(1, 4, 8), ttt_batch_size=2)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_any_memory_may_forget_first(case: Case) -> None:
+    chunk = case.options["chunk_size"]
+    options = case.options | {"batch_size": chunk if isinstance(chunk, int) else chunk[1]}
+    check(with_rule(replace(case, options=options), GATED_DELTA))
+
+
+def test_the_preset(solved: list[int]) -> None:
+    memory = NeuralMemory.delta(32, heads=2)
+    assert memory.layout == (1, 1, 1)
+    assert memory.to_momentum is None
+    assert type(memory.rule).__name__ == "GatedDelta"
+    memory(torch.randn(2, 50, 32))[0].square().mean().backward()
+    assert all(p.grad is not None for p in memory.parameters())
+    assert NeuralMemory.delta(32, heads=2, momentum=True).to_momentum is not None
+    assert solved
+    with pytest.raises(ValueError, match=r"dim must be a multiple of heads \(3\), got 32"):
+        NeuralMemory.delta(32, heads=3)
+
+
+def test_at_full_step_a_key_is_answered_with_what_was_stored_last() -> None:
+    """What a delta rule is for: beta 1, keys of length 1."""
+    g = Given(False, False)
+    with torch.no_grad():
+        g.beta.fill_(1.0)
+        g.keys[:, -3] = g.keys[:, -1]
+    last = g.solved()[1]
+    assert_close(torch.einsum("ri,rij->rj", g.keys[:, -1], last), g.values[:, -1], rtol=1e-10, atol=1e-10)
 
 
 # precision

@@ -20,6 +20,7 @@ from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.losses import mean_squared_error
 from titans_pytorch.memory.call import PreviousWeights, advance, plan_of
 from titans_pytorch.memory.core import MemoryCore, MemoryOptions
+from titans_pytorch.memory.delta import delta_options
 from titans_pytorch.memory.options import (
     GateOptions,
     ModelOptions,
@@ -236,6 +237,16 @@ class NeuralMemory(Pretrained, MemoryCore):
         tokens are stored under the ones before them (`init_as_association`).
         """
         memory = cls(**paper_options(dim, heads, chunk_size, overrides))
+        memory.init_as_association()
+        return memory
+
+    @classmethod
+    def delta(cls, dim: int, heads: int = 1, **overrides: Any) -> NeuralMemory:
+        """A linear memory with the gated delta rule, surprised at every token: exact, in chunks (`docs/rules.md`).
+
+        Every argument can be overridden; momentum=True adds momentum. Projections and output are as in `paper`.
+        """
+        memory = cls(**delta_options(dim, heads, overrides))
         memory.init_as_association()
         return memory
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.configurations import DIM_HEAD, OPTIONS, Case
+from tests.support.configurations import DIM_HEAD, OPTIONS, Case, with_rule
+from tests.support.rules_by_the_book import GATED_DELTA
 
 PLAIN = {name: values[0] for name, values in OPTIONS.items() if name not in ("mask", "store_seq", "batches")} | {
     "dim": 4,
@@ -102,5 +103,7 @@ CASES = {
     "grown loop": case(LOOP | {"max_weight_growth": 1.02, "default_step_transform_max_lr": 2.0}, split=(17,)),
     "solved": case(LINEAR, split=(40, 1, 9)),
     "solved, two orders": case(LINEAR | {"momentum_order": 2, "num_kv_per_token": 2}, split=(20,), mask=True),
+    "gated delta": with_rule(case(LINEAR, split=(40, 1, 9)), GATED_DELTA),
+    "gated delta, chunk by chunk": with_rule(case(PLAIN | {"batch_size": 2}), GATED_DELTA),
     "gates of parameters": case(PAPER | {"channelwise_decay": False, "momentum_order": 2}),
 }

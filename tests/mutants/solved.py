@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.mutants.breaking import mutant, wrapped
+from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.solved import blocks
 from titans_pytorch.fast_weights.solved.blocks import Written
 from titans_pytorch.fast_weights.solved.chain import Chain, Links
@@ -27,7 +28,11 @@ def systems_become(patcher: pytest.MonkeyPatch, change: Any) -> None:
 
 def shares_before_become(patcher: pytest.MonkeyPatch, change: Any) -> None:
     """What a write sees of those before it is something else, while blocks are read as they are."""
-    wrapped(patcher, blocks, "links_of", lambda original, written, shares, num: original(written, change(shares), num))
+
+    def links(original: Any, written: Written, shares: Any, seen: Any, num_blocks: int) -> Links:
+        return original(written, shares, change(seen), num_blocks)
+
+    wrapped(patcher, blocks, "links_of", links)
 
 
 @mutant(*ALL)
@@ -133,3 +138,22 @@ def what_a_block_begins_with_has_no_part_in_differences_on_the_way_back(patcher:
 @mutant("solved")
 def slots_are_mixed_the_wrong_way_round(patcher: pytest.MonkeyPatch) -> None:
     wrapped(patcher, blocks, "slots_of", lambda original, *args: original(*args).mT)
+
+
+@mutant("gated delta")
+def what_is_surprising_is_so_before_forgetting(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(blocks, "after_forgetting", lambda shares, gates: shares)
+
+
+@mutant("gated delta")
+def the_forgetting_is_that_of_the_chunk_before(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, shares: Any, gates: Any) -> Any:
+        factors = {name: log.roll(1, -1) for name, log in gates.factors.items()}
+        return original(shares, gates._replace(factors=factors))
+
+    wrapped(patcher, blocks, "after_forgetting", change)
+
+
+@mutant("gated delta, chunk by chunk")
+def a_single_chunk_is_surprised_before_forgetting(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, Gates, "left_of", lambda original, self, weight: weight)

@@ -76,7 +76,10 @@ class Engine:
 
         shares: what the block's weights are sums of, if that is known (`shares_of_blocks`)
         """
-        gradients, loss = self.gradients(carry.base, writes, residual)
+        base = carry.base
+        if self.rule.forgets_first:
+            base = {name: writes.gates[name].left_of(weight) for name, weight in base.items()}
+        gradients, loss = self.gradients(base, writes, residual)
         surprises = surprises_of(gradients, writes, self.max_grad_norm)
         with full_precision(loss):
             return self.block(carry, surprises, writes, shares), loss

@@ -61,6 +61,15 @@ def fast_parameters(form: nn.Module, has_learned_gain: bool) -> dict[str, nn.Par
     return {name: p for name, p in form.named_parameters() if not (has_learned_gain and name == NORM_GAIN)}
 
 
+def check_renewed(rule: Rule, layout: Layout, argument: str) -> None:
+    """A rule that forgets before it is surprised needs the memory of every chunk's start."""
+    if rule.forgets_first and layout.batch != layout.store_chunk:
+        raise ValueError(
+            f"{argument} must be the store chunk size ({layout.store_chunk}) with a rule that is surprised after "
+            f"forgetting, got {layout.batch} with {type(rule).__name__}"
+        )
+
+
 class MemoryCore(Projections):
     """The parameters and parts of a `NeuralMemory`, before anything is stored or read."""
 
@@ -71,6 +80,7 @@ class MemoryCore(Projections):
         super().__init__(options.projections, options.gates, options.rule, fast, traits.mixes_tokens)
         self.writes_are_on = True  # see `memory.writes`
         self.dim, self.num_views, self.layout = options.projections.dim, options.num_views, options.layout
+        check_renewed(options.rule, self.layout, "batch_size")
         self.has_learned_gain, self.max_weight_growth = model.has_learned_gain, options.renewal.max_weight_growth
 
         # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
@@ -319,7 +329,9 @@ class MemoryCore(Projections):
             return self.layout
         value_checks.check_whole(ttt_batch_size=ttt_batch_size)
         value_checks.check_multiple("ttt_batch_size", ttt_batch_size, self.layout.store_chunk)
-        return self.layout._replace(batch=ttt_batch_size)
+        layout = self.layout._replace(batch=ttt_batch_size)
+        check_renewed(self.rule, layout, "ttt_batch_size")
+        return layout
 
     def checked_tokens(self, seq: Tensor) -> Tensor:
         """Tokens to be read, (b n dim) or one (b dim).  -> (b n dim)"""

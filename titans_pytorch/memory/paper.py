@@ -29,17 +29,20 @@ def form_options(dim: int, heads: int, **overrides: Any) -> dict[str, Any]:
     return FORM | dict(dim=dim, heads=heads, activation=nn.SiLU()) | overrides
 
 
+def width_of_heads(dim: int, heads: int, dim_head: int | None) -> int:
+    """The width of a head where all of them together are as wide as a token, unless it is given."""
+    value_checks.check_whole(dim=dim, heads=heads, dim_head=dim_head)
+    if dim_head is None and dim % heads:
+        raise ValueError(f"dim must be a multiple of heads ({heads}), got {dim}; or give dim_head")
+    return dim // heads if dim_head is None else dim_head
+
+
 def paper_options(
     dim: int, heads: int, chunk_size: int | tuple[int, int], overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Arguments of a `NeuralMemory` that is the paper's in every respect, but for what is overridden."""
     chunks = value_checks.check_chunk_size(chunk_size)
-    value_checks.check_whole(dim=dim, heads=heads)
-    dim_head = overrides.get("dim_head")
-    if dim_head is None:
-        if dim % heads:
-            raise ValueError(f"dim must be a multiple of heads ({heads}), got {dim}; or give dim_head")
-        dim_head = dim // heads
+    dim_head = width_of_heads(dim, heads, overrides.get("dim_head"))
     options = form_options(dim, heads) | RULE | dict(batch_size=chunks[1], init_decay_bias=DECAY_BIAS) | dict(overrides)
     max_lr = MAX_STEP / dim_head if options["summed_loss"] else MAX_STEP
     return {"default_step_transform_max_lr": max_lr} | options | dict(chunk_size=chunk_size, dim_head=dim_head)

@@ -90,6 +90,11 @@ class Gates(NamedTuple):
         values |= {name: [Scale(share) for share in shares[..., chunk]] for name, shares in self.shares.items()}
         return ChunkGates(values, None if self.is_stored is None else self.is_stored[:, chunk])
 
+    def left_of(self, weight: Tensor) -> Tensor:
+        """What is left of a weight after the forgetting of the only chunk.  (r ...) -> (r ...)"""
+        scale: Tensor = self.of_chunk(0).keep.value
+        return weight * along(scale, weight)
+
     def products(self, name: str) -> list[Tensor]:
         """What each of these gates leaves after chunk j (row) of what was there at the start or came in chunk i.
 

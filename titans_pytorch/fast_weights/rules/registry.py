@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from titans_pytorch.checks import value_checks
+from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
 from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.rules.titans import Titans
@@ -53,11 +55,11 @@ SWITCHES = (
 MakeRule = Callable[[RuleOptions], Rule]
 
 
-def titans(options: RuleOptions) -> Rule:
-    """Momentum and forgetting, as the published options ask for them."""
+def titans(options: RuleOptions, kind: type[Titans] = Titans) -> Rule:
+    """Momentum and forgetting, as the published options ask for them; kind: where surprises are taken"""
     orders = options.momentum_order if options.momentum else 0
     num_combined = orders + options.learned_combine_include_zeroth if options.learned_momentum_combine else 0
-    rule = Titans(
+    rule = kind(
         orders,
         num_combined,
         per_parameter=options.per_parameter_gates,
@@ -69,7 +71,7 @@ def titans(options: RuleOptions) -> Rule:
     return Orthogonal(rule) if options.spectral_norm_surprises else rule
 
 
-RULES: dict[str, MakeRule] = {"titans": titans}
+RULES: dict[str, MakeRule] = {"titans": titans, "gated_delta": partial(titans, kind=GatedDelta)}
 
 
 def register_rule(name: str, make: MakeRule) -> None:

@@ -116,6 +116,8 @@ class Rule:
             chunk
         is_linear: whether `move` and `retain` are linear in the surprises; if not, weights are built chunk by chunk
         uses_start: whether `retain` looks at the learned start
+        forgets_first: whether surprises are taken at what a chunk's forgetting leaves of the base, which has to be
+            renewed after every chunk then
     """
 
     gates: tuple[GateSpec, ...] = (GateSpec("rate", "to_adaptive_step", kind="rate", per="token"),)
@@ -123,6 +125,7 @@ class Rule:
     transform: Callable[[Tensor], Tensor] | None = None
     is_linear: bool = True
     uses_start: bool = False
+    forgets_first: bool = False
     why_built: ClassVar[str] = "a rule that is not linear in surprises"
 
     def move(self, momenta: tuple[Term, ...], surprise: Term, gates: ChunkGates) -> tuple[Term, tuple[Term, ...]]:

@@ -59,8 +59,9 @@ def solved_blocks(
     (name,) = model.matrices
     gates, poison = without_poison(writes.gates[name], num_blocks)
     shares = rule.coefficients(gates.blocks(num_blocks)).shares()
+    seen = after_forgetting(shares, gates.blocks(num_blocks)) if rule.forgets_first else shares
     written = written_of(model, writes, name, num_blocks)
-    links = links_of(written, shares, num_blocks)
+    links = links_of(written, shares, seen, num_blocks)
     found, starts, end = chained(links, first_state(carry, name, rule.num_momenta))
 
     chunks, wide = (writes.num_chunks // num_blocks, -1), written.keys.shape[2]
@@ -107,8 +108,22 @@ def written_of(model: ClosedMLP, writes: Writes, name: str, num_blocks: int) -> 
     return Written(*of_blocks)
 
 
-def links_of(written: Written, shares: Shares, num_blocks: int) -> Links:
-    """What the triangular system makes of values and keys, and what a block hands on."""
+def after_forgetting(shares: Shares, gates: Gates) -> Shares:
+    """What each chunk's forgetting leaves of the weights before it."""
+    kept = F.pad(gates.factors[KEEP][0], (0, 1)).exp()  # (T·r b+1)
+    return shares._replace(
+        initial=shares.initial * kept,
+        past=shares.past * kept,
+        start=None if shares.start is None else shares.start * kept,
+        surprise=shares.surprise * kept.unsqueeze(2),
+    )
+
+
+def links_of(written: Written, shares: Shares, seen: Shares, num_blocks: int) -> Links:
+    """What the triangular system makes of values and keys, and what a block hands on.
+
+    seen: the same shares, of the weights at which every chunk is surprised
+    """
     num_chunks = shares.surprise.shape[-1]
     length = written.keys.shape[1] // num_chunks
 
@@ -119,9 +134,9 @@ def links_of(written: Written, shares: Shares, num_blocks: int) -> Links:
         return x
 
     keys, stepped = written.keys, written.keys * written.steps
-    before = of_writes(shares.surprise[:, :num_chunks], 1, 2)  # strictly below the diagonal, of chunks
+    before = of_writes(seen.surprise[:, :num_chunks], 1, 2)  # strictly below the diagonal, of chunks
     system = torch.bmm(keys, stepped.mT) * before
-    starts = [shares.initial, *shares.past, *([] if shares.start is None else [shares.start])]
+    starts = [seen.initial, *seen.past, *([] if seen.start is None else [seen.start])]
     shared = of_writes(torch.stack([start[:, :num_chunks] for start in starts], dim=2), 1)  # (T·r L a)
     known = torch.cat((written.values, beside(shared, keys)), dim=2)
     found = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)

@@ -1,0 +1,32 @@
+"""Rules of the library beside that of Titans, in the words of the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tests.support.configurations import RuleUnderTest
+from tests.support.oracle import Layer, Row
+from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
+
+
+class GatedDeltaByTheBook(Layer):
+    """The gradient is taken at what is left after forgetting."""
+
+    def store_chunk(
+        self, row: Row, head: int, s_k: Tensor, keys: Tensor, values: Tensor, stored: Any, prev: Any
+    ) -> None:
+        base = row.base
+        if any(stored):
+            pooled = self.pool(s_k[[t for t in range(len(stored)) if stored[t]]])
+            row.base = self.forget(base, pooled, head)
+        super().store_chunk(row, head, s_k, keys, values, stored, prev)
+        row.base = base
+
+
+GATED_DELTA = RuleUnderTest(lambda: GatedDelta(1), GatedDeltaByTheBook, orders=1)
+"""With momentum"""
+
+GATED_DELTA_RULE = RuleUnderTest(lambda: GatedDelta(0), GatedDeltaByTheBook)
+"""Without"""
