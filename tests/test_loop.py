@@ -24,6 +24,7 @@ IN_LOOPS: dict[str, Any] = {
     "max_grad_norm": None,
     "accept_weight_residual": False,
     "spectral_norm_surprises": False,
+    "loss": None,
 }
 """What a loop asks for; all other options are drawn"""
 

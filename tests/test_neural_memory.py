@@ -442,8 +442,8 @@ def test_losses_have_names() -> None:
         assert torch.equal(NeuralMemory(6, 2, **options).double()(seq)[0], summed(seq)[0])
     torch.manual_seed(0)
     assert not torch.equal(NeuralMemory(6, 2, loss="mse").double()(seq)[0], summed(seq)[0])
-    with pytest.raises(ValueError, match="loss must be one of 'mse', 'sse', got 'huber'"):
-        NeuralMemory(6, loss="huber")
+    with pytest.raises(ValueError, match=r"loss must be one of 'cosine', 'dot', .* number as in 'lp:4', got 'hinge'"):
+        NeuralMemory(6, loss="hinge")
     with pytest.raises(ValueError, match="loss and summed_loss exclude each other"):
         NeuralMemory(6, loss="mse", summed_loss=True)
     with pytest.raises(ValueError, match="must be new, got 'mse'"):

@@ -38,6 +38,7 @@ LINEAR: dict[str, Any] = {
     "channelwise_decay": False,
     "accept_weight_residual": False,
     "spectral_norm_surprises": False,
+    "loss": None,
 }
 """What can be solved for asks for this; all other options are drawn"""
 

@@ -6,8 +6,10 @@ weight as `x @ w`, so that no chunk's gradient matrix ever has to be built (see 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +94,7 @@ class MemoryMLP(Described, nn.Module):
 class GatedResidualMemoryMLP(Described, nn.Module):
     """Residual MLP layers that gate between their input and their output, then a projection.  x: (... n d)"""
 
-    def __init__(self, dim: int, depth: int, expansion_factor: float = 4.0) -> None:
+    def __init__(self, dim: int, depth: int = 1, expansion_factor: float = 4.0) -> None:
         super().__init__()
         check_positive(dim=dim, depth=depth, expansion_factor=expansion_factor)
         hidden = int(dim * expansion_factor)
@@ -116,7 +118,7 @@ class GatedResidualMemoryMLP(Described, nn.Module):
 class FactorizedMemoryMLP(Described, nn.Module):
     """Layers of rank `k`, GELU before every one but the first: a smaller memory of the same width.  x: (... n d)"""
 
-    def __init__(self, dim: int, depth: int, k: int = 32) -> None:
+    def __init__(self, dim: int, depth: int = 2, k: int = 32) -> None:
         super().__init__()
         check_positive(dim=dim, depth=depth, k=k)
         shapes = ((dim, k), (k, dim))
@@ -178,3 +180,43 @@ class MemoryAttention(Described, nn.Module):
         future = torch.ones(similarity.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         attention = similarity.masked_fill(future, -torch.inf).softmax(dim=-1)
         return attention @ (x @ to_values) + F.gelu(x @ to_hidden) @ to_out
+
+
+def linear_memory(dim: int) -> MemoryMLP:
+    """One matrix."""
+    return MemoryMLP(dim, depth=1)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MemoryMLP,
+    "linear": linear_memory,
+    "gated": GatedResidualMemoryMLP,
+    "factorized": FactorizedMemoryMLP,
+    "swiglu": MemorySwiGluMLP,
+    "attention": MemoryAttention,
+}
+"""Memory models by name, each made from a width and arguments of its own"""
+
+
+def register_memory_model(name: str, make: Callable[..., nn.Module]) -> None:
+    """Make a memory model known by name, so that it can be chosen and saved.  make: (dim, ...) -> the model"""
+    if name in MODELS:
+        raise ValueError(f"a memory model's name must be new, got {name!r}, which is taken; taken are {sorted(MODELS)}")
+    MODELS[name] = make
+
+
+def memory_model_by_name(name: str, dim: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """A memory model that is known, of this width."""
+    if name not in MODELS:
+        raise ValueError(f"model must be an nn.Module or one of {', '.join(map(repr, sorted(MODELS)))}, got {name!r}")
+    known = arguments_of(name)
+    if unknown := [argument for argument in arguments if argument not in known]:
+        raise ValueError(
+            f"a memory model {name!r} takes {', '.join(known) or 'no arguments'}, got {', '.join(unknown)}"
+        )
+    return MODELS[name](dim, **arguments)
+
+
+def arguments_of(name: str) -> list[str]:
+    """What can be said of a memory model besides its width."""
+    return list(inspect.signature(MODELS[name]).parameters)[1:]

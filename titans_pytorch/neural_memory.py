@@ -63,7 +63,8 @@ class NeuralMemory(Pretrained, MemoryCore):
         batch_size: tokens after which surprises are taken at the current weights; None: always at those of the start
         dim_head: width of a head; default dim
         heads: every head is a memory of its own
-        model: the memory, any module (... n dim_head) -> (... n dim_head) without buffers; default `MemoryMLP`
+        model: the memory, any module (... n dim_head) -> (... n dim_head) without buffers, or a name: mlp (default),
+            linear, swiglu, gated, factorized or attention
         store_memory_loss_fn: (prediction, value), both (... d) -> loss of each token (...); default mean squared error
         adaptive_step_transform: raw step -> step, elementwise; default sigmoid(step) * default_step_transform_max_lr
         default_step_transform_max_lr: the largest step size, unless it is made by a transform of yours
@@ -91,7 +92,7 @@ class NeuralMemory(Pretrained, MemoryCore):
         gated_transition: where the base is renewed, go only a learned part of the way from the old base
         mem_model_norm_add_residual: use the model as LayerNorm(model(x)) + x
         store_with_lookahead_value: pair keys with the values of the next token of their chunk
-        default_model_kwargs: of the default model
+        default_model_kwargs: of the default model, or of one by name
         max_weight_growth: where the base is renewed, rescale a memory whose norm has grown to more than so many times
             that of the initial memory; None: never
         engine: how weights evolve, see `fast_weights.engine`; None: the fastest that can
@@ -106,7 +107,8 @@ class NeuralMemory(Pretrained, MemoryCore):
         gated_output: what is read is normed, and every feature gated by a sigmoid of a linear map of the token, before
             heads are combined (which they then are, be there one or more)
         rule: how weights follow from surprises, by name or as a `Rule` (docs/extending.md)
-        loss: the key-value loss by name, mse or sse, instead of store_memory_loss_fn
+        loss: the key-value loss by name, mse, sse, huber, lp, dot or cosine, instead of store_memory_loss_fn;
+            huber:0.5 and lp:4 have a number of their own
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class NeuralMemory(Pretrained, MemoryCore):
         batch_size: int | None = None,
         dim_head: int | None = None,
         heads: int = 1,
-        model: nn.Module | None = None,
+        model: nn.Module | str | None = None,
         store_memory_loss_fn: LossFn = mean_squared_error,
         adaptive_step_transform: Callable[[Tensor], Tensor] | None = None,
         default_step_transform_max_lr: float = 1.0,
@@ -203,8 +205,8 @@ class NeuralMemory(Pretrained, MemoryCore):
             init_decay_bias=init_decay_bias,
         )
         models = ModelOptions(
-            model=model,
-            default_model_kwargs=DEFAULT_MODEL if default_model_kwargs is None else default_model_kwargs,
+            model="mlp" if model is None else model,
+            model_arguments=model_arguments(model, default_model_kwargs),
             has_residual_norm=mem_model_norm_add_residual,
             has_learned_gain=learned_norm_gain,
             is_per_head=per_head_learned_parameters,
@@ -228,15 +230,26 @@ class NeuralMemory(Pretrained, MemoryCore):
             warnings.warn(warning, UserWarning, stacklevel=2)
 
     @classmethod
-    def paper(cls, dim: int, heads: int = 1, chunk_size: int | tuple[int, int] = 16, **overrides: Any) -> NeuralMemory:
+    def paper(
+        cls,
+        dim: int,
+        heads: int = 1,
+        chunk_size: int | tuple[int, int] = 16,
+        *,
+        token_gates: bool = False,
+        **overrides: Any,
+    ) -> NeuralMemory:
         """The memory as the paper has it (`docs/paper.md`); every argument can be overridden.
 
         M(x) = x + LayerNorm(W_1 gelu(W_2 x)), four times as wide inside; convolution, SiLU and l2 norm of queries, keys
         and values; summed loss; gates for every parameter; surprises at the weights of every chunk's start; a normed
         and gated output. The paper does not say how anything starts: here memory is kept long, steps are small, and
         tokens are stored under the ones before them (`init_as_association`).
+
+        token_gates: momentum and forgetting of every token, which reads what all before it have stored; gradients are
+            taken at the memory of every chunk's start all the same, and forgetting has no gates of channels
         """
-        memory = cls(**paper_options(dim, heads, chunk_size, overrides))
+        memory = cls(**paper_options(dim, heads, chunk_size, overrides, token_gates))
         memory.init_as_association()
         return memory
 
@@ -423,6 +436,13 @@ class NeuralMemory(Pretrained, MemoryCore):
         """How a call with so many tokens will be run; `explain()` says it in words."""
         first_token, first_chunk = (1, 0) if state is None else (state.num_seen + 1, state.seq_index)
         return plan_of(self, self.layout, batch, first_token, num_tokens, first_chunk // self.layout.store_chunk)
+
+
+def model_arguments(model: nn.Module | str | None, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The arguments of the memory model, where it is made here."""
+    if given is not None and not isinstance(model, nn.Module):
+        return given
+    return DEFAULT_MODEL if model in (None, "mlp") else {}
 
 
 def _default_of(name: str) -> Any:

@@ -105,5 +105,9 @@ CASES = {
     "solved, two orders": case(LINEAR | {"momentum_order": 2, "num_kv_per_token": 2}, split=(20,), mask=True),
     "gated delta": with_rule(case(LINEAR, split=(40, 1, 9)), GATED_DELTA),
     "gated delta, chunk by chunk": with_rule(case(PLAIN | {"batch_size": 2}), GATED_DELTA),
+    "huber": case(PLAIN | {"loss": "huber:0.3"}),
+    "lp": case(PLAIN | {"loss": "lp:3"}),
+    "cosine": case(PLAIN | {"loss": "cosine"}),
+    "dot": case(PLAIN | {"loss": "dot"}),
     "gates of parameters": case(PAPER | {"channelwise_decay": False, "momentum_order": 2}),
 }

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.mutants.breaking import mutant, wrapped, writes_become
+from titans_pytorch import losses
 from titans_pytorch.fast_weights import closed_form
 from titans_pytorch.fast_weights import engine as engine_module
 from titans_pytorch.fast_weights import surprises as surprises_module
+from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
+from titans_pytorch.losses import Huber, Power
 from titans_pytorch.memory.projections import Projections
 
 
@@ -149,8 +152,34 @@ def errors_do_not_pass_the_gain(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("plain", "paper, square", "rich")
 def the_error_has_half_its_size(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, *args: Any) -> Any:
-        loss, error = original(*args)
-        return loss, error / 2
+    def change(original: Any, self: ClosedMLP, *args: Any) -> None:
+        original(self, *args)
+        error = self.error
+        self.error = lambda *pair: error(*pair) / 2
 
-    wrapped(patcher, closed_form.ClosedMLP, "loss_and_error", change)
+    wrapped(patcher, ClosedMLP, "__init__", change)
+
+
+@mutant("huber")
+def huber_is_a_square_everywhere(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(Huber, "gradient", lambda self, prediction, value: losses.of_mean(prediction, value))
+
+
+@mutant("lp")
+def powers_lose_one_too_few(patcher: pytest.MonkeyPatch) -> None:
+    """x |x|^(p-1) in place of x |x|^(p-2)"""
+
+    def change(original: Any, self: Power, prediction: Tensor, value: Tensor) -> Tensor:
+        return original(self, prediction, value) * (prediction - value).abs()
+
+    wrapped(patcher, Power, "gradient", change)
+
+
+@mutant("cosine")
+def what_is_along_the_answer_counts(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setitem(losses.GRADIENTS, losses.cosine_distance, lambda prediction, value: -losses.direction(value))
+
+
+@mutant("dot")
+def answers_are_pushed_from_their_values(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setitem(losses.GRADIENTS, losses.dot_product, lambda prediction, value: value)

@@ -95,6 +95,7 @@ OPTIONS: dict[str, list[Any]] = {
     "qk_l2norm": [False, True],
     "conv_size": [None, None, 1, 2, 4],
     "summed_loss": [False, True],
+    "loss": [None, None, None, "sse", "huber:0.5", "lp:3", "dot", "cosine"],
     "per_parameter_gates": [False, True],
     "channelwise_decay": [False, True],
     "learned_norm_gain": [False, True],
@@ -164,12 +165,15 @@ def legal(chosen: dict[str, Any]) -> dict[str, Any]:
         options |= {"learned_momentum_combine": False}
     if not options["learned_momentum_combine"]:
         options |= {"learned_combine_include_zeroth": False}
+    if options["loss"] is not None:
+        options |= {"summed_loss": False}
     if options["qk_l2norm"]:
         options |= {"qk_rmsnorm": False}
     if not options["mem_model_norm_add_residual"]:
         options |= {"learned_norm_gain": False}
     # Newton-Schulz blows what rounding leaves of a singular value up 485 times: large steps would feed it back
-    largest_step = 0.1 if options["summed_loss"] else 0.4
+    is_summed = options["summed_loss"] or options["loss"] in ("sse", "dot", "cosine")
+    largest_step = 0.1 if is_summed else 0.4
     options["default_step_transform_max_lr"] = 0.05 if options["spectral_norm_surprises"] else largest_step
     options["default_model_kwargs"] = dict(depth=2, expansion_factor=1.5)
     return options

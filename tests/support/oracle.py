@@ -32,6 +32,34 @@ def sum_of_squares(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target).square().sum(dim=-1)
 
 
+def huber(pred: Tensor, target: Tensor, threshold: float) -> Tensor:
+    """x² up to the threshold, and its tangent from there on; the mean over features.  (... d), (... d) -> (...)"""
+    x = pred - target
+    tangent = threshold**2 + 2 * threshold * (x.abs() - threshold)
+    return torch.where(x.abs() <= threshold, x**2, tangent).mean(dim=-1)
+
+
+def power(pred: Tensor, target: Tensor, p: float) -> Tensor:
+    """|x|^p, with |x| = sqrt(x² + 1e-6); the mean over features.  (... d), (... d) -> (...)"""
+    size = ((pred - target) ** 2 + 1e-6).sqrt()
+    return (size**p - 1e-6 ** (p / 2)).mean(dim=-1)
+
+
+def hebbian(pred: Tensor, target: Tensor) -> Tensor:
+    """-<pred, target>"""
+    return -torch.einsum("...d,...d->...", pred, target)
+
+
+def cosine(pred: Tensor, target: Tensor) -> Tensor:
+    """1 - cos(pred, target), with lengths sqrt(|x|² + 1e-6)"""
+    lengths = [((x**2).sum(dim=-1) + 1e-6).sqrt() for x in (pred, target)]
+    return 1 - torch.einsum("...d,...d->...", pred, target) / (lengths[0] * lengths[1])
+
+
+NAMED = {"mse": mean_squared_error, "sse": sum_of_squares, "dot": hebbian, "cosine": cosine}
+WITH_NUMBER = {"huber": huber, "lp": power}
+
+
 @dataclass(frozen=True)
 class Options:
     """The arguments of NeuralMemory with their defaults."""
@@ -67,6 +95,7 @@ class Options:
     qk_l2norm: bool = False
     conv_size: int | None = None
     summed_loss: bool = False
+    loss: str | None = None
     per_parameter_gates: bool = False
     channelwise_decay: bool = False
     learned_norm_gain: bool = False
@@ -92,6 +121,11 @@ class Options:
 
     @property
     def loss_fn(self) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.loss in NAMED:
+            return NAMED[self.loss]
+        if self.loss is not None:
+            name, number = self.loss.split(":")
+            return lambda pred, target: WITH_NUMBER[name](pred, target, float(number))
         return sum_of_squares if self.summed_loss else self.store_memory_loss_fn
 
 

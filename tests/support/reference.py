@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.support.oracle import Layer, Options, Row, memory_model
+from tests.support.rules_by_the_book import GatedDeltaByTheBook
 from titans_pytorch.titans import TitansConfig
 
 
@@ -139,7 +140,8 @@ class Reference:
         options = oracle_options(self.config)
         prefix = f"{mixer}memory."
         parameters = {name.removeprefix(prefix): p for name, p in self.p.items() if name.startswith(prefix)}
-        return Memory(Layer(parameters, memory_model(**options), Options(**options)), self.config.memory_refresh)
+        kind = GatedDeltaByTheBook if self.config.memory_rule == "gated_delta" else Layer
+        return Memory(kind(parameters, memory_model(**options), Options(**options)), self.config.memory_refresh)
 
     def gate(self, mixer: str, y: Tensor, m: Tensor) -> Tensor:
         """The readings of ⊗ in eqs. 25 and 28."""
@@ -206,22 +208,36 @@ class Reference:
         return self.memory(mixer).read_and_written(torch.cat((prefix, x)))[len(prefix) :]
 
 
+LINEAR = dict(
+    default_model_kwargs=dict(depth=1),
+    mem_model_norm_add_residual=False,
+    learned_norm_gain=False,
+    max_weight_growth=None,
+)
+"""One matrix, and nothing around it"""
+
+
 def oracle_options(config: TitansConfig) -> dict[str, Any]:
     """The arguments of the oracle for the memory of a config."""
     heads = config.memory_heads or config.heads
-    return dict(
-        dim=config.dim,
-        dim_head=config.dim // heads,
-        heads=heads,
-        chunk_size=config.memory_chunk,
-        batch_size=config.memory_refresh,
-        conv_size=config.conv_size,
-        qk_l2norm=config.qk_l2norm,
-        momentum=config.momentum,
-        default_step_transform_max_lr=config.max_step,
-        default_model_kwargs=dict(depth=config.memory_depth, expansion_factor=config.memory_expansion),
-        activation=nn.SiLU(),
-        gated_output=True,
-        learned_norm_gain=True,
-        max_weight_growth=10.0,
-    ) | dict(config.memory_options)
+    return (
+        dict(
+            dim=config.dim,
+            dim_head=config.dim // heads,
+            heads=heads,
+            chunk_size=1 if config.token_gates else config.memory_chunk,
+            batch_size=config.memory_refresh,
+            conv_size=config.conv_size,
+            qk_l2norm=config.qk_l2norm,
+            momentum=config.momentum,
+            default_step_transform_max_lr=config.max_step,
+            default_model_kwargs=dict(depth=config.memory_depth, expansion_factor=config.memory_expansion),
+            activation=nn.SiLU(),
+            gated_output=True,
+            learned_norm_gain=True,
+            max_weight_growth=10.0,
+            loss=config.memory_loss,
+        )
+        | (LINEAR if config.memory_model == "linear" else {})
+        | dict(config.memory_options)
+    )

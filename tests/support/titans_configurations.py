@@ -43,6 +43,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         memory_options=PAPER, memory_heads=1, memory_chunk=4, memory_refresh=4, num_persistent=1
     ),
     "linear memory, no momentum": dict(memory_depth=1, momentum=False),
+    "gates of every token": dict(token_gates=True, memory_chunk=2, memory_refresh=4),
+    "linear memory, at every token": dict(memory_model="linear", memory_chunk=1, memory_refresh=1),
+    "gated delta rule": dict(
+        memory_model="linear", memory_rule="gated_delta", memory_loss="sse", memory_chunk=1, memory_refresh=1
+    ),
+    "another loss": dict(memory_loss="huber:0.5"),
     "deep memory, no decay": dict(memory_depth=3, decay=False, memory_expansion=1.0),
     "no memory": dict(memory=False),
     "no memory, nothing persistent": dict(memory=False, num_persistent=0, window=3),
@@ -50,10 +56,30 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 BY_DEFAULT = {
-    "mac": ("plain", "chunk longer than window", "the paper's memory", "convolution longer than window"),
-    "mag": ("one memory, odd window", "chunk of one token", "the paper's memory", "gate: product", "no memory"),
-    "mal": ("plain", "gate: memory", "window of one token", "the paper's memory", "never refreshed"),
-    "lmm": ("plain", "deep memory, no decay", "linear memory, no momentum", "no convolution, no norm", "no memory"),
+    "mac": (
+        "plain",
+        "gated delta rule",
+        "chunk longer than window",
+        "the paper's memory",
+        "convolution longer than window",
+    ),
+    "mag": (
+        "one memory, odd window",
+        "gates of every token",
+        "chunk of one token",
+        "the paper's memory",
+        "gate: product",
+        "no memory",
+    ),
+    "mal": ("plain", "another loss", "gate: memory", "window of one token", "the paper's memory", "never refreshed"),
+    "lmm": (
+        "plain",
+        "linear memory, at every token",
+        "deep memory, no decay",
+        "linear memory, no momentum",
+        "no convolution, no norm",
+        "no memory",
+    ),
 }
 CASES = [
     pytest.param(variant, name, marks=() if name in BY_DEFAULT[variant] else pytest.mark.slow, id=f"{variant}, {name}")

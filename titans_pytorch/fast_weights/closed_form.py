@@ -2,7 +2,7 @@
 
 For M(k) = k + g norm(gelu(k W_1) W_2), or any number of layers, with or without the norm around them, the errors are
 
-    E = slope * (M(k) - v),   D_last = norm'(g E),   D_{l-1} = (D_l W_l^T) gelu'(z_{l-1}),   dg = sum_t E_t norm_t
+    E = dloss / dM(k),   D_last = norm'(g E),   D_{l-1} = (D_l W_l^T) gelu'(z_{l-1}),   dg = sum_t E_t norm_t
 
 and a chunk's surprise of W_l is made of that layer's inputs and D_l. All of these can be differentiated once more,
 whatever surrounds them, and they are fewer than what autograd makes of the model's own forward (`taps`).
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residual, Weights, Writes
+from titans_pytorch.fast_weights.norms import norm, norm_gradient
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.taps import base_product, base_vectors
-from titans_pytorch.losses import mean_squared_error, summed_squared_error
-from titans_pytorch.memory_models import NORM_EPS, NORM_GAIN, MemoryMLP, ResidualNorm
+from titans_pytorch.losses import gradient_of, mean_squared_error, summed_squared_error
+from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
 
 
 def has_closed_form(model: nn.Module, loss_fn: LossFn) -> bool:
     """Whether this file knows a memory model, every layer of which has a matrix of its own, and its loss."""
     inner = model.model if type(model) is ResidualNorm else model
     is_plain = type(inner) is MemoryMLP and len(list(inner.parameters())) == len(inner.weights)
-    return is_plain and loss_fn in (mean_squared_error, summed_squared_error)
+    return is_plain and gradient_of(loss_fn) is not None
 
 
 class ClosedMLP:
@@ -36,6 +37,7 @@ class ClosedMLP:
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         self.has_norm, self.loss_fn = isinstance(model, ResidualNorm), loss_fn
+        self.error = cast(LossFn, gradient_of(loss_fn))  # which is known, see `has_closed_form`
         self.matrices = [name for name, _ in model.named_parameters() if name != NORM_GAIN]
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
@@ -53,7 +55,7 @@ class ClosedMLP:
         gain = self.gain(writes.slow, lambda: base_vectors(base, writes, residual, NORM_GAIN))
         normed, *moments = (out,) if gain is None else norm(out)
         prediction = out if gain is None else normed * gain + keys
-        loss, error = self.loss_and_error(prediction, writes.values)
+        loss, error = self.loss_fn(prediction, writes.values), self.error(prediction, writes.values)
         error = error * rates.any[..., None] if rates.is_shared else error
 
         tensors = {}
@@ -89,28 +91,16 @@ class ClosedMLP:
             return None
         return (slow[NORM_GAIN][:, None, None] if NORM_GAIN in slow else fast()) + 1
 
-    def loss_and_error(self, prediction: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of every write (r n c), and its gradient with respect to the prediction (r n c d)."""
-        difference = prediction - values
-        return self.loss_of(difference), difference * self.slope(difference.shape[-1])
-
     def loss_of(self, difference: Tensor) -> Tensor:
-        """(... d) -> (...)"""
+        """What a difference costs, by a sum or mean of squares.  (... d) -> (...)"""
         square = difference.square()
         return square.mean(dim=-1) if self.loss_fn is mean_squared_error else square.sum(dim=-1)
 
     def slope(self, width: int) -> float:
-        """What the gradient of the loss is, per difference."""
+        """What the gradient of the loss is, per difference, where that is all it depends on."""
         return 2 / width if self.loss_fn is mean_squared_error else 2.0
 
-
-def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """norm(x) over the last axis, with the mean and the inverse deviation that its gradient needs."""
-    return torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
-
-
-def norm_gradient(of_normed: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """From the gradient with respect to norm(x) to that with respect to x, differentiable once more.  (... d) each"""
-    only_x = [True, False, False]
-    args = (of_normed, x, x.shape[-1:], mean, scale, None, None, only_x)
-    return cast(Tensor, torch.ops.aten.native_layer_norm_backward(*args)[0])
+    @property
+    def is_quadratic(self) -> bool:
+        """Whether the gradient of the loss is a difference times a number."""
+        return self.loss_fn in (mean_squared_error, summed_squared_error)

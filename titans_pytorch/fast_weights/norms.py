@@ -1,11 +1,14 @@
-"""Norms that are safe at zero, and limits that are the identity where nothing needs limiting."""
+"""Norms that are safe at zero, limits that are the identity where nothing needs limiting, and layer norms."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from titans_pytorch.memory_models import NORM_EPS
 
 
 def safe_norm(square: Tensor) -> Tensor:
@@ -25,3 +28,15 @@ def total_norm(weights: Mapping[str, Tensor]) -> Tensor:
     """The norm of all parameters of a row together; its gradient at zero is zero.  (r ...) -> (r)"""
     norms = [torch.linalg.vector_norm(weight.reshape(len(weight), -1), dim=1) for weight in weights.values()]
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(x) over the last axis, with the mean and the inverse deviation that its gradient needs."""
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
+
+
+def norm_gradient(of_normed: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """From the gradient with respect to norm(x) to that with respect to x, differentiable once more.  (... d) each"""
+    only_x = [True, False, False]
+    args = (of_normed, x, x.shape[-1:], mean, scale, None, None, only_x)
+    return cast(Tensor, torch.ops.aten.native_layer_norm_backward(*args)[0])

@@ -25,7 +25,7 @@ from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionO
 from titans_pytorch.memory.plan import Layout
 from titans_pytorch.memory.projections import Projections, StoredTokens
 from titans_pytorch.memory.state import AnyState, NeuralMemState, Updates, restarted
-from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
+from titans_pytorch.memory_models import NORM_GAIN, ResidualNorm, memory_model_by_name
 from titans_pytorch.ragged.state import RaggedState
 
 TRANSITION = -5.0
@@ -50,7 +50,10 @@ class MemoryOptions(NamedTuple):
 
 def form_of(options: ModelOptions, width: int) -> nn.Module:
     """The network that a memory is; its weights here do not count."""
-    form = MemoryMLP(width, **options.default_model_kwargs) if options.model is None else deepcopy(options.model)
+    if isinstance(options.model, str):
+        form = memory_model_by_name(options.model, width, options.model_arguments)
+    else:
+        form = deepcopy(options.model)
     check_contents(form)
     form = ResidualNorm(width, form) if options.has_residual_norm else form
     return form.requires_grad_(False)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from titans_pytorch.memory.paper import form_options, width_of_heads
-from titans_pytorch.memory_models import MemoryMLP
 
 MAX_STEP = 0.5
 """Largest step of the summed loss, whose gradient is twice the difference: what a key of length 1 holds is replaced"""
@@ -23,4 +22,4 @@ def delta_options(dim: int, heads: int, overrides: Mapping[str, Any]) -> dict[st
     width = width_of_heads(dim, heads, overrides.get("dim_head"))
     options = form_options(dim, heads, rule="gated_delta", loss="sse", momentum=False, chunk_size=1, batch_size=1)
     steps = dict(default_step_transform_max_lr=MAX_STEP, init_decay_bias=DECAY_BIAS)
-    return options | LINEAR | steps | dict(model=MemoryMLP(width, depth=1), dim_head=width) | dict(overrides)
+    return options | LINEAR | steps | dict(model="linear", dim_head=width) | dict(overrides)

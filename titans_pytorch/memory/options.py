@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from titans_pytorch.checks import value_checks
 from titans_pytorch.fast_weights.interface import LossFn
 from titans_pytorch.fast_weights.rules.registry import RuleOptions
-from titans_pytorch.losses import LOSSES, mean_squared_error, summed_squared_error
+from titans_pytorch.losses import loss_by_name, mean_squared_error, summed_squared_error
 from titans_pytorch.memory.plan import Layout
 
 
@@ -104,8 +104,8 @@ class GateOptions:
 class ModelOptions:
     """What the memory is, and how it begins."""
 
-    model: nn.Module | None
-    default_model_kwargs: Mapping[str, Any]
+    model: nn.Module | str
+    model_arguments: Mapping[str, Any]  # of one by name
     has_residual_norm: bool
     has_learned_gain: bool
     is_per_head: bool
@@ -118,8 +118,8 @@ class ModelOptions:
             raise ValueError(
                 "learned_norm_gain needs mem_model_norm_add_residual=True, got mem_model_norm_add_residual=False"
             )
-        if self.model is not None and not isinstance(self.model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
+        if not isinstance(self.model, (nn.Module, str)):
+            raise TypeError(f"model must be an nn.Module or a name, got {type(self.model).__name__}")
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ def loss_of(store_memory_loss_fn: LossFn, summed_loss: bool, loss: str | None) -
         return summed_squared_error if summed_loss else store_memory_loss_fn
     value_checks.check_exclusive(loss=True, summed_loss=summed_loss)
     value_checks.check_exclusive(loss=True, store_memory_loss_fn=is_given)
-    value_checks.check_choice("loss", loss, tuple(sorted(LOSSES)))
-    return LOSSES[loss]
+    return loss_by_name(loss)
 
 
 def check_scan(use_accelerated_scan: bool) -> None:

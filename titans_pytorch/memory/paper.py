@@ -7,6 +7,7 @@ that one size of step fits heads of any width. `memory_options` turns the rest o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,14 @@ def form_options(dim: int, heads: int, **overrides: Any) -> dict[str, Any]:
     return FORM | dict(dim=dim, heads=heads, activation=nn.SiLU()) | overrides
 
 
+def of_token(decay_bias: float, num_tokens: int) -> float:
+    """The logit of forgetting at every token that forgets as much of a memory in so many tokens as one does at once."""
+    kept_by_token = (
+        -math.log1p(math.exp(decay_bias)) / num_tokens
+    )  # logarithm of 1 - sigmoid(bias), a token's part of it
+    return math.log(-math.expm1(kept_by_token)) - kept_by_token
+
+
 def width_of_heads(dim: int, heads: int, dim_head: int | None) -> int:
     """The width of a head where all of them together are as wide as a token, unless it is given."""
     value_checks.check_whole(dim=dim, heads=heads, dim_head=dim_head)
@@ -38,11 +47,15 @@ def width_of_heads(dim: int, heads: int, dim_head: int | None) -> int:
 
 
 def paper_options(
-    dim: int, heads: int, chunk_size: int | tuple[int, int], overrides: Mapping[str, Any]
+    dim: int, heads: int, chunk_size: int | tuple[int, int], overrides: Mapping[str, Any], token_gates: bool = False
 ) -> dict[str, Any]:
     """Arguments of a `NeuralMemory` that is the paper's in every respect, but for what is overridden."""
     chunks = value_checks.check_chunk_size(chunk_size)
+    value_checks.check_switches(token_gates=token_gates)
     dim_head = width_of_heads(dim, heads, overrides.get("dim_head"))
-    options = form_options(dim, heads) | RULE | dict(batch_size=chunks[1], init_decay_bias=DECAY_BIAS) | dict(overrides)
+    rule = RULE | dict(batch_size=chunks[1], init_decay_bias=DECAY_BIAS)
+    if token_gates:  # forgetting of every token and every channel would be built token by token
+        chunk_size, rule = 1, rule | dict(channelwise_decay=False, init_decay_bias=of_token(DECAY_BIAS, chunks[1]))
+    options = form_options(dim, heads) | rule | dict(overrides)
     max_lr = MAX_STEP / dim_head if options["summed_loss"] else MAX_STEP
     return {"default_step_transform_max_lr": max_lr} | options | dict(chunk_size=chunk_size, dim_head=dim_head)

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from titans_pytorch.checks import value_checks
+from titans_pytorch.fast_weights.rules.registry import RULES
+from titans_pytorch.losses import loss_by_name
+from titans_pytorch.memory import delta
 from titans_pytorch.memory.paper import DECAY_BIAS, MAX_STEP
+from titans_pytorch.memory_models import MODELS
 from titans_pytorch.public_names import register_named
 
 Variant = Literal["mac", "mag", "mal", "lmm"]
@@ -61,6 +65,12 @@ class TitansConfig:
         decay: forgetting (eq. 13)
         max_step: the largest step size
         decay_bias: what the logit of forgetting starts with
+        memory_model: the memory by name, as `NeuralMemory(model=...)`; `linear` is one matrix without a norm and without a
+            limit to its growth, which is exact and fast where memory_chunk and memory_refresh are 1 (docs/rules.md)
+        memory_loss: the key-value loss by name; None: the mean squared error
+        memory_rule: how the memory follows from surprises, by name
+        token_gates: momentum and forgetting of every token, not of every chunk: memory_chunk then only says for how
+            many tokens decay_bias is meant, and every token reads what has been stored up to it
         memory_options: further arguments of `NeuralMemory`, which win over the family's: SiLU, gated_output and
             learned_norm_gain are on
     """
@@ -87,6 +97,10 @@ class TitansConfig:
     decay_bias: float = DECAY_BIAS
     memory_options: Mapping[str, Any] = field(default_factory=dict)
     memory_layers: tuple[int, ...] | None = None
+    memory_model: str = "mlp"
+    memory_loss: str | None = None
+    memory_rule: str = "titans"
+    token_gates: bool = False
 
     def __post_init__(self) -> None:
         value_checks.check_whole(
@@ -111,12 +125,22 @@ class TitansConfig:
         value_checks.check_even(**{"dim / heads": self.dim // self.heads})
         value_checks.check_multiple("memory_refresh", self.memory_refresh, self.memory_chunk)
         value_checks.check_choice("gate", self.gate, get_args(GateForm))
+        value_checks.check_choice("memory_model", self.memory_model, tuple(MODELS))
+        value_checks.check_choice("memory_rule", self.memory_rule, tuple(RULES))
+        value_checks.check_switches(token_gates=self.token_gates)
+        if self.memory_loss is not None:
+            loss_by_name(self.memory_loss, "memory_loss")
         value_checks.check_layers("memory_layers", self.memory_layers, self.depth)
         value_checks.check_reserved("memory_options", self.memory_options, SET_BY_THE_CONFIG, "config")
 
     @property
     def hidden(self) -> int:
         return -(-self.dim * 8 // 3 // 32) * 32 if self.ff_hidden is None else self.ff_hidden
+
+    @property
+    def gate_chunk(self) -> int:
+        """Tokens that share momentum and forgetting."""
+        return 1 if self.token_gates else self.memory_chunk
 
     @property
     def num_memories(self) -> int:
@@ -128,6 +152,15 @@ class TitansConfig:
         if self.memory_layers is None or number in self.memory_layers:
             return self
         return replace(self, memory=False)
+
+    @classmethod
+    def delta(cls, dim: int, depth: int, **overrides: Any) -> TitansConfig:
+        """Linear memories with the gated delta rule, surprised at every token, as `NeuralMemory.delta`."""
+        linear: dict[str, Any] = dict(
+            memory_model="linear", memory_rule="gated_delta", memory_loss="sse", momentum=False
+        )
+        steps = dict(memory_chunk=1, memory_refresh=1, max_step=delta.MAX_STEP, decay_bias=delta.DECAY_BIAS)
+        return cls(dim=dim, depth=depth, **linear | steps | overrides)
 
     @classmethod
     def preset(cls, size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> TitansConfig:

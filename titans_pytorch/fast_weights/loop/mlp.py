@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.closed_form import norm, norm_gradient
+from titans_pytorch.fast_weights.norms import norm, norm_gradient
 
 aten = torch.ops.aten
 
