@@ -245,6 +245,14 @@ class TestOperations:
         assert self.per_renewal(False, **options) <= forward
         assert self.per_renewal(True, **options) <= training
 
+    def test_of_gates_of_every_token(self) -> None:
+        """Momenta are read as well, so there are more than with those of chunks, though not with every token."""
+        of_chunks, of_tokens = (
+            self.per_renewal(True, chunk_size=chunk, batch_size=16, learned_norm_gain=True) for chunk in (16, 1)
+        )
+        assert of_tokens <= 90
+        assert of_tokens <= 1.5 * of_chunks
+
     @pytest.mark.parametrize("chunk", [64, 16])
     def test_where_the_base_is_never_renewed_they_do_not_depend_on_the_length(
         self, chunk: int, monkeypatch: pytest.MonkeyPatch
