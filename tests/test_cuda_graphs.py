@@ -20,7 +20,7 @@ from titans_pytorch import NeuralMemory, TitansBackbone
 from titans_pytorch.checks import tensor_checks
 from titans_pytorch.cuda_graphs import CapturedStream, captured
 from titans_pytorch.cuda_graphs.step import WARM_UPS
-from titans_pytorch.memory.plan import COSTS, Costs
+from titans_pytorch.memory.costs import COSTS, Costs
 
 EXACT = dict(rtol=0, atol=0)
 

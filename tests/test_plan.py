@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from titans_pytorch import NeuralMemory
 from titans_pytorch.memory.costs import COSTS, Costs, Sizes
-from titans_pytorch.memory.plan import CallPlan, Layout, plan_call
+from titans_pytorch.memory.layout import Layout
+from titans_pytorch.memory.plan import CallPlan, plan_call
 
 SIZES = Sizes(
     heads=2,

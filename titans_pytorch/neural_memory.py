@@ -11,16 +11,16 @@ from assoc_scan import AssocScan
 from torch import Tensor, nn
 
 from titans_pytorch.checks import tensor_checks, value_checks
-from titans_pytorch.fast_weights.blocks.dense import DenseBlock
-from titans_pytorch.fast_weights.blocks.still import StillBlock
-from titans_pytorch.fast_weights.interface import Carry, LossFn, Weights
+from titans_pytorch.fast_weights.interface import LossFn, Weights
 from titans_pytorch.fast_weights.rules.registry import RuleOptions, rule_of
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.losses import mean_squared_error
+from titans_pytorch.memory.asking import AskedMemory
 from titans_pytorch.memory.call import PreviousWeights, advance, plan_of
-from titans_pytorch.memory.core import MemoryCore, MemoryOptions
+from titans_pytorch.memory.core import MemoryOptions
 from titans_pytorch.memory.delta import delta_options
+from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.options import (
     GateOptions,
     ModelOptions,
@@ -31,13 +31,11 @@ from titans_pytorch.memory.options import (
     without_effect,
 )
 from titans_pytorch.memory.paper import paper_options
-from titans_pytorch.memory.plan import CallPlan, Layout
+from titans_pytorch.memory.plan import CallPlan
 from titans_pytorch.memory.projections import StoredTokens
 from titans_pytorch.memory.ragged_call import advance_ragged, check_for_each_row
 from titans_pytorch.memory.results import LossAndRates
-from titans_pytorch.memory.rows import outside_inference
-from titans_pytorch.memory.state import NeuralMemState, QueryTail, Updates, mem_state_detach
-from titans_pytorch.memory.still import read_block
+from titans_pytorch.memory.state import NeuralMemState, Updates, mem_state_detach
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.ragged import Marks, RaggedState, marks_of
 
@@ -46,7 +44,7 @@ __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
 DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
 
 
-class NeuralMemory(Pretrained, MemoryCore):
+class NeuralMemory(Pretrained, AskedMemory):
     """Learns to memorise at test time: the weights of a small network are trained on each chunk of a sequence as it
     comes, and every token reads the weights after the last complete chunk.
 
@@ -399,38 +397,6 @@ class NeuralMemory(Pretrained, MemoryCore):
         new = StoredTokens(keys, values, mask)
         _, state, surprises = advance(self, None, new, state, prev_weights, self.layout)
         return (state.updates, state, surprises) if return_surprises else (state.updates, state)
-
-    def retrieve_memories(self, seq: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Only read.  seq: (b n dim), the first token being that of a fresh stream -> (b n dim)
-
-        Args:
-            weights: one memory (b·h ...) for all tokens, or as `updates` (b·h N+1 ...) that of each chunk
-        """
-        name, form = next(iter(self.fast_forms().items()))
-        weights = dict(tensor_checks.checked_trajectory("weights", weights, self.parameter_names))
-        if weights[name].ndim < form.ndim + 2:
-            return self.ask(seq, weights)[0]
-        seq, num_chunks = self.checked_tokens(seq), weights[name].shape[1] - 1
-        self.check_weights(weights, seq.shape[0], num_chunks + 1)
-        last_group = seq.shape[1] // self.layout.retrieve_chunk
-        tensor_checks.check_enough_chunks(num_chunks, self.layout.weight_index(last_group))
-        weights = {name: outside_inference(weight) for name, weight in weights.items()}
-        return read_block(self, seq, DenseBlock(weights, Carry({}, {}, {}, {})), None)[0]
-
-    def ask(
-        self, tokens: Tensor, weights: Mapping[str, Tensor], tail: QueryTail | None = None
-    ) -> tuple[Tensor, QueryTail]:
-        """Read one memory, whatever was stored since: M*(q) of eq. 15.  tokens: (b n dim) -> (b n dim), the next tail
-
-        Args:
-            weights: (b·h ...), as `state.current`
-            tail: what the call before returned, so that pieces of any length give what one call gives; None: the first
-                tokens of a stream
-        """
-        tokens = self.checked_tokens(tokens)
-        self.check_weights(dict(weights), tokens.shape[0])
-        weights = {name: outside_inference(weight) for name, weight in weights.items()}
-        return read_block(self, tokens, StillBlock(Carry(weights, weights, {}, {})), tail)
 
     def plan(self, batch: int, num_tokens: int, state: NeuralMemState | None = None) -> CallPlan:
         """How a call with so many tokens will be run; `explain()` says it in words."""

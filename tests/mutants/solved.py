@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.mutants.breaking import mutant, wrapped
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.solved import blocks
-from titans_pytorch.fast_weights.solved.blocks import Written
+from titans_pytorch.fast_weights.solved.blocks import SolvedWrites
 from titans_pytorch.fast_weights.solved.chain import Chain, Links
 
 ALL = ("solved", "solved, two orders")
@@ -29,7 +29,7 @@ def systems_become(patcher: pytest.MonkeyPatch, change: Any) -> None:
 def shares_before_become(patcher: pytest.MonkeyPatch, change: Any) -> None:
     """What a write sees of those before it is something else, while blocks are read as they are."""
 
-    def links(original: Any, written: Written, shares: Any, seen: Any, num_blocks: int) -> Links:
+    def links(original: Any, written: SolvedWrites, shares: Any, seen: Any, num_blocks: int) -> Links:
         return original(written, shares, change(seen), num_blocks)
 
     wrapped(patcher, blocks, "links_of", links)
@@ -101,7 +101,7 @@ def writes_see_each_other_without_momentum(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant(*ALL)
 def a_block_hands_on_what_its_writes_would_without_steps(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, written: Written, *args: Any) -> Links:
+    def change(original: Any, written: SolvedWrites, *args: Any) -> Links:
         found = original(written, *args)
         return found._replace(handed=found.handed / written.steps.mean())
 

@@ -89,6 +89,10 @@ class TitansModelConfig(LibraryConfig):
     decay_bias: int | float = TitansConfig.decay_bias
     memory_options: dict[str, Any] | None = None
     memory_layers: list[int] | tuple[int, ...] | None = None
+    memory_model: str = "mlp"
+    memory_loss: str | None = None
+    memory_rule: str = "titans"
+    token_gates: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.memory_options = self.memory_options or {}

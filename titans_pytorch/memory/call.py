@@ -10,8 +10,9 @@ from torch import Tensor
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works, written_gradients_work
 from titans_pytorch.fast_weights.interface import Carry
 from titans_pytorch.memory.core import MemoryCore
+from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.pieces import Stored
-from titans_pytorch.memory.plan import CallPlan, Layout, plan_call
+from titans_pytorch.memory.plan import CallPlan, plan_call
 from titans_pytorch.memory.projections import StoredTokens
 from titans_pytorch.memory.results import CallResult, LossAndRates, Moment, by_head
 from titans_pytorch.memory.state import NeuralMemState, Updates
@@ -98,5 +99,3 @@ def plan_of(
         may_solve=is_alone and layout.retrieve_chunk == layout.store_chunk,
         device=memory.memory_model_parameters[0].device.type,
     )
-
-

@@ -21,8 +21,8 @@ from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.initialization import reset_parameters, write
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.costs import Representation, Sizes
+from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
-from titans_pytorch.memory.plan import Layout
 from titans_pytorch.memory.projections import Projections, StoredTokens
 from titans_pytorch.memory.state import AnyState, NeuralMemState, Updates, restarted
 from titans_pytorch.memory_models import NORM_GAIN, ResidualNorm, memory_model_by_name
@@ -88,7 +88,8 @@ class MemoryCore(Projections):
 
         # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
         self.loss_fn = options.loss_fn
-        self._form, self._given = (form,), (model.model, model.has_residual_norm)
+        given = None if isinstance(model.model, str) else model.model  # one by name is made by the library
+        self._form, self._given = (form,), (given, model.has_residual_norm)
         self.is_known_to_learn = False
         heads_axis = (self.heads,) if model.is_per_head else ()
         initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in fast.values()]
@@ -335,15 +336,6 @@ class MemoryCore(Projections):
         layout = self.layout._replace(batch=ttt_batch_size)
         check_renewed(self.rule, layout, "ttt_batch_size")
         return layout
-
-    def checked_tokens(self, seq: Tensor) -> Tensor:
-        """Tokens to be read, (b n dim) or one (b dim).  -> (b n dim)"""
-        tensor_checks.check_sequence("seq", seq, views=None, dim=self.dim, dtype=self.dtype)
-        return seq if seq.ndim == 3 else seq.unsqueeze(1)
-
-    def check_weights(self, weights: Mapping[str, Tensor], batch: int, *chunks: int) -> None:
-        """Weights that this module could have made."""
-        tensor_checks.check_weights("weights", weights, self.weight_shapes(batch, *chunks), self.weight_dtype)
 
     # ---- as a module
 

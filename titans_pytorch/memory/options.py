@@ -17,7 +17,7 @@ from titans_pytorch.checks import value_checks
 from titans_pytorch.fast_weights.interface import LossFn
 from titans_pytorch.fast_weights.rules.registry import RuleOptions
 from titans_pytorch.losses import loss_by_name, mean_squared_error, summed_squared_error
-from titans_pytorch.memory.plan import Layout
+from titans_pytorch.memory.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,12 @@ completes a chunk already reads it, and reads lag one token behind writes.
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import NamedTuple
 
-from titans_pytorch.memory.costs import COSTS, Costs, Sizes, held_elements, kept_elements, solved_writes
-
-
-class Layout(NamedTuple):
-    """How a memory cuts time."""
-
-    retrieve_chunk: int
-    store_chunk: int
-    batch: int | None  # tokens after which the base is renewed
-
-    def weight_index(self, group: int) -> int:
-        """After how many chunks the weights are that a group reads."""
-        return group * self.retrieve_chunk // self.store_chunk
-
-    def first_group(self, chunks: int) -> int:
-        """The first group that reads weights of at least so many chunks."""
-        return -(-chunks * self.store_chunk // self.retrieve_chunk)
+from titans_pytorch.memory.choice import Choice, choose
+from titans_pytorch.memory.costs import COSTS, Sizes, held_elements, kept_elements
+from titans_pytorch.memory.layout import Layout
 
 
 class BlockPlan(NamedTuple):
@@ -50,12 +35,7 @@ class CallPlan(NamedTuple):
     spans: tuple[tuple[BlockPlan, ...], ...]  # blocks that are projected, and recomputed, together
     recomputes: bool  # a span is computed again in the backward pass
     keeps_blocks: bool  # blocks stay for whoever looks at the weights; else they are made again
-    longest_series: int = 1  # how many blocks go through one loop, or are stored at once; 1: block by block
-    at_once: bool = False  # those that are surprised at one base, as far as there is no loop between bases
-    has_loop: bool = False  # where a base is renewed
-    num_places: int | None = None  # renewals that a loop reads together while it runs; None: all, after it
-    why: str = ""  # blocks are as long as they are
-    solves: bool = False  # the base is renewed after every chunk of a block, and that is solved for
+    choice: Choice
 
     @property
     def num_chunks(self) -> int:
@@ -64,15 +44,11 @@ class CallPlan(NamedTuple):
     def explain(self) -> str:
         """What will be done, in a sentence."""
         num_blocks = sum(block.num_chunks > 0 for span in self.spans for block in span)
-        way = "block by block" if self.longest_series == 1 else f"up to {self.longest_series} blocks in one loop"
-        way += ", all at once where they share a base" if self.at_once else ""
-        way += f", {self.num_places} renewal(s) read together" if self.num_places is not None else ""
-        way = "renewals solved for, in all blocks of a span at once" if self.solves else way
         return (
             f"{self.num_chunks} chunk(s) in {num_blocks} block(s), {len(self.spans)} span(s), "
             f"{'computed again in a backward pass' if self.recomputes else 'kept if a backward pass may come'}; "
             f"weights {'kept' if self.keeps_blocks else 'made again'} for whoever looks at them; "
-            f"{way}{f'; {self.why}' if self.why else ''}"
+            f"{self.choice.explain()}"
         )
 
 
@@ -100,41 +76,17 @@ def plan_call(
     rows = batch * sizes.heads
     kept = rows * kept_elements(sizes, costs)
     longest = max(1, min(costs.span_tokens // (rows * layout.store_chunk), costs.span_elements // max(kept, 1)))
-    at_once = costs.at_once and sizes.can_fold and layout.retrieve_chunk == layout.store_chunk
-    has_loop = sizes.has_loop and may_loop and (layout.batch or 0) <= costs.loop_tokens
-    fit_together = costs.series_elements // (rows * sizes.num_elements * sizes.num_slots)
-    most, why = block_chunks(sizes, rows, costs)
-    if has_loop and fit_together > 1 and 0 < (layout.batch or 0) <= costs.loop_chunks * layout.store_chunk:
-        most, why = 1, "in a loop each chunk of so short a batch is moved by itself"
-    has_loop = has_loop and (most == 1 or sizes.representation != "channels")  # which is written for single chunks
-    longest_series = max(1, fit_together) if has_loop or at_once else 1
-    num_places = None
-    if has_loop and not has_grad and most == 1:
-        num_places = renewals_together(layout, costs.read_elements // (rows * sizes.num_elements))
-    if num_places is not None:  # only tokens have to fit
-        longest_series = max(longest_series, longest)
-    is_renewed = may_solve and layout.batch == layout.store_chunk
-    solved, not_solved = solved_writes(sizes, costs) if is_renewed else (0, "")
-    why = f"{why}; {not_solved}" if not_solved else why
-    if solved:  # the base is renewed inside of blocks, but for those of a single chunk
-        most, why = solved // sizes.writes_per_chunk, "half a key's width is best for a triangular system"
-        has_loop, at_once, num_places, longest_series = False, False, None, num_tokens
-        kept += 8 * rows * solved
-        layout = layout._replace(batch=None)
-    blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, most, longest_series > 1)
-    blocks = [block._replace(renews_base=block.num_chunks == 1) for block in blocks] if solved else blocks
+    choice = choose(layout, sizes, costs, rows, longest, has_grad=has_grad, may_loop=may_loop, may_solve=may_solve)
+    if choice.solved_writes:  # the base is renewed inside of blocks, but for those of a single chunk
+        layout, kept = layout._replace(batch=None), kept + 8 * rows * choice.solved_writes
+    blocks = plan_blocks(layout, first_token, num_tokens, first_chunk, choice.chunks, choice.are_equal)
+    if choice.solved_writes:
+        blocks = [block._replace(renews_base=block.num_chunks == 1) for block in blocks]
     num_chunks, num_blocks = sum(b.num_chunks for b in blocks), sum(b.num_chunks > 0 for b in blocks)
     recomputes = has_grad and can_recompute and num_chunks * kept > costs.kept_elements
     is_small = num_chunks * rows * held_elements(sizes) <= costs.block_elements
     keeps_blocks = num_blocks <= 1 or (has_grad and (is_small or not recomputes))
-    spans, is_serial = in_spans(blocks, longest), longest_series > 1
-    at_once, has_loop = at_once and is_serial, has_loop and is_serial
-    return CallPlan(spans, recomputes, keeps_blocks, longest_series, at_once, has_loop, num_places, why, solved > 0)
-
-
-def renewals_together(layout: Layout, num_chunks: int) -> int | None:
-    """How many renewals have at most so many chunks, at least one; None: the base is never renewed."""
-    return None if layout.batch is None else max(1, num_chunks * layout.store_chunk // layout.batch)
+    return CallPlan(in_spans(blocks, longest), recomputes, keeps_blocks, choice)
 
 
 def in_spans(blocks: list[BlockPlan], longest: int) -> tuple[tuple[BlockPlan, ...], ...]:
@@ -145,29 +97,6 @@ def in_spans(blocks: list[BlockPlan], longest: int) -> tuple[tuple[BlockPlan, ..
             spans.append([])
         spans[-1].append(block)
     return tuple(map(tuple, spans))
-
-
-def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> tuple[int, str]:
-    """How many chunks make the cheapest block, and why.
-
-    Products over pairs of writes grow with its square; the cost of a block itself (starting it, carrying the weights)
-    is shared by its writes. Long chunks are best alone: they need not read and carry the momentum through products.
-    """
-    elements, writes = rows * sizes.num_elements, max(sizes.writes_per_chunk, 1)
-    block = costs.block_overhead + costs.carry_cost * elements
-    if sizes.representation == "built":
-        return max(1, costs.built_elements // elements), "weights are built, as many as fit"
-    if sizes.representation == "channels":  # every group of queries scales all factors of its block for itself
-        best = round(math.sqrt(block / (costs.channel_cost * rows * sizes.num_channels * writes)))
-        fewest, most = costs.channel_chunks
-        return (1 if best < fewest else min(best, most)), "each group of queries scales the factors of its block"
-    per_pair = 4 * rows * sizes.width
-    best = max(2, round(math.sqrt(block / max(per_pair, 1)) / writes))
-    together = block / best + writes * (22 * elements + best * writes * per_pair)
-    alone = block + 14 * writes * elements
-    if alone < together:
-        return 1, f"{best} chunks to a block would cost {together / alone:.1f} times as much"
-    return best, f"one chunk to a block would cost {alone / together:.1f} times as much"
 
 
 def plan_blocks(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from titans_pytorch.memory.call import advance
 from titans_pytorch.memory.core import MemoryCore
-from titans_pytorch.memory.plan import Layout
+from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.projections import StoredTokens
 from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.ragged import Marks, read_marked

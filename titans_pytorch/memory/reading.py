@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from titans_pytorch.fast_weights.blocks.series import ListedBlock, ReadBlock
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.interface import Block, Carry, Entries
-from titans_pytorch.memory.plan import BlockPlan, Layout
+from titans_pytorch.memory.layout import Layout
+from titans_pytorch.memory.plan import BlockPlan
 from titans_pytorch.memory.projections import Projections
 from titans_pytorch.memory.state import ReadingGroup
 

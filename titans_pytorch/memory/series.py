@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from titans_pytorch.memory.plan import BlockPlan, CallPlan
+from titans_pytorch.memory.choice import Choice
+from titans_pytorch.memory.plan import BlockPlan
 
 
 class SeriesPlan(NamedTuple):
@@ -44,13 +45,13 @@ class SeriesPlan(NamedTuple):
         return BlockPlan(start.first_chunk, num_chunks, start.first_group, end.last_group, end.renews_base)
 
 
-def in_series(span: Sequence[BlockPlan], plan: CallPlan) -> list[SeriesPlan]:
+def in_series(span: Sequence[BlockPlan], choice: Choice) -> list[SeriesPlan]:
     """A span as series of equal blocks, as far as a plan has them stored together."""
     found: list[SeriesPlan] = []
-    for batch in equal_runs(span, plan.longest_series):
-        if plan.solves and batch[0].num_chunks > 1:
+    for batch in equal_runs(span, choice.longest_series):
+        if choice.solved_writes > 0 and batch[0].num_chunks > 1:
             found.append(SeriesPlan(batch, len(batch), is_solved=True))
-        elif plan.has_loop and found and may_follow(found[-1], batch):
+        elif choice.has_loop and found and may_follow(found[-1], batch):
             found[-1] = found[-1]._replace(blocks=(*found[-1].blocks, *batch))
         else:
             found.append(SeriesPlan(batch, len(batch)))

@@ -18,8 +18,9 @@ from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, Residual, Writes
 from titans_pytorch.fast_weights.loop.tables import Series
 from titans_pytorch.fast_weights.renewal import Renewal
+from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.pieces import Pieces, Stored
-from titans_pytorch.memory.plan import BlockPlan, CallPlan, Layout
+from titans_pytorch.memory.plan import BlockPlan, CallPlan
 from titans_pytorch.memory.projections import ProjectedWrites, Projections
 from titans_pytorch.memory.reading import SpanReader
 from titans_pytorch.memory.recompute import recomputed
@@ -106,7 +107,7 @@ class Stream:
         layer = None if self.residual is None or previous is None else self.residual.with_blocks(previous)
         projected = self.project(stored, span, moment)
         reader = None if seq is None else self.reader(seq, moment, span)
-        series = in_series(span, call)
+        series = in_series(span, call.choice)
         blocks, losses = [], []
         for each, shares in zip(series, self.shares(projected, series), strict=True):
             if projected is None or each.num_chunks == 0:
@@ -119,7 +120,7 @@ class Stream:
                     done = [(each.as_one(), *self.engine.store(carry, writes, residual, shares))]
                 elif each.is_solved:
                     done = [(each.as_one(), *self.engine.store_solved(carry, writes, len(each.blocks)))]
-                elif each.renews_inside(call.at_once):
+                elif each.renews_inside(call.choice.at_once):
                     done = self.stored_by_loops(each, carry, writes, renewal, call, reader, keeps_blocks)
                 else:
                     done = [(each.as_one(), *self.engine.store_at_once(carry, writes, residual, each.per_renewal))]
@@ -130,7 +131,7 @@ class Stream:
                 if reader is not None:
                     reader.read(block, plan)
                 carry = block.finish()
-                if renewal is not None and plan.renews_base and not each.renews_inside(call.at_once):
+                if renewal is not None and plan.renews_base and not each.renews_inside(call.choice.at_once):
                     carry = renewal(carry)
         report = None if projected is None else report_of(projected, torch.cat(losses, dim=1))
         reads, group = (None, moment.group) if reader is None else reader.finish()
@@ -149,7 +150,11 @@ class Stream:
         keeps_blocks: bool,
     ) -> Iterator[Done]:
         """A series in loops, each read before the next one runs, or while it runs."""
-        num_places, queries, longest = None if keeps_blocks else call.num_places, None, call.longest_series
+        num_places, queries, longest = (
+            None if keeps_blocks else call.choice.num_places,
+            None,
+            call.choice.longest_series,
+        )
         if reader is not None and (self.engine.loop_reads or num_places is not None):
             queries = reader.ahead(series.as_one())
             num_places = None if queries is None else num_places

@@ -65,8 +65,9 @@ class TitansConfig:
         decay: forgetting (eq. 13)
         max_step: the largest step size
         decay_bias: what the logit of forgetting starts with
-        memory_model: the memory by name, as `NeuralMemory(model=...)`; `linear` is one matrix without a norm and without a
-            limit to its growth, which is exact and fast where memory_chunk and memory_refresh are 1 (docs/rules.md)
+        memory_model: the memory by name, as `NeuralMemory(model=...)`; `linear` is one matrix without a norm and
+            without a limit to its growth, which is exact and fast where memory_chunk and memory_refresh are 1
+            (docs/rules.md)
         memory_loss: the key-value loss by name; None: the mean squared error
         memory_rule: how the memory follows from surprises, by name
         token_gates: momentum and forgetting of every token, not of every chunk: memory_chunk then only says for how

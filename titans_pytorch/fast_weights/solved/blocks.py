@@ -42,7 +42,7 @@ def can_solve(model: Runner, rule: Rule) -> bool:
     return is_linear and rule.is_factored and not any(gate.varies == "channel" for gate in rule.gates)
 
 
-class Written(NamedTuple):
+class SolvedWrites(NamedTuple):
     """The writes of T blocks of L, as T·r rows, and their step sizes s."""
 
     keys: Tensor  # (T·r L i)
@@ -99,13 +99,13 @@ def without_poison(gates: Gates, num_blocks: int) -> tuple[Gates, Tensor]:
     return gates._replace(factors=finite), poison.unfold(1, size + 1, size).movedim(1, 0).flatten(0, 1)
 
 
-def written_of(model: ClosedMLP, writes: Writes, name: str, num_blocks: int) -> Written:
+def written_of(model: ClosedMLP, writes: Writes, name: str, num_blocks: int) -> SolvedWrites:
     """Keys, values and step sizes of every block."""
     steps = writes.rates[name] * model.slope(writes.keys.shape[-1])
     share = writes.modulation.get(name)
     steps = steps if share is None else steps * share.unsqueeze(2)
     of_blocks = (folded(x, num_blocks).flatten(1, 2) for x in (writes.keys, writes.values, steps.unsqueeze(3)))
-    return Written(*of_blocks)
+    return SolvedWrites(*of_blocks)
 
 
 def after_forgetting(shares: Shares, gates: Gates) -> Shares:
@@ -119,7 +119,7 @@ def after_forgetting(shares: Shares, gates: Gates) -> Shares:
     )
 
 
-def links_of(written: Written, shares: Shares, seen: Shares, num_blocks: int) -> Links:
+def links_of(written: SolvedWrites, shares: Shares, seen: Shares, num_blocks: int) -> Links:
     """What the triangular system makes of values and keys, and what a block hands on.
 
     seen: the same shares, of the weights at which every chunk is surprised
