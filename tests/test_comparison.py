@@ -24,6 +24,7 @@ from benchmarks.learning.protocol import (
 )
 from titans_pytorch import NeuralMemory
 from titans_pytorch.tasks.text import NEVER, NO_NAME
+from titans_pytorch.training.last_token import LastTokenReader
 from titans_pytorch.training.models import MACModel, TitansModel, size
 
 SMALL = dict(kind="titans", variant="mag", dim=16, depth=2, heads=2, window=8, memory_chunk=4, memory_refresh=8)
@@ -99,7 +100,7 @@ def test_the_comparisons_that_come_with_it_can_be_made(path: Path) -> None:
     comparison = program.loaded(path)
     sizes = {entry.name: parameters(entry.settings, comparison.make_task().num_tokens) for entry in comparison.entries}
     assert max(sizes.values()) / min(sizes.values()) - 1 <= 2 * comparison.within
-    model = comparison.entries[0].build(comparison.make_task().num_tokens)
+    model = comparison.entries[0].build(comparison.make_task())
     assert any(isinstance(module, NeuralMemory) for module in model.modules())
     assert len(comparison.seeds) >= 3
 
@@ -195,6 +196,19 @@ def test_text_is_told_by_position_and_distance(tmp_path: Path) -> None:
     assert 5 < result["shuffled"] < 10
 
 
+def test_compression_is_read_off_the_last_token(tmp_path: Path) -> None:
+    task, asking = dict(name="mad_compression", tokens=8), dict(lengths=[1], rows=8)
+    (found,) = compared(tmp_path, "--only", "floor", task=task, evaluation=asking, budgets=[{"steps": 2}])
+    assert found["results"]["8"]["answers"] == 8 * 7
+    model = LastTokenReader(TitansModel(**{k: v for k, v in SMALL.items() if k != "kind"}).build(16), 8)  # type: ignore[arg-type]
+    ids = torch.randint(0, 15, (2, 8))
+    logits, _ = model.logits_and_state(ids)
+    assert logits.shape == (2, 8, 16)
+    assert_close(logits[:1], model.logits_and_state(ids[:1])[0])
+    with pytest.raises(ValueError, match="sequences must be of 8 tokens, as it was made for, got 7"):
+        model.hidden_states(ids[:, 1:])
+
+
 def test_bins_and_distances_leave_nothing_out() -> None:
     assert ranges((0, 32, 128), 100) == [(0, 32), (32, 100)]
     seen = torch.tensor([[NEVER, NO_NAME, 1, 8, 9, 32, 33, 128, 129, 5000]])
@@ -266,7 +280,7 @@ def test_a_ceiling_below_a_floor_is_none() -> None:
         (dict(model=dict(kind="rnn")), "model.kind must be one of titans, mac, got 'rnn'"),
         (dict(model=SMALL | dict(width=3)), "model must hold settings of TitansModel, got width"),
         (dict(titel="x"), "must hold a comparison's .*, got titel"),
-        (dict(task=dict(name="mad_compression")), "a comparison's task must answer at its tokens, got mad_compression"),
+        (dict(task=dict(name="mad_compression")), r"mad_compression needs evaluation.lengths \[1\], got \(1, 2\)"),
     ],
 )
 def test_mistakes_are_one_sentence(

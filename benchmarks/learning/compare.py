@@ -81,8 +81,8 @@ def compare(given: argparse.Namespace) -> int:
         comparison = replace(comparison, task=comparison.task | dict(data=given.data))
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    if built(comparison.make_task).reads_last:
-        raise SettingsError(f"a comparison's task must answer at its tokens, got {comparison.task['name']}")
+    if built(comparison.make_task).reads_last and set(comparison.asking.lengths) != {1}:
+        raise SettingsError(f"{comparison.task['name']} needs evaluation.lengths [1], got {comparison.asking.lengths}")
     entries: list[Entry] = built(lambda: comparison.entries)
     names = [entry.name for entry in entries]
     if unknown := set(given.only or ()) - set(names):
@@ -167,7 +167,7 @@ class Training:
         self.folder, self.task = folder, comparison.make_task()
         self.settings = comparison.training(seed, int(budget.get("steps", 1)))
         torch.manual_seed(seed)
-        self.model = entry.build(self.task.num_tokens)
+        self.model = entry.build(self.task)
         (self.optimizer,) = optimizers(self.model, replace(self.settings, optimizer="adamw"))
         self.number, self.seconds, self.skipped = 0, 0.0, 0
         self.curve: list[list[float]] = []  # step, seconds, score

@@ -17,6 +17,7 @@ from torch import nn
 from titans_pytorch import writes_off
 from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.tasks import Task, make_task
+from titans_pytorch.training.last_token import LastTokenReader
 from titans_pytorch.training.models import MACModel, TitansModel, size
 from titans_pytorch.training.options import from_json
 from titans_pytorch.training.settings import Training
@@ -117,9 +118,10 @@ class Entry:
     role: str
     settings: Any
 
-    def build(self, num_tokens: int) -> CausalLM[Any]:
-        model: CausalLM[Any] = self.settings.build(num_tokens)
-        return model
+    def build(self, task: Any) -> CausalLM[Any]:
+        """The model, with a decoder of its last token where the task wants one."""
+        model: CausalLM[Any] = self.settings.build(task.num_tokens)
+        return LastTokenReader(model, task.tokens) if task.reads_last else model
 
     def running(self, model: nn.Module) -> AbstractContextManager[Any]:
         """How it is run, in training and afterwards."""

@@ -16,6 +16,8 @@ from tests.test_state import test_beams as beams
 from tests.test_tasks import test_a_solver_scores_1_and_a_guess_scores_chance as solver
 from tests.test_tasks import test_all_bytes_of_an_answer_have_to_be_right as whole_answers
 from tests.test_tasks import test_identifiers_know_when_they_were_seen_the_last_time as identifiers
+from tests.test_training_carry import test_segments_of_a_group_go_on_and_stay_in_their_document as in_one_document
+from tests.test_training_carry import test_segments_with_a_carried_state_are_the_whole_sequence as carried
 from tests.test_writes_off import MEMORIES
 from tests.test_writes_off import test_pieces_are_the_whole_and_a_state_on_the_way_stays_what_it_was as goes_on_still
 from titans_pytorch.memory import call, state
@@ -23,6 +25,7 @@ from titans_pytorch.memory.rows import map_rows
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.tasks import MQAR, BABILong, Questions, Task, babi, make_task
 from titans_pytorch.tasks.hidden import HiddenInText
+from titans_pytorch.training.carrying import Carrying, Stretches
 
 
 def sequences_are_faster_than_heads(patcher: pytest.MonkeyPatch) -> None:
@@ -108,6 +111,19 @@ def a_memory_that_is_off_forgets_its_tail(patcher: pytest.MonkeyPatch) -> None:
     wrapped(patcher, call, "only_read", change)
 
 
+def states_are_not_carried(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Carrying, model: Any, ids: Tensor, step: int, micro: int) -> Tensor:
+        self.states[micro] = None
+        return original(self, model, ids, step, micro)
+
+    wrapped(patcher, Carrying, "loss", change)
+
+
+def stretches_reach_into_other_documents(patcher: pytest.MonkeyPatch) -> None:
+    original = Stretches.of
+    patcher.setattr(Stretches, "of", staticmethod(lambda text, starts, length: original(text, None, length)))
+
+
 def off(name: str) -> None:
     torch.manual_seed(0)
     goes_on_still(MEMORIES[name]().double())
@@ -123,6 +139,8 @@ SEAMS: list[tuple[Patch, Callable[[], None]]] = [
     (objects_stay_where_they_were_taken, partial(solver, "babilong_qa2", BABILong(task=2, tokens=6000))),
     (every_byte_is_an_answer, whole_answers),
     (keywords_are_identifiers, identifiers),
+    (states_are_not_carried, partial(carried, "mag")),
+    (stretches_reach_into_other_documents, in_one_document),
     (a_memory_that_is_off_begins_anew, partial(off, "plain")),
     (a_memory_that_is_off_forgets_its_tail, partial(off, "paper")),
 ]
