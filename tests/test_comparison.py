@@ -261,6 +261,8 @@ def test_a_report_leaves_what_is_missing_empty(tmp_path: Path) -> None:
     assert "| frozen | 1,000 | 1 | 4 | 1 |  | 0.250 |  |" in page
     assert "recovery at 160" not in page  # where floor and ceiling are alike there is nothing to recover
     assert "commit abc" in page
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
+    assert rows == ["| model", "| ---", "| memory", "| frozen", "| floor", "| ceiling"]
     assert len(list((tmp_path / "results.report").glob("*.png"))) == 2
 
 

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.learning.compare import existing
-from benchmarks.learning.protocol import CEILING, FLOOR, recovery
+from benchmarks.learning.protocol import CEILING, FLOOR, FROZEN, recovery
 from benchmarks.machine import place
 from benchmarks.pages import markdown
 from benchmarks.records import Record
@@ -23,7 +23,7 @@ Group = dict[str, list[Record]]
 """Records of one comparison and one budget, by model, each with a line for every seed; writes off is a model too"""
 
 COLORS = ("#c44e52", "#dd8452", "#8172b3", "#4c72b0", "#55a868", "#937860")
-BITS = "bits per byte"
+BITS, OFF = "bits per byte", "writes off"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,9 +57,15 @@ def grouped(records: list[Record]) -> dict[str, Group]:
         models = found.setdefault(f"{record['comparison']}, {amount:g} {kind}", {})
         models.setdefault(record["model"], []).append(record)
         if record["writes_off"] is not None:
-            off = record | dict(results=record["writes_off"], role="writes off", writes_off=None)
-            models.setdefault(f"{record['model']}, writes off", []).append(off)
-    return found
+            off = record | dict(results=record["writes_off"], role=OFF, writes_off=None)
+            models.setdefault(f"{record['model']}, {OFF}", []).append(off)
+    return {name: in_order(group) for name, group in found.items()}
+
+
+def in_order(group: Group) -> Group:
+    """Models with memory first, each before the same with writes off, then what they are held against."""
+    places = {role: place for place, role in enumerate(("memory", OFF, FROZEN, FLOOR, CEILING))}
+    return dict(sorted(group.items(), key=lambda each: places.get(each[1][0]["role"], len(places))))
 
 
 def about(group: Group) -> str:
@@ -238,7 +244,7 @@ def draw_needles(group: Group, path: Path) -> Path | None:
     for ax, (model, records) in zip(axes, group.items(), strict=True):
         cells = [[of_seeds(records, length, "by_depth", depth) for length in lengths] for depth in depths]
         heights = [[mean(values) if values else float("nan") for values in row] for row in cells]
-        image = ax.imshow(heights, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = ax.imshow(heights, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         ax.set_xticks(range(len(lengths)), lengths, fontsize=8)
         ax.set_yticks(range(len(depths)), [f"{float(depth):.0%}" for depth in depths], fontsize=7)
         ax.set(xlabel="tokens", ylabel="depth", title=model)
