@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,16 @@ def test_lines_are_hidden_between_lines_in_their_order() -> None:
     hay = b"one\ntwo\nthree\nfour\n"
     assert hide(hay, [(0.0, "x"), (0.5, "y"), (0.5, "z"), (1.0, "e")]) == b"x\none\ntwo\ny\nz\nthree\nfour\ne\n"
     assert hide(b"", [(0.3, "x")]) == b"x\n"
+
+
+def test_things_are_hidden_between_the_sentences_of_any_text(tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("It was late. Nobody spoke. The lamp went out. " * 400)
+    task = BABILong(task=1, tokens=3000, data=str(tmp_path / "prose.txt"))
+    questions = task.draw(4, generator())
+    found = solvers.solved(task, READING["babilong_qa1"], questions.ids, questions.is_asked)
+    assert task.score(found, questions) == 1.0
+    text = bytes(questions.ids[0].tolist()).decode()
+    assert len(re.findall(r"late\.\n\w+ \w+ [\w ]+\.\nNobody|spoke\.\n(?!The)|out\.\n(?!It)", text)) >= 1
 
 
 def test_uuids_are_uuids_and_keys_differ() -> None:

@@ -67,11 +67,13 @@ def contents(path: Path) -> bytes:
 def haystack(data: str | None = None) -> bytes:
     """One long text: held-out documents, since models that are asked may have been trained on the others.
 
-    All documents, where those are less than ENOUGH bytes.
+    All documents, where those are less than ENOUGH bytes. Of a text of one's own every sentence becomes a line, since
+    things are hidden between lines.
     """
     parts = documents(data)
     held_out = b"\n".join(parts["valid"])
-    return held_out if len(held_out) >= ENOUGH else b"\n".join([held_out, *parts["train"]])
+    text = held_out if len(held_out) >= ENOUGH else b"\n".join([held_out, *parts["train"]])
+    return text if data is None else text.replace(b". ", b".\n")
 
 
 def piece(text: bytes, length: int, drawn: random.Random) -> bytes:
