@@ -121,11 +121,9 @@ def test_names_are_saved(tmp_path: Path, loss: str, model: str) -> None:
 @pytest.mark.parametrize("name", memory_models.MODELS)
 def test_memory_models_have_names(name: str) -> None:
     """In a memory and in a config, where sizes are what the config says if a model has them."""
-    memory = NeuralMemory(8, 2, model=name)
+    memory = NeuralMemory(8, 2, model=name, mem_model_norm_add_residual=False)
     memory(torch.randn(1, 5, 8))
-    kinds = {"linear": "MemoryMLP", "mlp": "MemoryMLP"}
-    kind = kinds.get(name, type(memory.memory_model.model).__name__)
-    assert type(memory.memory_model.model).__name__ == kind
+    assert type(memory.memory_model) is type(memory_models.MODELS[name](8, **({"depth": 1} if name == "mlp" else {})))
     config = TitansConfig(dim=8, depth=1, heads=2, memory_model=name, memory_depth=2, memory_expansion=2.0)
     model = TitansLMM(5, config)
     model.loss(torch.randint(5, (2, 12))).backward()

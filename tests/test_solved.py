@@ -67,7 +67,7 @@ def linear(draw: st.DrawFn) -> Case:
     case: Case = draw(cases())
     chunk = draw(st.sampled_from([1, 1, 1, 2, 3]))
     options = case.options | LINEAR | {"chunk_size": chunk, "batch_size": chunk, "attn_pool_chunks": False}
-    options |= {"store_with_lookahead_value": False}
+    options |= {"store_with_lookahead_value": False, "model": draw(st.sampled_from(["linear", "layerwise"]))}
     split = tuple(draw(st.lists(st.integers(1, 14), min_size=1, max_size=3)))
     return Case(options, case.batch, sum(split), split, case.seed, case.has_mask, case.has_store_seq, "factored")
 

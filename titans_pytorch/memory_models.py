@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.checks.value_checks import check_positive
+from titans_pytorch.losses import direction
 from titans_pytorch.pretrained import Described
 
 NORM_GAIN = "norm.gamma"
@@ -158,6 +159,25 @@ class MemorySwiGluMLP(Described, nn.Module):
         return self.norm(x)
 
 
+def hidden_keys(x: Tensor) -> Tensor:
+    """What a layer of a `LayerwiseMemory` is given: directions, as keys of a delta rule have to be.  x: (... d)"""
+    return direction(F.gelu(x))
+
+
+class LayerwiseMemory(Described, nn.Module):
+    """`depth` matrices, each of which is taught the value by itself (docs/rules.md).  x: (... n d)"""
+
+    def __init__(self, dim: int, depth: int = 2) -> None:
+        super().__init__()
+        check_positive(dim=dim, depth=depth)
+        self.weights = nn.ParameterList(fresh_weight(dim, dim) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, weight in enumerate(self.weights):
+            x = (hidden_keys(x) if layer > 0 else x) @ weight
+        return x
+
+
 class MemoryAttention(Described, nn.Module):
     """Causal attention over the tokens of a chunk, with a feed-forward in parallel.  x: (... n d)"""
 
@@ -194,8 +214,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "factorized": FactorizedMemoryMLP,
     "swiglu": MemorySwiGluMLP,
     "attention": MemoryAttention,
+    "layerwise": LayerwiseMemory,
 }
 """Memory models by name, each made from a width and arguments of its own"""
+
+
+ALONE = ("linear", "layerwise")
+"""Those that models of the family use without a norm around them, as they are linear in their matrices"""
 
 
 def register_memory_model(name: str, make: Callable[..., nn.Module]) -> None:

@@ -103,6 +103,8 @@ CASES = {
     "grown loop": case(LOOP | {"max_weight_growth": 1.02, "default_step_transform_max_lr": 2.0}, split=(17,)),
     "solved": case(LINEAR, split=(40, 1, 9)),
     "solved, two orders": case(LINEAR | {"momentum_order": 2, "num_kv_per_token": 2}, split=(20,), mask=True),
+    "layerwise": case(LINEAR | {"model": "layerwise", "per_parameter_gates": True}, split=(20, 1, 3)),
+    "layerwise, chunk by chunk": case(PLAIN | {"model": "layerwise", "mem_model_norm_add_residual": False}),
     "gated delta": with_rule(case(LINEAR, split=(40, 1, 9)), GATED_DELTA),
     "gated delta, chunk by chunk": with_rule(case(PLAIN | {"batch_size": 2}), GATED_DELTA),
     "huber": case(PLAIN | {"loss": "huber:0.3"}),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.mutants.breaking import mutant, wrapped
+from titans_pytorch.fast_weights import layerwise
+from titans_pytorch.fast_weights.layerwise import LayerwiseMLP
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.solved import blocks
 from titans_pytorch.fast_weights.solved.blocks import SolvedWrites
@@ -157,3 +159,34 @@ def the_forgetting_is_that_of_the_chunk_before(patcher: pytest.MonkeyPatch) -> N
 @mutant("gated delta, chunk by chunk")
 def a_single_chunk_is_surprised_before_forgetting(patcher: pytest.MonkeyPatch) -> None:
     wrapped(patcher, Gates, "left_of", lambda original, self, weight: weight)
+
+
+@mutant("layerwise")
+def keys_of_later_layers_have_no_gradient(patcher: pytest.MonkeyPatch) -> None:
+    """So that nothing outside asks the layer before for anything."""
+    wrapped(patcher, blocks, "hidden_keys", lambda original, answers: original(answers.detach()))
+
+
+@mutant("layerwise", "layerwise, chunk by chunk")
+def later_layers_are_given_what_was_answered_bare(patcher: pytest.MonkeyPatch) -> None:
+    for owner in (blocks, layerwise):
+        patcher.setattr(owner, "hidden_keys", lambda answers: answers)
+
+
+@mutant("layerwise")
+def all_layers_step_as_the_first(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, model: Any, writes: Any, name: str, num_blocks: int) -> Tensor:
+        return original(model, writes, model.matrices[0], num_blocks)
+
+    wrapped(patcher, blocks, "steps_of", change)
+
+
+@mutant("layerwise, chunk by chunk")
+def errors_are_those_of_the_last_layer(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: LayerwiseMLP, *args: Any) -> Any:
+        found, loss = original(self, *args)
+        error = found.factors[self.matrices[-1]].right
+        factors = {name: each._replace(right=error) for name, each in found.factors.items()}
+        return found._replace(factors=factors), loss
+
+    wrapped(patcher, LayerwiseMLP, "gradients", change)

@@ -62,6 +62,7 @@ MODELS = {
     "factorized": lambda: memory_models.FactorizedMemoryMLP(DIM_HEAD, depth=2, k=2),
     "swiglu": lambda: memory_models.MemorySwiGluMLP(DIM_HEAD, depth=1, expansion_factor=3.0),
     "attention": lambda: memory_models.MemoryAttention(DIM_HEAD, expansion_factor=1.0),
+    "layerwise": lambda: memory_models.LayerwiseMemory(DIM_HEAD),
     "nn.Linear": lambda: LinearNet(DIM_HEAD),
     "tied": lambda: TiedNet(DIM_HEAD),
     "opaque": lambda: OpaqueNet(DIM_HEAD),
@@ -169,6 +170,8 @@ def legal(chosen: dict[str, Any]) -> dict[str, Any]:
         options |= {"summed_loss": False}
     if options["qk_l2norm"]:
         options |= {"qk_rmsnorm": False}
+    if options["model"] == "layerwise":
+        options |= {"mem_model_norm_add_residual": False}
     if not options["mem_model_norm_add_residual"]:
         options |= {"learned_norm_gain": False}
     # Newton-Schulz blows what rounding leaves of a singular value up 485 times: large steps would feed it back

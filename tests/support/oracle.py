@@ -260,9 +260,9 @@ class Layer:
         keep_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             at = {name: w if w.requires_grad else w.detach().requires_grad_() for name, w in at.items()}
-            loss = self.options.loss_fn(self.apply(at, keys, head), values)
+            losses = self.losses(at, keys, values, head)
             grads = []
-            for theta, w in zip(rates.expand(len(at), -1), at.values(), strict=True):
+            for theta, w, loss in zip(rates.expand(len(at), -1), at.values(), losses, strict=True):
                 (g,) = torch.autograd.grad(
                     (theta * loss).sum(), w, create_graph=keep_graph, retain_graph=True, materialize_grads=True
                 )
@@ -270,6 +270,17 @@ class Layer:
         if self.options.max_grad_norm is not None:
             grads = [limit_gradient(g, self.options.max_grad_norm) for g in grads]
         return {name: -g for name, g in zip(at, grads, strict=True)}, loss
+
+    def losses(self, at: Weights, keys: Tensor, values: Tensor, head: int) -> list[Tensor]:
+        """What every parameter is held to: one loss for all, or one of each layer.  -> (t·u) each"""
+        if not isinstance(self.model, memory_models.LayerwiseMemory):
+            return [self.options.loss_fn(self.apply(at, keys, head), values)] * len(at)
+        found, x = [], keys
+        for w in at.values():  # W_l: x_l W_l is to be v, x_l+1 = gelu(x_l W_l) / its length
+            found.append(self.options.loss_fn(x @ w, values))
+            x = F.gelu(x @ w)
+            x = x / ((x**2).sum(dim=-1, keepdim=True) + 1e-6).sqrt()
+        return found
 
     def forget(self, w: Weights, pooled: Tensor, head: int) -> Weights:
         """(1 - α) w, with one α for all, one for each parameter, or one for each column of each."""

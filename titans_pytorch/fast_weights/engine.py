@@ -66,7 +66,9 @@ class Engine:
         self.model = runner(self.name, model, traits, loss_fn)
         is_quadratic = isinstance(self.model, ClosedMLP) and self.model.is_quadratic
         is_known = is_quadratic and self.name == "factored" and max_grad_norm is None
-        self.has_loop = is_known and can_loop(rule)  # whether many blocks can be stored by one, see `store_series`
+        self.has_loop = (
+            is_known and type(self.model) is ClosedMLP and can_loop(rule)
+        )  # whether many blocks can be stored by one, see `store_series`
         self.can_solve = is_known and can_solve(self.model, rule)  # whether many renewals can be solved for at once
         self.loop, self.loop_reads = renewals, False
 

@@ -13,10 +13,12 @@ from torch import nn
 
 from titans_pytorch.fast_weights.closed_form import ClosedMLP, has_closed_form
 from titans_pytorch.fast_weights.interface import LossFn
+from titans_pytorch.fast_weights.layerwise import LayerwiseMLP
 from titans_pytorch.fast_weights.opaque import OpaqueModel
 from titans_pytorch.fast_weights.probe import ModelTraits
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.taps import TappedModel
+from titans_pytorch.memory_models import LayerwiseMemory
 
 EngineName = Literal["factored", "dense", "general"]
 Runner = OpaqueModel | TappedModel | ClosedMLP
@@ -24,6 +26,8 @@ Runner = OpaqueModel | TappedModel | ClosedMLP
 
 def runner(name: EngineName, model: nn.Module, traits: ModelTraits, loss_fn: LossFn) -> Runner:
     """Whoever runs the memory model: by the gradient that is known, by its products, or as it is."""
+    if isinstance(model, LayerwiseMemory):  # what it is surprised at is no gradient of what it answers
+        return LayerwiseMLP(model, loss_fn)
     if name == "general" or traits.uses is None:
         return OpaqueModel(model, loss_fn)
     if has_closed_form(model, loss_fn):

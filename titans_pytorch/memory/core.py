@@ -25,7 +25,7 @@ from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
 from titans_pytorch.memory.projections import Projections, StoredTokens
 from titans_pytorch.memory.state import AnyState, NeuralMemState, Updates, restarted
-from titans_pytorch.memory_models import NORM_GAIN, ResidualNorm, memory_model_by_name
+from titans_pytorch.memory_models import NORM_GAIN, LayerwiseMemory, ResidualNorm, memory_model_by_name
 from titans_pytorch.ragged.state import RaggedState
 
 TRANSITION = -5.0
@@ -55,6 +55,10 @@ def form_of(options: ModelOptions, width: int) -> nn.Module:
     else:
         form = deepcopy(options.model)
     check_contents(form)
+    if isinstance(form, LayerwiseMemory) and options.has_residual_norm:
+        raise ValueError(
+            "a layerwise memory needs mem_model_norm_add_residual=False, got mem_model_norm_add_residual=True"
+        )
     form = ResidualNorm(width, form) if options.has_residual_norm else form
     return form.requires_grad_(False)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from titans_pytorch.memory.delta import LINEAR
 from titans_pytorch.memory.paper import form_options, of_token
-from titans_pytorch.memory_models import arguments_of
+from titans_pytorch.memory_models import ALONE, arguments_of
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.titans.config import TitansConfig
 
@@ -25,7 +25,7 @@ def model_options(config: TitansConfig) -> dict[str, Any]:
     known = arguments_of(config.memory_model)
     arguments = {name: size for name, size in sizes.items() if name in known}
     form: dict[str, Any] = dict(model=config.memory_model, default_model_kwargs=arguments)
-    return form | LINEAR if config.memory_model == "linear" else form
+    return form | LINEAR if config.memory_model in ALONE else form
 
 
 def make_memory(config: TitansConfig) -> NeuralMemory:

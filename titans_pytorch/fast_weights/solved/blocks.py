@@ -27,27 +27,45 @@ from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
 from titans_pytorch.fast_weights.blocks.series import FoldedBlock
 from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.fast_weights.interface import Carry, PerParameter, Writes
+from titans_pytorch.fast_weights.layerwise import LayerwiseMLP
 from titans_pytorch.fast_weights.loop.tables import mix_of
 from titans_pytorch.fast_weights.renewal import LimitGradient
 from titans_pytorch.fast_weights.rules.gates import KEEP, Gates
-from titans_pytorch.fast_weights.rules.rule import Rule, Shares
+from titans_pytorch.fast_weights.rules.rule import Memory, Rule, Shares
 from titans_pytorch.fast_weights.solved.chain import Links, chained
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.ways import Runner
+from titans_pytorch.memory_models import hidden_keys
 
 
 def can_solve(model: Runner, rule: Rule) -> bool:
-    """Whether this file can work with a model and a rule: one matrix, one gate for all of it, no step as a matrix."""
-    is_linear = isinstance(model, ClosedMLP) and not model.has_norm and len(model.matrices) == 1
+    """Whether this file can work with a model and a rule.
+
+    Its losses are linear in one matrix each, one gate holds for all of it, and no step has to be built.
+    """
+    is_linear = isinstance(model, LayerwiseMLP) or (
+        isinstance(model, ClosedMLP) and not model.has_norm and len(model.matrices) == 1
+    )
     return is_linear and rule.is_factored and not any(gate.varies == "channel" for gate in rule.gates)
 
 
 class SolvedWrites(NamedTuple):
-    """The writes of T blocks of L, as T·r rows, and their step sizes s."""
+    """The writes of T blocks of b chunks and L writes each, as T·r rows, into one matrix."""
 
     keys: Tensor  # (T·r L i)
     values: Tensor  # (T·r L j)
-    steps: Tensor  # (T·r L 1)
+    steps: Tensor  # (T·r L 1)  s
+
+
+class Solved(NamedTuple):
+    """One matrix through all blocks."""
+
+    differences: Tensor  # (T·r L j)
+    surprises: Factors  # (T·r b c ...)
+    shares: Shares  # with T·r rows
+    starts: Memory  # (T·r i j)  what each block begins with
+    last: Memory  # (r i j)
+    poison: Tensor  # (T·r b+1)  NaN where weights are not finite, else 0
 
 
 def solved_blocks(
@@ -56,25 +74,58 @@ def solved_blocks(
     """Equal blocks in which every chunk is surprised at its own weights.  -> those, the loss of every write (r n c)"""
     if not isinstance(model, ClosedMLP):
         raise TypeError(f"only linear memories are solved for, got {type(model).__name__}")
-    (name,) = model.matrices
-    gates, poison = without_poison(writes.gates[name], num_blocks)
+    keys, values = (folded(x, num_blocks).flatten(1, 2) for x in (writes.keys, writes.values))
+    each: dict[str, Solved] = {}
+    for name in model.matrices:
+        if each:  # its keys are made of what the one before has answered, v - f
+            keys = hidden_keys(values - [*each.values()][-1].differences)
+        written = SolvedWrites(keys, values, steps_of(model, writes, name, num_blocks))
+        memory = begun(carry, name, rule.num_momenta)
+        each[name] = solved(rule, memory, written, writes.gates[name], num_blocks)
+
+    nothing = Carry({}, {}, {}, {})
+    begins = nothing.with_memories({name: one.starts for name, one in each.items()})
+    begins = begins._replace(start={n: one.starts.start for n, one in each.items() if one.starts.start is not None})
+    shares = PerParameter({name: one.shares for name, one in each.items()}, len(each) == 1)
+    inner = FactoredBlock(begins, Surprises({name: one.surprises for name, one in each.items()}, {}), shares)
+    last = carry.with_memories({name: one.last for name, one in each.items()})
+    blocks = FoldedBlock(inner, last._replace(base=last.weights), num_blocks)
+    *_, (differences, _, _, _, _, poison) = each.values()
+    loss = model.loss_of(differences.unflatten(1, (poison.shape[1] - 1, -1)))
+    loss = in_rows(loss + poison[:, :-1, None], num_blocks)
+    return blocks, loss.movedim(0, 1).flatten(1, 2)
+
+
+def solved(rule: Rule, memory: Memory, written: SolvedWrites, gates: Gates, num_blocks: int) -> Solved:
+    """One matrix: its differences by triangular systems, and what each block begins with."""
+    gates, poison = without_poison(gates, num_blocks)
     shares = rule.coefficients(gates.blocks(num_blocks)).shares()
     seen = after_forgetting(shares, gates.blocks(num_blocks)) if rule.forgets_first else shares
-    written = written_of(model, writes, name, num_blocks)
     links = links_of(written, shares, seen, num_blocks)
-    found, starts, end = chained(links, first_state(carry, name, rule.num_momenta))
+    slots = [memory.weights, *memory.moved, *([] if memory.start is None else [memory.start])]
+    found, starts, end = chained(links, torch.cat(slots, dim=1))
 
-    chunks, wide = (writes.num_chunks // num_blocks, -1), written.keys.shape[2]
-    differences = found.flatten(0, 1).unflatten(1, chunks)  # (T·r b c j)
-    factors = Factors(written.keys.unflatten(1, chunks), differences * written.steps.unflatten(1, chunks))
+    chunks, wide = (shares.surprise.shape[-1], -1), written.keys.shape[2]
+    differences = found.flatten(0, 1)
+    factors = Factors(written.keys.unflatten(1, chunks), (differences * written.steps).unflatten(1, chunks))
+    last = memory_of(end, wide, memory)
+    last = last._replace(weights=last.weights + in_rows(poison, num_blocks)[-1, :, -1, None, None])
     poisoned = shares._replace(initial=shares.initial + poison)
-    begins = carry_of(carry, name, starts.flatten(0, 1), wide, rule)
-    inner = FactoredBlock(begins, Surprises({name: factors}, {}), PerParameter.shared([name], poisoned))
-    last = carry_of(carry, name, end, wide, rule)
-    ended = {name: last.weights[name] + in_rows(poison, num_blocks)[-1, :, -1, None, None]}
-    blocks = FoldedBlock(inner, last._replace(base=ended, weights=ended, start=carry.start), num_blocks)
-    loss = model.loss_of(differences) + poison[:, :-1, None]
-    return blocks, in_rows(loss, num_blocks).movedim(0, 1).flatten(1, 2)
+    return Solved(differences, factors, poisoned, memory_of(starts.flatten(0, 1), wide, memory), last, poison)
+
+
+def begun(carry: Carry, name: str, num_momenta: int) -> Memory:
+    """One parameter before the first block, with zeros where nothing has moved yet; its gradient is limited here."""
+    weights = carry.weights[name]
+    momenta = carry.momenta.get(name, (torch.zeros_like(weights),) * num_momenta)
+    return Memory(LimitGradient.apply(weights), tuple(map(LimitGradient.apply, momenta)), carry.start.get(name))
+
+
+def memory_of(state: Tensor, wide: int, like: Memory) -> Memory:
+    """Weights, momenta and the learned start, which lie one below another.  state: (... ai j)"""
+    weights, *rest = state.split(wide, dim=1)
+    o = len(like.momenta)
+    return Memory(weights, tuple(rest[:o]), None if like.start is None else rest[o])
 
 
 def in_rows(x: Tensor, num_blocks: int) -> Tensor:
@@ -99,13 +150,12 @@ def without_poison(gates: Gates, num_blocks: int) -> tuple[Gates, Tensor]:
     return gates._replace(factors=finite), poison.unfold(1, size + 1, size).movedim(1, 0).flatten(0, 1)
 
 
-def written_of(model: ClosedMLP, writes: Writes, name: str, num_blocks: int) -> SolvedWrites:
-    """Keys, values and step sizes of every block."""
+def steps_of(model: ClosedMLP, writes: Writes, name: str, num_blocks: int) -> Tensor:
+    """Step sizes of one matrix, times the slope of the loss.  -> (T·r L 1)"""
     steps = writes.rates[name] * model.slope(writes.keys.shape[-1])
     share = writes.modulation.get(name)
     steps = steps if share is None else steps * share.unsqueeze(2)
-    of_blocks = (folded(x, num_blocks).flatten(1, 2) for x in (writes.keys, writes.values, steps.unsqueeze(3)))
-    return SolvedWrites(*of_blocks)
+    return folded(steps, num_blocks).flatten(1).unsqueeze(2)
 
 
 def after_forgetting(shares: Shares, gates: Gates) -> Shares:
@@ -161,23 +211,3 @@ def slots_of(shares: Shares, num_blocks: int) -> Tensor:
     mix = F.pad(mix, (0, 1, 0, 1))
     mix[..., 0, -1], mix[..., -1, -1] = in_rows(shares.start[:, -1], num_blocks), 1.0
     return mix
-
-
-def first_state(carry: Carry, name: str, num_momenta: int) -> Tensor:
-    """Weights, momenta and the learned start one below another.  -> (r ai j)"""
-    weights = carry.weights[name]
-    momenta = carry.momenta.get(name, (torch.zeros_like(weights),) * num_momenta)
-    slots = map(LimitGradient.apply, (weights, *momenta))
-    return torch.cat([*slots, *([carry.start[name]] if name in carry.start else [])], dim=1)
-
-
-def carry_of(carry: Carry, name: str, state: Tensor, wide: int, rule: Rule) -> Carry:
-    """A state as what blocks begin with.  state: (... ai j)"""
-    weights, *rest = state.split(wide, dim=1)
-    momenta, start = rest[: rule.num_momenta], rest[rule.num_momenta :]
-    return carry._replace(
-        base={},
-        weights={name: weights},
-        momenta={name: tuple(momenta)} if momenta else {},
-        start={name: start[0]} if start else {},
-    )
