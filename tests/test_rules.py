@@ -6,13 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.support.configurations import Case, cases, with_rule
+from tests.support.rules_by_the_book import DECAY_TO_START
+from tests.test_exactness import check
 from tests.test_toy_rule import TowardsStart
+from titans_pytorch import NeuralMemory
 from titans_pytorch.fast_weights.blocks.dense import Evolved, by_products, chunk_by_chunk
 from titans_pytorch.fast_weights.blocks.factored import scaled_over_chunks, summed_over_chunks
 from titans_pytorch.fast_weights.blocks.scan import by_scan
+from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
+from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
 from titans_pytorch.fast_weights.rules.rule import Memory, Rule, from_unit_vectors
@@ -34,6 +41,8 @@ RULES = {
     "orders combined": Titans(3, 2),
     "orders combined with the surprise": Titans(2, 3),
     "towards the start": TowardsStart(),
+    "towards the start, with momentum": DecayToStart(2),
+    "gated delta": GatedDelta(1),
 }
 
 
@@ -127,3 +136,26 @@ def test_equation_13_is_what_it_says() -> None:
     after = Titans(1).step(Memory(one * 8, (one * 4,)), one * 2, Gates(logs, {}, None).of_chunk(0))
     assert_close(after.weights, one * 10)
     assert_close(after.momenta[0], one * 4)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_forgetting_towards_the_start_equals_the_oracle(case: Case) -> None:
+    check(with_rule(case, DECAY_TO_START))
+
+
+def test_who_forgets_all_is_as_at_the_start() -> None:
+    """alpha 1 and nothing surprising: the learned memory, not an empty one."""
+    memory = NeuralMemory(
+        8, 2, rule="decay_to_start", momentum=False, init_decay_bias=80.0, init_adaptive_step_bias=-80.0
+    )
+    _, state = memory.double()(random(1, 20, 8))
+    for name, initial in memory.init_weights(1).items():
+        assert_close(state.current[name], initial)
+
+
+def test_rules_by_name_take_the_options_of_titans() -> None:
+    for name in ("gated_delta", "decay_to_start"):
+        memory = NeuralMemory(8, 1, 1, rule=name, momentum_order=2, per_parameter_gates=True, init_decay_bias=-3.0)
+        assert memory.rule.num_momenta == 2
+        assert (memory.to_decay_factor[0].bias == -3.0).all()

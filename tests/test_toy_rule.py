@@ -85,7 +85,11 @@ def test_a_rule_with_a_name_is_chosen_and_saved_by_it(tmp_path: Any, monkeypatch
 @pytest.mark.parametrize(
     "options, error, words",
     [
-        ({"rule": "delta"}, ValueError, "rule must be one of 'gated_delta', 'titans' or a Rule, got 'delta'"),
+        (
+            {"rule": "delta"},
+            ValueError,
+            "rule must be one of 'decay_to_start', 'gated_delta', 'titans' or a Rule, got 'delta'",
+        ),
         ({"rule": 3}, TypeError, "rule must be a name or a Rule, got int"),
         (
             {"rule": TowardsStart(), "momentum_order": 2},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support.configurations import DIM_HEAD, OPTIONS, Case, with_rule
-from tests.support.rules_by_the_book import GATED_DELTA
+from tests.support.rules_by_the_book import DECAY_TO_START, GATED_DELTA
 
 PLAIN = {name: values[0] for name, values in OPTIONS.items() if name not in ("mask", "store_seq", "batches")} | {
     "dim": 4,
@@ -105,6 +105,8 @@ CASES = {
     "solved, two orders": case(LINEAR | {"momentum_order": 2, "num_kv_per_token": 2}, split=(20,), mask=True),
     "layerwise": case(LINEAR | {"model": "layerwise", "per_parameter_gates": True}, split=(20, 1, 3)),
     "layerwise, chunk by chunk": case(PLAIN | {"model": "layerwise", "mem_model_norm_add_residual": False}),
+    "towards the start": with_rule(case(PLAIN | {"batch_size": 4}), DECAY_TO_START),
+    "towards the start, solved": with_rule(case(LINEAR, split=(40, 3)), DECAY_TO_START),
     "gated delta": with_rule(case(LINEAR, split=(40, 1, 9)), GATED_DELTA),
     "gated delta, chunk by chunk": with_rule(case(PLAIN | {"batch_size": 2}), GATED_DELTA),
     "huber": case(PLAIN | {"loss": "huber:0.3"}),

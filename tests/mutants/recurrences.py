@@ -13,9 +13,11 @@ from titans_pytorch.fast_weights import engine
 from titans_pytorch.fast_weights.interface import Carry
 from titans_pytorch.fast_weights.rules import gates as gate_values
 from titans_pytorch.fast_weights.rules import rule as rule_module
+from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
 from titans_pytorch.fast_weights.rules.titans import Titans
+from titans_pytorch.fast_weights.solved import blocks as solved
 from titans_pytorch.memory import gates as gates_module
 from titans_pytorch.memory import pooling
 
@@ -159,3 +161,26 @@ def steps_are_made_orthogonal_before_momentum(patcher: pytest.MonkeyPatch) -> No
         return original(rule.rule, memory, surprise, gates)
 
     wrapped(patcher, engine, "by_products", change)
+
+
+@mutant("towards the start", "towards the start, solved")
+def the_start_counts_whole(patcher: pytest.MonkeyPatch) -> None:
+    """1 in place of 1 - keep, in the closed form"""
+
+    def change(original: Any, self: DecayToStart, gates: Gates) -> Any:
+        found = original(self, gates)
+        return found._replace(start=torch.ones_like(found.start))
+
+    wrapped(patcher, DecayToStart, "coefficients", change)
+
+
+@mutant("towards the start, solved")
+def the_start_is_not_handed_on(patcher: pytest.MonkeyPatch) -> None:
+    """From block to block of those that are solved for."""
+
+    def change(original: Any, shares: Any, num_blocks: int) -> Tensor:
+        mix = original(shares, num_blocks).clone()
+        mix[..., 0, -1] = 0.0
+        return mix
+
+    wrapped(patcher, solved, "slots_of", change)

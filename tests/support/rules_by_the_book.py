@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from tests.support.configurations import RuleUnderTest
-from tests.support.oracle import Layer, Row
+from tests.support.oracle import Layer, Row, Weights
+from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
 from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
 
 
@@ -30,3 +31,15 @@ GATED_DELTA = RuleUnderTest(lambda: GatedDelta(1), GatedDeltaByTheBook, orders=1
 
 GATED_DELTA_RULE = RuleUnderTest(lambda: GatedDelta(0), GatedDeltaByTheBook)
 """Without"""
+
+
+class DecayToStartByTheBook(Layer):
+    """What is forgotten gives way to the learned start."""
+
+    def forget(self, w: Weights, pooled: Tensor, head: int) -> Weights:
+        kept, whole = super().forget(w, pooled, head), self.initial(head)
+        of_start = super().forget(whole, pooled, head)
+        return {name: kept[name] + whole[name] - of_start[name] for name in w}
+
+
+DECAY_TO_START = RuleUnderTest(lambda: DecayToStart(2), DecayToStartByTheBook, orders=2)

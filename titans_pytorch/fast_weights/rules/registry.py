@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from titans_pytorch.checks import value_checks
+from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
 from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
 from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
 from titans_pytorch.fast_weights.rules.rule import Rule
@@ -56,7 +57,7 @@ MakeRule = Callable[[RuleOptions], Rule]
 
 
 def titans(options: RuleOptions, kind: type[Titans] = Titans) -> Rule:
-    """Momentum and forgetting, as the published options ask for them; kind: where surprises are taken"""
+    """Momentum and forgetting, as the published options ask for them; kind: of what is near to them"""
     orders = options.momentum_order if options.momentum else 0
     num_combined = orders + options.learned_combine_include_zeroth if options.learned_momentum_combine else 0
     rule = kind(
@@ -71,7 +72,11 @@ def titans(options: RuleOptions, kind: type[Titans] = Titans) -> Rule:
     return Orthogonal(rule) if options.spectral_norm_surprises else rule
 
 
-RULES: dict[str, MakeRule] = {"titans": titans, "gated_delta": partial(titans, kind=GatedDelta)}
+RULES: dict[str, MakeRule] = {
+    "titans": titans,
+    "gated_delta": partial(titans, kind=GatedDelta),
+    "decay_to_start": partial(titans, kind=DecayToStart),
+}
 
 
 def register_rule(name: str, make: MakeRule) -> None:
