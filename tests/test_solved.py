@@ -72,7 +72,7 @@ def linear(draw: st.DrawFn) -> Case:
     return Case(options, case.batch, sum(split), split, case.seed, case.has_mask, case.has_store_seq, "factored")
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=35, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=linear())
 def test_any_pieces_of_any_configuration_equal_the_oracle(small_blocks: None, case: Case) -> None:
     check(case)
@@ -93,7 +93,7 @@ def test_a_rule_of_ones_own_is_solved_for_too(small_blocks: None, case: Case) ->
     check(with_rule(case, rule))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=linear(), has_momentum=st.booleans())
 def test_the_gated_delta_rule_equals_the_oracle(small_blocks: None, case: Case, has_momentum: bool) -> None:
     check(with_rule(case, GATED_DELTA if has_momentum else GATED_DELTA_RULE))
@@ -237,7 +237,7 @@ def test_forgetting_first_needs_the_memory_of_every_chunks_start(batch_size: int
         memory(torch.randn(1, 4, 8), ttt_batch_size=2)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_any_memory_may_forget_first(case: Case) -> None:
     chunk = case.options["chunk_size"]

@@ -88,6 +88,11 @@ def with_intermediates(module: Callable[..., Any], piece: Tensor, cache: Any) ->
     return out, intermediates.cached_key_values
 
 
+LINEAR: dict[str, Any] = dict(
+    dim=DIM, chunk_size=1, batch_size=1, mem_model_norm_add_residual=False, max_weight_growth=None, qk_l2norm=True
+)
+"""Renewals of such memories are solved for"""
+
 MEMORY_OPTIONS: dict[str, dict[str, Any]] = {
     **{name: options | dict(dim=DIM) for name, options in CONFIGURATIONS.items() if name != "attention"},
     "base renewed every chunk": dict(dim=DIM, chunk_size=4, batch_size=4, default_step_transform_max_lr=0.1),
@@ -96,6 +101,9 @@ MEMORY_OPTIONS: dict[str, dict[str, Any]] = {
     "spectral norm": dict(dim=DIM, chunk_size=4, spectral_norm_surprises=True, default_step_transform_max_lr=0.05),
     "dense": dict(dim=DIM, chunk_size=4, engine="dense"),
     "chunks of reading of their own": dict(dim=DIM, chunk_size=(3, 2)),
+    "linear, at every token": LINEAR | dict(model="linear"),
+    "layer by layer": LINEAR | dict(model="layerwise", rule="gated_delta"),
+    "towards the start": dict(dim=DIM, chunk_size=4, rule="decay_to_start"),
     "a chunk is a token": dict(dim=DIM, chunk_size=1, batch_size=5, default_step_transform_max_lr=0.1),
 }
 MEMORY_MODELS = {

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.inner_gradient import written_gradients_work
+from titans_pytorch.fast_weights.precision import full_precision
 
 
 class Links(NamedTuple):
@@ -79,16 +80,30 @@ class Chain(torch.autograd.Function):
                 "titans_pytorch.memory.costs.COSTS has solved_writes=(0, 0) and series_elements=0 it can be again"
             )
         of_start, handed, mix, states, differences = ctx.saved_tensors
-        of_known = torch.zeros_like(differences) if of_differences is None else of_differences.clone()
-        bars = torch.empty_like(states)
-        for bar, given in ((bars[:-1], of_starts), (bars[-1], of_end)):
-            bar.zero_() if given is None else bar.copy_(given)
-        slots, turned = by_slot(mix, bars), mix.mT
-        for t in reversed(range(len(differences))):
-            of_known[t].baddbmm_(handed[t], bars[t + 1])
-            slots[t].baddbmm_(turned[t], slots[t + 1])
-            bars[t].baddbmm_(of_start[t].mT, of_known[t], alpha=-1)
-        of_of_start = -(of_known @ states[:-1].mT)
-        of_handed = differences @ bars[1:].mT
-        of_mix = slots[1:] @ by_slot(mix, states[:-1]).mT
-        return of_known, of_of_start, of_handed, of_mix, bars[0]
+        with full_precision(states):
+            return backwards(of_start, handed, mix, states, differences, of_differences, of_starts, of_end)
+
+
+def backwards(
+    of_start: Tensor,
+    handed: Tensor,
+    mix: Tensor,
+    states: Tensor,
+    differences: Tensor,
+    of_differences: Tensor | None,
+    of_starts: Tensor | None,
+    of_end: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of U, Y, R, mix and the first start, from those of what `chained` returns; None: nobody asks."""
+    of_known = torch.zeros_like(differences) if of_differences is None else of_differences.clone()
+    bars = torch.empty_like(states)
+    for bar, given in ((bars[:-1], of_starts), (bars[-1], of_end)):
+        _ = bar.zero_() if given is None else bar.copy_(given)
+    slots, turned = by_slot(mix, bars), mix.mT
+    for t in reversed(range(len(differences))):
+        of_known[t].baddbmm_(handed[t], bars[t + 1])
+        slots[t].baddbmm_(turned[t], slots[t + 1])
+        bars[t].baddbmm_(of_start[t].mT, of_known[t], alpha=-1)
+    of_of_start = -(of_known @ states[:-1].mT)
+    of_mix = slots[1:] @ by_slot(mix, states[:-1]).mT
+    return of_known, of_of_start, differences @ bars[1:].mT, of_mix, bars[0]
