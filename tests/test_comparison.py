@@ -25,7 +25,7 @@ from benchmarks.learning.protocol import (
 from titans_pytorch import NeuralMemory
 from titans_pytorch.tasks.text import NEVER, NO_NAME
 from titans_pytorch.training.last_token import LastTokenReader
-from titans_pytorch.training.models import MACModel, TitansModel, size
+from titans_pytorch.training.models import MACModel, PaperModel, size
 
 SMALL = dict(kind="titans", variant="mag", dim=16, depth=2, heads=2, window=8, memory_chunk=4, memory_refresh=8)
 TRAIN = dict(batch=2, lr=1e-3, warmup=2, clip=1.0)
@@ -56,7 +56,7 @@ def compared(folder: Path, *options: str, **more: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
 @pytest.mark.parametrize("layers", [None, (2,)])
 def test_floor_and_ceiling_have_as_many_parameters(variant: Any, layers: tuple[int, ...] | None) -> None:
-    settings = TitansModel(dim=128, depth=4, heads=4, window=32, variant=variant, memory_layers=layers)
+    settings = PaperModel(dim=128, depth=4, heads=4, window=32, variant=variant, memory_layers=layers)
     wanted = parameters(settings, 256)
     for bare in (floor_of(settings, 256), ceiling_of(settings, 4096, 256)):
         model = bare.build(256)
@@ -73,7 +73,7 @@ def test_the_published_transformer_has_a_floor_too() -> None:
 
 
 def test_a_ceiling_sees_everything() -> None:
-    settings = TitansModel(dim=16, depth=1, heads=2, window=4, variant="mac", memory_chunk=4, memory_refresh=8)
+    settings = PaperModel(dim=16, depth=1, heads=2, window=4, variant="mac", memory_chunk=4, memory_refresh=8)
     model = ceiling_of(settings, 64, 16, within=0.05).build(16).double()
     ids = torch.randint(0, 16, (1, 60))
     changed = ids.clone()
@@ -82,7 +82,7 @@ def test_a_ceiling_sees_everything() -> None:
 
 
 def test_a_model_that_cannot_be_matched_is_refused() -> None:
-    settings = TitansModel(dim=16, depth=2, heads=2, window=8, variant="mag")
+    settings = PaperModel(dim=16, depth=2, heads=2, window=8, variant="mag")
     with pytest.raises(ValueError, match=r"must come within 0.001% of [\d,]+ parameters, got [\d,]+ at best"):
         floor_of(settings, 256, within=1e-5)
     assert matched_width(lambda width: 100 + 7 * width, 100 + 7 * 33) == 33
@@ -200,7 +200,7 @@ def test_compression_is_read_off_the_last_token(tmp_path: Path) -> None:
     task, asking = dict(name="mad_compression", tokens=8), dict(lengths=[1], rows=8)
     (found,) = compared(tmp_path, "--only", "floor", task=task, evaluation=asking, budgets=[{"steps": 2}])
     assert found["results"]["8"]["answers"] == 8 * 7
-    model = LastTokenReader(TitansModel(**{k: v for k, v in SMALL.items() if k != "kind"}).build(16), 8)  # type: ignore[arg-type]
+    model = LastTokenReader(PaperModel(**{k: v for k, v in SMALL.items() if k != "kind"}).build(16), 8)  # type: ignore[arg-type]
     ids = torch.randint(0, 15, (2, 8))
     logits, _ = model.logits_and_state(ids)
     assert logits.shape == (2, 8, 16)
@@ -280,7 +280,7 @@ def test_a_ceiling_below_a_floor_is_none() -> None:
         (dict(roles=["oracle"]), "roles must be among memory, frozen, floor, ceiling, got oracle"),
         (dict(budgets=[{"hours": 1}]), "a budget must be steps or seconds, above 0, got {'hours': 1}"),
         (dict(model=dict(kind="rnn")), "model.kind must be one of titans, mac, got 'rnn'"),
-        (dict(model=SMALL | dict(width=3)), "model must hold settings of TitansModel, got width"),
+        (dict(model=SMALL | dict(width=3)), "model must hold settings of PaperModel, got width"),
         (dict(titel="x"), "must hold a comparison's .*, got titel"),
         (dict(task=dict(name="mad_compression")), r"mad_compression needs evaluation.lengths \[1\], got \(1, 2\)"),
     ],

@@ -12,6 +12,7 @@ from titans_pytorch.memory.writes import writes_off
 from titans_pytorch.memory_models import (
     FactorizedMemoryMLP,
     GatedResidualMemoryMLP,
+    LayerwiseMemory,
     MemoryAttention,
     MemoryMLP,
     MemorySwiGluMLP,
@@ -41,6 +42,7 @@ __all__ = [
     "FactorizedMemoryMLP",
     "GatedResidualMemoryMLP",
     "ImplicitMLPAttention",
+    "LayerwiseMemory",
     "MACCache",
     "MemoryAsContextTransformer",
     "MemoryAttention",

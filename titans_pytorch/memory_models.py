@@ -170,7 +170,11 @@ class LayerwiseMemory(Described, nn.Module):
     def __init__(self, dim: int, depth: int = 2) -> None:
         super().__init__()
         check_positive(dim=dim, depth=depth)
-        self.weights = nn.ParameterList(fresh_weight(dim, dim) for _ in range(depth))
+        self.weights = weights_of([(dim, dim)] * depth)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        begin(self)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer, weight in enumerate(self.weights):

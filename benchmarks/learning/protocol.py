@@ -18,11 +18,11 @@ from titans_pytorch import writes_off
 from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.tasks import Task, make_task
 from titans_pytorch.training.last_token import LastTokenReader
-from titans_pytorch.training.models import MACModel, TitansModel, size
+from titans_pytorch.training.models import MACModel, PaperModel, size
 from titans_pytorch.training.options import from_json
 from titans_pytorch.training.settings import Training
 
-KINDS: dict[str, type[Any]] = {"titans": TitansModel, "mac": MACModel}
+KINDS: dict[str, type[Any]] = {"titans": PaperModel, "mac": MACModel}
 FLOOR, CEILING, FROZEN = "floor", "ceiling", "frozen"
 ROLES = ("memory", FROZEN, FLOOR, CEILING)
 WITHIN = 0.001
@@ -139,7 +139,7 @@ def floor_of(settings: Any, num_tokens: int, within: float = WITHIN) -> Any:
 def ceiling_of(settings: Any, longest: int, num_tokens: int, within: float = WITHIN) -> Any:
     """The model without memory whose attention sees all of the longest sequence, of as many parameters."""
     bare = replace(settings, memory=False, window=longest)
-    if isinstance(settings, TitansModel):
+    if isinstance(settings, PaperModel):
         bare = replace(bare, variant="mag")  # a window over all of a sequence is full attention; LMM has none
     return of_equal_size(settings, bare, num_tokens, within)
 
@@ -147,7 +147,7 @@ def ceiling_of(settings: Any, longest: int, num_tokens: int, within: float = WIT
 def of_equal_size(wanted: Any, bare: Any, num_tokens: int, within: float) -> Any:
     """`bare`, with feed-forward networks of the width that brings it to the parameters of `wanted`."""
     target = parameters(wanted, num_tokens)
-    if isinstance(bare, TitansModel):
+    if isinstance(bare, PaperModel):
         width = matched_width(lambda width: parameters(replace(bare, ff_hidden=width), num_tokens), target)
         bare = replace(bare, ff_hidden=width)
     got = parameters(bare, num_tokens)  # MACModel widens itself
