@@ -10,9 +10,8 @@ of a block solve a triangular system, for any momentum and forgetting that is li
 
     (1 + tril(surprise * K (s K)^T, -1)) F = V - (initial * K) W - sum_o (past_o * K) M_o
 
-Without momentum and forgetting this is the delta rule. Solved for V, initial * K and past * K at once, and for all
-blocks of a span, it leaves `chain` three products a block; the rest is what blocks of factors are anyway. Nothing is
-divided by a step size or by a gate.
+Without momentum and forgetting this is the delta rule. All systems of a span are inverted at once, which leaves `chain`
+four products a block; the rest is what blocks of factors are anyway. Nothing is divided by a step size or by a gate.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.blocks.factored import FactoredBlock
 from titans_pytorch.fast_weights.blocks.series import FoldedBlock
 from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.fast_weights.interface import Carry, PerParameter, Writes
@@ -33,6 +31,7 @@ from titans_pytorch.fast_weights.renewal import LimitGradient
 from titans_pytorch.fast_weights.rules.gates import KEEP, Gates
 from titans_pytorch.fast_weights.rules.rule import Memory, Rule, Shares
 from titans_pytorch.fast_weights.solved.chain import Links, chained
+from titans_pytorch.fast_weights.solved.stacked import StackedBlock
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.ways import Runner
 from titans_pytorch.memory_models import hidden_keys
@@ -63,7 +62,8 @@ class Solved(NamedTuple):
     differences: Tensor  # (T·r L j)
     surprises: Factors  # (T·r b c ...)
     shares: Shares  # with T·r rows
-    starts: Memory  # (T·r i j)  what each block begins with
+    states: Tensor  # (T·r ai j)  what each block begins with, its slots one below another
+    starts: Memory  # (T·r i j)  the same, slot by slot
     last: Memory  # (r i j)
     poison: Tensor  # (T·r b+1)  NaN where weights are not finite, else 0
 
@@ -87,10 +87,11 @@ def solved_blocks(
     begins = nothing.with_memories({name: one.starts for name, one in each.items()})
     begins = begins._replace(start={n: one.starts.start for n, one in each.items() if one.starts.start is not None})
     shares = PerParameter({name: one.shares for name, one in each.items()}, len(each) == 1)
-    inner = FactoredBlock(begins, Surprises({name: one.surprises for name, one in each.items()}, {}), shares)
+    surprises = Surprises({name: one.surprises for name, one in each.items()}, {})
+    inner = StackedBlock(begins, surprises, shares, {name: one.states for name, one in each.items()})
     last = carry.with_memories({name: one.last for name, one in each.items()})
     blocks = FoldedBlock(inner, last._replace(base=last.weights), num_blocks)
-    *_, (differences, _, _, _, _, poison) = each.values()
+    *_, (differences, *_, poison) = each.values()
     loss = model.loss_of(differences.unflatten(1, (poison.shape[1] - 1, -1)))
     loss = in_rows(loss + poison[:, :-1, None], num_blocks)
     return blocks, loss.movedim(0, 1).flatten(1, 2)
@@ -111,7 +112,8 @@ def solved(rule: Rule, memory: Memory, written: SolvedWrites, gates: Gates, num_
     last = memory_of(end, wide, memory)
     last = last._replace(weights=last.weights + in_rows(poison, num_blocks)[-1, :, -1, None, None])
     poisoned = shares._replace(initial=shares.initial + poison)
-    return Solved(differences, factors, poisoned, memory_of(starts.flatten(0, 1), wide, memory), last, poison)
+    states = starts.flatten(0, 1)
+    return Solved(differences, factors, poisoned, states, memory_of(states, wide, memory), last, poison)
 
 
 def begun(carry: Carry, name: str, num_momenta: int) -> Memory:
@@ -187,15 +189,12 @@ def links_of(written: SolvedWrites, shares: Shares, seen: Shares, num_blocks: in
     before = of_writes(seen.surprise[:, :num_chunks], 1, 2)  # strictly below the diagonal, of chunks
     system = torch.bmm(keys, stepped.mT) * before
     starts = [seen.initial, *seen.past, *([] if seen.start is None else [seen.start])]
-    shared = of_writes(torch.stack([start[:, :num_chunks] for start in starts], dim=2), 1)  # (T·r L a)
-    known = torch.cat((written.values, beside(shared, keys)), dim=2)
-    found = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
-    of_values, of_starts = found.split((written.values.shape[2], len(starts) * keys.shape[2]), dim=2)
+    of_start = beside(of_writes(torch.stack([start[:, :num_chunks] for start in starts], dim=2), 1), keys)
     ends = [shares.surprise[:, -1], *shares.last_surprise]
     ends += [] if shares.start is None else [torch.zeros_like(ends[0])]
-    of_ends = beside(of_writes(torch.stack(ends, dim=2), 1), stepped)
-    known, of_start, handed = (in_rows(x, num_blocks) for x in (of_values, of_starts, of_ends))
-    return Links(known, of_start, handed, slots_of(shares, num_blocks))
+    handed = beside(of_writes(torch.stack(ends, dim=2), 1), stepped)
+    values, of_start, handed, system = (in_rows(x, num_blocks) for x in (written.values, of_start, handed, system))
+    return Links(values, of_start, handed, slots_of(shares, num_blocks), system)
 
 
 def beside(shares: Tensor, keys: Tensor) -> Tensor:
