@@ -20,6 +20,7 @@ def writes_off(model: nn.Module) -> Iterator[int]:
 
     States pass through with their weights and momenta unchanged; what was seen inside leaves no trace afterwards.
     Calls with gradients train the start and the way it is read. Afterwards, every memory is as it was before.
+    A step that was captured as a CUDA graph goes on as it was captured.
     """
     memories = [module for module in model.modules() if isinstance(module, MemoryCore)]
     before = [memory.writes_are_on for memory in memories]
