@@ -73,6 +73,22 @@ def test_the_cosine_does_not_see_lengths_and_the_dot_product_does_not_see_the_me
     assert_close(losses.of_dot_product(prediction, value), losses.of_dot_product(2 * prediction, value))
 
 
+def test_a_linear_memory_with_the_dot_product_is_linear_attention() -> None:
+    """W_t = keep W_{t-1} + theta k v^T, however often the base is renewed, as no gradient depends on it."""
+    options: dict[str, Any] = dict(model="linear", mem_model_norm_add_residual=False, loss="dot", momentum=False)
+    torch.manual_seed(0)
+    memory, seq = NeuralMemory(6, 1, max_weight_growth=None, **options).double(), randn(1, 13, 6)
+    reads, state, (_, rates) = memory(seq, return_surprises=True)
+    assert_close(memory(seq, ttt_batch_size=1)[0], reads)
+    stored = memory.store_norm(seq)
+    keys, values = memory.to_keys(stored)[0], memory.to_values(stored)[0]
+    kept = 1 - memory.to_decay_factor(stored).flatten().sigmoid()
+    w = memory.init_weights(1)["weights.0"][0]
+    for t in range(13):
+        w = kept[t] * w + rates[0, 0, t] * torch.outer(keys[t], values[t])
+    assert_close(state.current["weights.0"][0], w)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_their_gradients_are_written_out(name: str) -> None:
     assert isinstance(built(loss=name).evolution.model, ClosedMLP)

@@ -37,6 +37,17 @@ def test_memories_with_short_convolutions_or_none_begin_too(conv_size: int | Non
     assert retrieved.isfinite().all()
 
 
+@pytest.mark.parametrize("model", ["linear", pytest.param("layerwise", marks=pytest.mark.slow)])
+def test_delta_rules_learn_to_recall_in_75_steps(model: str) -> None:
+    """Without attention; the step of a linear memory replaces what a key holds, so there is little to learn."""
+    task = MQAR(pairs=8, keys=64, tokens=96, gap=16)
+    torch.manual_seed(0)
+    config = TitansConfig.delta(64, 2, window=8, heads=2, memory_heads=1, memory_model=model)
+    lmm = MODELS["lmm"](task.num_tokens, config)
+    train(lmm, task, Namespace(seed=0, lr=4e-3, steps=75, rows=16, minutes=10.0))
+    assert accuracy(lmm, task, torch.Generator().manual_seed(1)) >= 0.99
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recall_beyond_the_window_is_learned(variant: str) -> None:
