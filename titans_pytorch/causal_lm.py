@@ -178,9 +178,12 @@ class CausalLM(nn.Module, Generic[State]):
             cu_seqlens: (k + 1), the borders between documents of a single row
             reading: further arguments of `hidden_states`
         """
-        given = BatchOptions(
-            embeds=embeds, attention_mask=attention_mask, document_ids=document_ids, cu_seqlens=cu_seqlens
-        )
+        given: BatchOptions = {
+            "embeds": embeds,
+            "attention_mask": attention_mask,
+            "document_ids": document_ids,
+            "cu_seqlens": cu_seqlens,
+        }
         if labels is None and embeds is None and not any(each is not None for each in given.values()):
             return self.loss_and_state(ids, state, **reading)[0]
         tokens = self.tokens(ids, **given, at_least=2)

@@ -73,9 +73,12 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
 
         Returns: logits (b n num_tokens), and what the next piece needs: a `RaggedState` where rows differ in length
         """
-        given = BatchOptions(
-            embeds=embeds, attention_mask=attention_mask, document_ids=document_ids, cu_seqlens=cu_seqlens
-        )
+        given: BatchOptions = {
+            "embeds": embeds,
+            "attention_mask": attention_mask,
+            "document_ids": document_ids,
+            "cu_seqlens": cu_seqlens,
+        }
         return Read(*self.logits_and_state(ids, state, given=given))
 
     def hidden_states(self, ids: Tensor, state: TitansState | None = None) -> tuple[Tensor, TitansState]:
