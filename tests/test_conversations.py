@@ -98,6 +98,22 @@ def test_going_on_together_forking_and_keeping_copy_nothing(monkeypatch: pytest.
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_conversations_that_part_keep_what_is_theirs(name: str) -> None:
+    """Some of those that share a state go on, then those that stayed behind, then all of them together."""
+    model: Any = model_of(name)
+    pool = ConversationPool(model)
+    texts = {pool.open(): [first, 1, 2, 3] for first in range(5)}
+    pool.advance({each: torch.tensor(ids) for each, ids in texts.items()})
+    numbers = list(texts)
+    for some in ([numbers[1], numbers[3], numbers[4]], [numbers[2], numbers[0]], numbers[::-1], numbers[1:4:2]):
+        answers = pool.advance({each: torch.tensor([4, 5]) for each in some})
+        for each in some:
+            texts[each] = [*texts[each], 4, 5]
+            assert_close(answers[each], next_logits(model, texts[each]), **EXACT)
+
+
+@torch.no_grad()
 def test_a_state_is_not_kept_for_the_sake_of_one_row() -> None:
     model: Any = model_of("TitansMAG, plain")
     pool = ConversationPool(model)
