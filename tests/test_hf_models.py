@@ -307,6 +307,17 @@ def test_other_precisions_are_loaded(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
     assert loaded(ids(1, 9)).logits.isfinite().all()
+    assert loaded.generate(ids(2, 5), max_new_tokens=4, do_sample=False).shape == (2, 9)
+
+
+def test_offloaded_weights_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="a map of devices needs accelerate")
+    _, model = both("mag")
+    model.save_pretrained(tmp_path / "model")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cpu")(ids(1, 4)).logits.shape
+    places = {"model.embed_tokens": "cpu", "model.backbone": "disk", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match="device_map must not offload weights to the host or the disk, got cpu, disk"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
 
 
 # ---- the door

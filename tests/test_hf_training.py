@@ -83,12 +83,27 @@ def test_the_side_of_padding_and_recomputation_change_nothing(name: str, tmp_pat
     ways: list[dict[str, Any]] = [{}, dict(side="left"), dict(activation_checkpointing=True)]
     ways += [dict(collator=DataCollatorWithFlattening())]
     ways += [dict(collator=DataCollatorForLanguageModeling(byte_tokenizer(padding_side="right"), mlm=False))]
-    trained = [trainer(both(name)[1], tmp_path / str(n), **way) for n, way in enumerate(ways)]
+    how: dict[str, Any] = dict(max_steps=2, save_strategy="no")
+    trained = [trainer(both(name)[1], tmp_path / str(n), **way | how) for n, way in enumerate(ways)]
     for each in trained:
         each.train()
     for other in trained[1:]:
         assert_close(losses(other), losses(trained[0]), rtol=1e-3, atol=1e-3)
         assert_close(weights(other.model), weights(trained[0].model), rtol=1e-3, atol=1e-3)
+
+
+@quiet
+def test_a_run_can_be_evaluated_by_its_answers(tmp_path: Path) -> None:
+    """States are no predictions: what is scored are the logits alone."""
+    tokens = {"input_ids": ids(1, 6)[0].tolist()}
+
+    def score(predictions: Any) -> dict[str, float]:
+        assert predictions.predictions.shape == (2, 6, 11)
+        return {"found": 1.0}
+
+    run = trainer(both("mag")[1], tmp_path, do_train=False)
+    run.compute_metrics = score
+    assert run.evaluate([tokens, tokens])["eval_found"] == 1.0
 
 
 @quiet
@@ -167,6 +182,32 @@ def test_adapters_train_merge_and_come_back(name: str, part: str, tmp_path: Path
     assert_close(again(ids(2, 9)).logits, got, rtol=1e-5, atol=1e-5)
     assert torch.equal(again.generate(ids(1, 5), max_new_tokens=3), adapted.generate(ids(1, 5), max_new_tokens=3))
     assert_close(again.merge_and_unload()(ids(2, 9)).logits, got, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mag", "mac transformer"])
+def test_prompts_can_be_tuned(name: str) -> None:
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    _, model = both(name)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_attention_heads=2)
+    tuned = peft.get_peft_model(model, config)
+    batch = ids(2, 6)
+    loss = tuned(input_ids=batch, attention_mask=torch.ones_like(batch), labels=batch).loss
+    loss.backward()
+    grads = [parameter.grad for parameter in tuned.parameters() if parameter.requires_grad]
+    assert len(grads) == 1
+    assert grads[0] is not None
+    assert grads[0].abs().sum() > 0
+    assert tuned.generate(input_ids=batch, attention_mask=torch.ones_like(batch), max_new_tokens=3).shape == (2, 9)
+
+
+def test_prefixes_of_keys_and_values_are_refused() -> None:
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_attention_heads=2, token_dim=8, num_layers=2
+    )
+    tuned = peft.get_peft_model(both("mag")[1], config)
+    with pytest.raises(TypeError, match="past_key_values must be a TitansCache"):
+        tuned(input_ids=ids(2, 6), attention_mask=torch.ones(2, 6))
 
 
 # ---- examples

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from titans_pytorch.hf.cache import Fed, TitansCache
-from titans_pytorch.hf.config import MACTransformerConfig, TitansModelConfig
+from titans_pytorch.hf.config import LibraryConfig, MACTransformerConfig, TitansModelConfig
 from titans_pytorch.hf.documents import marks_of_call
 from titans_pytorch.hf.pretrained_model import TitansPreTrainedModel
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
@@ -24,6 +24,12 @@ class StreamingModel(TitansPreTrainedModel):
 
     embed_tokens: nn.Embedding
     gradient_checkpointing = False
+
+    def __init__(self, config: LibraryConfig) -> None:
+        super().__init__(config)
+        # First among the parts, as peft takes the first parameter of a vocabulary's size for the embedding; what it is
+        # in the end is drawn when the library's models draw it.
+        self.embed_tokens = nn.Identity()  # type: ignore[assignment]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens

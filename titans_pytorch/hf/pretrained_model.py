@@ -25,6 +25,19 @@ class TitansPreTrainedModel(PreTrainedModel):
 
     was_on_meta: bool  # as from_pretrained constructs models
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model, whose weights have to stay on their device: a memory reads them outside of any `forward`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                "device_map must not offload weights to the host or the disk, got "
+                f"{', '.join(sorted(places))}: memories read them where they are"
+            )
+        return loaded
+
     def initialize_weights(self) -> None:
         """Initialise what the constructor could not, as it ran on the meta device, and what a file did not have.
 
