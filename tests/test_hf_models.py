@@ -43,7 +43,8 @@ def equal_weights(one: nn.Module, other: nn.Module) -> bool:
 def test_logits_are_those_of_the_library(name: str) -> None:
     library, model = both(name)
     prompt = ids(2, 9)
-    assert torch.equal(model(prompt).logits, library_logits(library, prompt))
+    with torch.no_grad():  # as the library is asked: with gradients a loop adds up in another order
+        assert torch.equal(model(prompt).logits, library_logits(library, prompt))
     assert_close(model(prompt, labels=prompt).loss, library.loss(prompt).float(), check_dtype=False)
     assert torch.equal(model(prompt, logits_to_keep=2).logits, model(prompt).logits[:, -2:])
     assert torch.equal(model(prompt, logits_to_keep=torch.tensor([1, 4])).logits, model(prompt).logits[:, [1, 4]])
