@@ -94,7 +94,7 @@ def check_padding(data: st.DataObject) -> None:
             assert_close(answers[row : row + 1], read(model, more[row : row + 1], alone_state)[0], **EXACT)
 
 
-@settings(max_examples=40, **QUICK)
+@settings(max_examples=25, **QUICK)
 @given(data=st.data())
 def test_a_padded_row_is_the_row_alone(data: st.DataObject) -> None:
     check_padding(data)
@@ -150,7 +150,7 @@ def check_documents(data: st.DataObject) -> None:
             assert_close(answers[row : row + 1], read(model, more[row : row + 1], last)[0], **EXACT)
 
 
-@settings(max_examples=40, **QUICK)
+@settings(max_examples=25, **QUICK)
 @given(data=st.data())
 def test_a_document_in_a_row_is_the_document_alone(data: st.DataObject) -> None:
     check_documents(data)
@@ -217,7 +217,7 @@ def check_loss(data: st.DataObject) -> None:
         assert_close(again, expected, **EXACT)
 
 
-@settings(max_examples=15, **QUICK)
+@settings(max_examples=8, **QUICK)
 @given(data=st.data())
 def test_a_loss_is_that_of_the_sequences_alone(data: st.DataObject) -> None:
     check_loss(data)
@@ -289,7 +289,9 @@ def test_outputs_without_states(marks: dict[str, Tensor]) -> None:
     outputs = backbone.outputs(x, attention_mask=mask, document_ids=marks.get("document_ids"))
     expected, _ = backbone(x, attention_mask=mask, document_ids=marks.get("document_ids"))
     assert_close(outputs, expected, **EXACT)
-    nothing = backbone.outputs(x, attention_mask=torch.zeros(2, 9), document_ids=marks.get("document_ids"))
+    nothing = backbone.outputs(
+        x, attention_mask=torch.zeros(2, 9, dtype=torch.long), document_ids=marks.get("document_ids")
+    )
     assert not nothing.any(), "a batch of padding says nothing, but it is read"
 
 
@@ -347,7 +349,7 @@ def test_rows_that_meet_are_one_state_again(name: str) -> None:
     _, state = read(model, x[:, :3], state, attention_mask=mask)
     assert not isinstance(state, RaggedState)
     _, plain = read(model, x)
-    outputs, state = read(model, x, attention_mask=torch.ones(2, 7))
+    outputs, state = read(model, x, attention_mask=torch.ones(2, 7, dtype=torch.long))
     assert type(state) is type(plain)
     assert torch.equal(outputs, read(model, x)[0])
 
@@ -412,7 +414,7 @@ def test_padded_prompts_go_on_as_each_alone(name: str, use_cache: bool) -> None:
         own = prompt[row, mask[row]][None]
         assert torch.equal(tokens[row : row + 1], model.sample(own, own.shape[1] + 5, **fixed))
     with pytest.raises(ValueError, match="must have a real token in every row of the prompt, got a row of padding"):
-        model.sample(prompt, 14, attention_mask=torch.zeros(3, 9), **fixed)
+        model.sample(prompt, 14, attention_mask=torch.zeros(3, 9, dtype=torch.long), **fixed)
 
 
 # ---- without waiting for the host
@@ -487,23 +489,28 @@ def test_processes_that_share_parameters_make_equally_many_calls(monkeypatch: py
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a mask of keys, too": (
-        dict(attention_mask=torch.ones(2, 1, 9, 9)),
+        dict(attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.long)),
         ValueError,
         r"attention_mask must have the shape \(batch, tokens\) = \(2, 9\), one value for each new token, got \(2, 1",
     ),
     "a mask of all tokens so far": (
-        dict(attention_mask=torch.ones(2, 12)),
+        dict(attention_mask=torch.ones(2, 12, dtype=torch.long)),
         ValueError,
         r"= \(2, 9\), one value for each new token, got \(2, 12\)",
     ),
     "an additive mask": (
         dict(attention_mask=torch.tensor([[0.0] * 9, [-1e9] * 9])),
+        TypeError,
+        "attention_mask must be boolean or whole numbers, True or 1 for tokens, got torch.float32",
+    ),
+    "a mask of other numbers": (
+        dict(attention_mask=torch.full((2, 9), 3)),
         ValueError,
-        "attention_mask must be 1 for tokens and 0 for padding, got other values of torch.float32",
+        "attention_mask must be 1 for tokens and 0 for padding, got other values of torch.int64",
     ),
     "no mask": (dict(attention_mask=[1, 1]), TypeError, "attention_mask must be a tensor .*, got list"),
     "nothing but padding": (
-        dict(attention_mask=torch.zeros(2, 9)),
+        dict(attention_mask=torch.zeros(2, 9, dtype=torch.long)),
         ValueError,
         "attention_mask must have at least one real token, got only padding",
     ),
@@ -556,7 +563,7 @@ def test_one_sentence_says_what_is_wrong_with_borders_labels_and_embeddings() ->
     with pytest.raises(ValueError, match="state must be of the input's batch size 1, got one of 4"):
         model(ids, state)
     with pytest.raises(TypeError, match="state must be a TitansState, got int"):
-        model(ids, 3, attention_mask=torch.ones(1, 9))
+        model(ids, 3, attention_mask=torch.ones(1, 9, dtype=torch.long))
     plain: Any = READERS["AttentionTransformer, full"].made()
     with pytest.raises(TypeError, match="padding and documents need states with select and join, got a tuple"):
-        plain.logits_and_state(ids.repeat(2, 1), given=dict(attention_mask=torch.ones(2, 9).tril()))
+        plain.logits_and_state(ids.repeat(2, 1), given=dict(attention_mask=torch.ones(2, 9, dtype=torch.long).tril()))

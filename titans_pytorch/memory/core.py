@@ -80,6 +80,9 @@ def check_renewed(rule: Rule, layout: Layout, argument: str) -> None:
 class MemoryCore(Projections):
     """The parameters and parts of a `NeuralMemory`, before anything is stored or read."""
 
+    is_known_to_learn = False  # whether the memory that it begins with has been looked at
+    _given: tuple[nn.Module | None, bool] = (None, False)  # the model of the user's, and whether a norm is around it
+
     def __init__(self, options: MemoryOptions) -> None:
         width, model = options.projections.dim_head, options.model
         form = form_of(model, width)
@@ -94,7 +97,6 @@ class MemoryCore(Projections):
         self.loss_fn = options.loss_fn
         given = None if isinstance(model.model, str) else model.model  # one by name is made by the library
         self._form, self._given = (form,), (given, model.has_residual_norm)
-        self.is_known_to_learn = False
         heads_axis = (self.heads,) if model.is_per_head else ()
         initial = [p.detach().expand((*heads_axis, *p.shape)).clone() for p in fast.values()]
         self.memory_model_parameters = nn.ParameterList(initial)
@@ -315,7 +317,7 @@ class MemoryCore(Projections):
         It looks at values once, when a stream begins after the module was made, moved or loaded, and never while it is
         compiled or captured as a graph: an accelerator is held up once.
         """
-        if self.is_known_to_learn or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.is_known_to_learn:  # in this order, or a graph would depend on it
             return
         weights = list(self.memory_model_parameters)
         if not all(map(can_be_looked_at, weights)):

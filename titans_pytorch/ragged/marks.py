@@ -46,9 +46,11 @@ def checked_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
             f"attention_mask must have the shape (batch, tokens) = {(*shape,)}, one value for each new token, "
             f"got {tuple(mask.shape)}"
         )
+    if mask.is_floating_point() or mask.is_complex():  # maybe one that is added to scores, 0 for tokens
+        raise TypeError(f"attention_mask must be boolean or whole numbers, True or 1 for tokens, got {mask.dtype}")
     if mask.dtype == torch.bool:
         return mask
-    if mask.is_complex() or (can_look_at(mask) and not bool(((mask == 0) | (mask == 1)).all())):
+    if can_look_at(mask) and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"attention_mask must be 1 for tokens and 0 for padding, got other values of {mask.dtype}")
     return mask != 0
 
