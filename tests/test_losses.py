@@ -158,9 +158,9 @@ def test_the_default_is_the_mlp_by_name() -> None:
 def test_arguments_of_a_model_by_name() -> None:
     deep = NeuralMemory(8, model="mlp", default_model_kwargs=dict(depth=3, expansion_factor=1.0))
     assert len(deep.memory_model.model.weights) == 3
-    with pytest.raises(ValueError, match="a memory model 'linear' takes no arguments, got depth"):
+    with pytest.raises(TypeError, match="a memory model 'linear' takes no arguments, got depth"):
         NeuralMemory(8, model="linear", default_model_kwargs=dict(depth=3))
-    with pytest.raises(ValueError, match="a memory model 'factorized' takes depth, k, got width"):
+    with pytest.raises(TypeError, match="a memory model 'factorized' takes depth, k, got width"):
         NeuralMemory(8, model="factorized", default_model_kwargs=dict(depth=1, width=3))
 
 

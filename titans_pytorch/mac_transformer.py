@@ -110,7 +110,7 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         heads: int = 8,
         ff_mult: float = 4,
         num_residual_streams: int = 4,
-        neural_memory_model: nn.Module | None = None,
+        neural_memory_model: nn.Module | str | None = None,
         neural_memory_kwargs: Mapping[str, Any] | None = None,
         neural_memory_layers: Sequence[int] | None = None,
         use_flex_attn: bool = False,

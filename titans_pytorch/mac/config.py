@@ -40,7 +40,7 @@ class MACConfig:
     heads: int
     ff_mult: float
     num_residual_streams: int
-    neural_memory_model: nn.Module | None
+    neural_memory_model: nn.Module | str | None
     neural_memory_kwargs: Mapping[str, Any] | None
     neural_memory_layers: Sequence[int] | None
     use_flex_attn: bool
