@@ -121,6 +121,11 @@ def gradient_of(loss: Loss) -> Loss | None:
     return next((gradient for known, gradient in GRADIENTS.items() if known is loss), None)
 
 
+def is_quadratic(loss: Loss) -> bool:
+    """Whether the gradient of a loss is a difference times a number."""
+    return loss in (mean_squared_error, summed_squared_error)
+
+
 LOSSES: dict[str, Loss] = {}
 KINDS: dict[str, tuple[Callable[[float], Loss], float]] = {"huber": (Huber, 0.0), "lp": (Power, 1.0)}
 """Losses with a number, by name, and the least that it may be"""

@@ -240,9 +240,7 @@ def memory_model_by_name(name: str, dim: int, arguments: Mapping[str, Any]) -> n
         raise ValueError(f"model must be an nn.Module or one of {', '.join(map(repr, sorted(MODELS)))}, got {name!r}")
     known = arguments_of(name)
     if unknown := [argument for argument in arguments if argument not in known]:
-        raise ValueError(
-            f"a memory model {name!r} takes {', '.join(known) or 'no arguments'}, got {', '.join(unknown)}"
-        )
+        raise TypeError(f"a memory model {name!r} takes {', '.join(known) or 'no arguments'}, got {', '.join(unknown)}")
     return MODELS[name](dim, **arguments)
 
 

@@ -21,7 +21,7 @@ from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residu
 from titans_pytorch.fast_weights.norms import norm, norm_gradient
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.taps import base_product, base_vectors
-from titans_pytorch.losses import gradient_of, mean_squared_error, summed_squared_error
+from titans_pytorch.losses import gradient_of, mean_squared_error
 from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
 
 
@@ -99,8 +99,3 @@ class ClosedMLP:
     def slope(self, width: int) -> float:
         """What the gradient of the loss is, per difference, where that is all it depends on."""
         return 2 / width if self.loss_fn is mean_squared_error else 2.0
-
-    @property
-    def is_quadratic(self) -> bool:
-        """Whether the gradient of the loss is a difference times a number."""
-        return self.loss_fn in (mean_squared_error, summed_squared_error)

@@ -39,6 +39,7 @@ from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.solved.blocks import can_solve, solved_blocks
 from titans_pytorch.fast_weights.surprises import Surprises, surprises_of
 from titans_pytorch.fast_weights.ways import EngineName, fitting, runner
+from titans_pytorch.losses import is_quadratic
 
 BlockShares = PerParameter[Shares] | None
 
@@ -64,8 +65,8 @@ class Engine:
         self.rule, self.max_grad_norm, self.mixes_tokens = rule, max_grad_norm, traits.mixes_tokens
         self.evolve: Evolve = by_scan if use_accelerated_scan and rule.is_linear else by_products
         self.model = runner(self.name, model, traits, loss_fn)
-        is_quadratic = isinstance(self.model, ClosedMLP) and self.model.is_quadratic
-        is_known = is_quadratic and self.name == "factored" and max_grad_norm is None
+        is_closed = isinstance(self.model, ClosedMLP) and is_quadratic(loss_fn)
+        is_known = is_closed and self.name == "factored" and max_grad_norm is None
         self.has_loop = (
             is_known and type(self.model) is ClosedMLP and can_loop(rule)
         )  # whether many blocks can be stored by one, see `store_series`

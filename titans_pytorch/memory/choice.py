@@ -50,8 +50,7 @@ def choose(
     span_chunks: how many are projected together; has_grad: a backward pass may follow; may_loop, may_solve: whether
     blocks may go through one loop, renewals be solved for
     """
-    is_renewed = may_solve and layout.batch == layout.store_chunk
-    solved, not_solved = solved_writes(sizes, costs) if is_renewed else (0, "")
+    solved, not_solved = solved_writes(sizes, costs, may_solve and layout.batch == layout.store_chunk)
     if solved:
         why = "half a key's width is best for a triangular system"
         return Choice(solved // sizes.writes_per_chunk, why, max(2, span_chunks), solved_writes=solved)

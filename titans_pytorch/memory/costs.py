@@ -85,13 +85,14 @@ def held_elements(sizes: Sizes) -> int:
     return sizes.num_elements if sizes.representation == "built" else sizes.writes_per_chunk * sizes.width
 
 
-def solved_writes(sizes: Sizes, costs: Costs) -> tuple[int, str]:
+def solved_writes(sizes: Sizes, costs: Costs, is_renewed: bool) -> tuple[int, str]:
     """How many writes of a linear memory go into a block whose renewals are solved for, and why none could.
 
     Products over pairs of writes grow with them, and blocks wait for each other: about half a key's width is best.
+    is_renewed: whether the base is renewed after every chunk
     """
     fewest, most = costs.solved_writes
-    num = min(max(fewest, sizes.matrices[0][0] // 2), most) if sizes.is_linear else 0
+    num = min(max(fewest, sizes.matrices[0][0] // 2), most) if sizes.is_linear and is_renewed else 0
     if num < 2 * sizes.writes_per_chunk:
         return 0, ""
     return (0, sizes.not_solved) if sizes.not_solved else (num, "")
