@@ -124,7 +124,8 @@ class TitansModel(StreamingModel):
         given: list[Tensor] = []
 
         def call(block: nn.Module, x: Tensor, *arguments: Any) -> tuple[Tensor, Any]:
-            given.append(x)
+            if notes_layers:
+                given.append(x)
             answer: tuple[Tensor, Any] = self.call(block, x, *arguments)
             return answer
 
