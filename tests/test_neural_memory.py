@@ -82,11 +82,14 @@ def test_the_default_memory_is_an_mlp_of_two_layers_four_times_as_wide_with_resi
 
 
 def test_the_arguments_of_the_call_come_in_the_published_order() -> None:
-    forward = inspect.signature(NeuralMemory.forward)
-    assert list(forward.parameters)[1:] == [
+    forward = inspect.signature(NeuralMemory.forward).parameters
+    ours = [name for name, each in forward.items() if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert list(forward)[1:] == [
         *("seq", "store_seq", "state", "detach_mem_state", "prev_weights"),
         *("store_mask", "return_surprises", "ttt_batch_size"),
+        *ours,
     ]
+    assert ours == ["attention_mask", "document_ids", "cu_seqlens"], "ours are given by name"
     store = inspect.signature(NeuralMemory.store_memories)
     assert list(store.parameters)[1:] == [
         *("seq", "weights", "past_state", "seq_index", "prev_weights", "mask", "return_surprises")

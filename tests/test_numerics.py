@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from tests.support.configurations import MODELS
 from tests.support.streams import randn
 from titans_pytorch import MemoryMLP, NeuralMemory
-from titans_pytorch.auditing.audit import audit, stream_with_state
+from titans_pytorch.auditing.audit import audit, padded_with_mask, stream_with_state
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
 CALM = dict(default_step_transform_max_lr=0.1)
@@ -342,7 +342,7 @@ AUDITED = [name for name in CONFIGURATIONS if name not in ("general",)]
 @pytest.mark.parametrize("name", AUDITED)
 def test_the_audit_passes(name: str) -> None:
     built = memory(**CONFIGURATIONS[name])
-    report = audit(built, randn(2, 14, built.dim), stream=stream_with_state, window=0)
+    report = audit(built, randn(2, 14, built.dim), stream=stream_with_state, padded=padded_with_mask, window=0)
     report.check()
     assert all(finding.passed for finding in report.findings)
     assert not report.notes, "not even a NaN reaches back"

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from tests.support.oracle import oracle
 from tests.support.streams import disturbed, in_pieces, randn
 from titans_pytorch import MemoryAttention, MemoryMLP, NeuralMemory, load_state, save_state
-from titans_pytorch.auditing.audit import audit, stream_with_state
+from titans_pytorch.auditing.audit import audit, padded_with_mask, stream_with_state
 from titans_pytorch.memory.convolution import CausalConvolution
 from titans_pytorch.memory.costs import COSTS, Costs
 from titans_pytorch.memory.head_norms import L2Norm
@@ -366,7 +366,7 @@ def test_gates_of_parameters_with_other_models(model: Any, engine: str) -> None:
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_the_audit_passes(batch_size: int | None) -> None:
     built = paper(batch_size=batch_size)
-    report = audit(built, randn(2, 14, 8), stream=stream_with_state, window=0)
+    report = audit(built, randn(2, 14, 8), stream=stream_with_state, padded=padded_with_mask, window=0)
     report.check()
     assert all(finding.passed for finding in report.findings)
     assert not report.notes, "not even a NaN reaches back"

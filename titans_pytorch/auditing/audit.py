@@ -80,16 +80,16 @@ def audit(
         replaced = futures(subject, cuts, subject.others, "replaced")
         absent = futures(subject, cuts, subject.others[:, :0], "absent")
         streamed = () if stream is None else pieces(subject, stream, splits or default_splits(count, generator))
-        filled = () if padded is None else paddings(subject, padded)
-        findings = (
+        findings: tuple[Finding, ...] = (
             judged("future", LATER, replaced, tolerance),
             judged("gradient", LATER, gradients(subject, cuts), tolerance),
             judged("prefix", LATER, absent, tolerance),
             judged("batch", ROWS, rows(subject), tolerance),
             judged("pieces", PIECES, streamed, tolerance),
-            judged("padding", PADDING, filled, tolerance),
             reach(subject, window, tolerance),
         )
+        if padded is not None:
+            findings += (judged("padding", PADDING, paddings(subject, padded), tolerance),)
         if poison and inputs.is_floating_point():
             spoiled = futures(subject, cuts, torch.full_like(subject.others, math.nan), "NaN")
             if (finding := judged("poison", LATER, spoiled, tolerance)).passed is False:
