@@ -20,6 +20,7 @@ from titans_pytorch import (
     FactorizedMemoryMLP,
     GatedResidualMemoryMLP,
     ImplicitMLPAttention,
+    LayerwiseMemory,
     MemoryAsContextTransformer,
     MemoryAttention,
     MemoryMLP,
@@ -111,6 +112,7 @@ MEMORY_MODELS = {
     GatedResidualMemoryMLP: lambda: GatedResidualMemoryMLP(DIM, depth=1),
     FactorizedMemoryMLP: lambda: FactorizedMemoryMLP(DIM, depth=2, k=2),
     MemorySwiGluMLP: lambda: MemorySwiGluMLP(DIM, depth=1),
+    LayerwiseMemory: lambda: LayerwiseMemory(DIM),
     MemoryAttention: lambda: MemoryAttention(DIM),
     ResidualNorm: lambda: ResidualNorm(DIM, MemoryMLP(DIM, depth=2)),
 }
@@ -170,8 +172,12 @@ def readers() -> dict[str, Reader]:
     )
     for kind, build in MEMORY_MODELS.items():
         found[kind.__name__] = Reader(kind, build, "features", None)
+        has_norm = kind is not LayerwiseMemory  # whose layers are taught by themselves
         found[f"NeuralMemory of {kind.__name__}"] = Reader(
-            NeuralMemory, lambda b=build: NeuralMemory(DIM, 4, batch_size=8, model=b()), "features", with_state
+            NeuralMemory,
+            lambda b=build, n=has_norm: NeuralMemory(DIM, 4, batch_size=8, model=b(), mem_model_norm_add_residual=n),
+            "features",
+            with_state,
         )
     for name, options in ATTENTION_OPTIONS.items():
         found[f"SegmentedAttention, {name}"] = Reader(
