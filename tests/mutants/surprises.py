@@ -152,12 +152,11 @@ def errors_do_not_pass_the_gain(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant("plain", "paper, square", "rich")
 def the_error_has_half_its_size(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, self: ClosedMLP, *args: Any) -> None:
-        original(self, *args)
-        error = self.error
-        self.error = lambda *pair: error(*pair) / 2
+    def change(original: Any, *args: Any) -> Any:
+        loss, error = original(*args)
+        return loss, error / 2
 
-    wrapped(patcher, ClosedMLP, "__init__", change)
+    wrapped(patcher, ClosedMLP, "loss_and_error", change)
 
 
 @mutant("huber")

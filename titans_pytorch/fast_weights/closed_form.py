@@ -21,7 +21,7 @@ from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residu
 from titans_pytorch.fast_weights.norms import norm, norm_gradient
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.taps import base_product, base_vectors
-from titans_pytorch.losses import gradient_of, mean_squared_error
+from titans_pytorch.losses import gradient_of, is_quadratic, mean_squared_error
 from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
 
 
@@ -55,7 +55,7 @@ class ClosedMLP:
         gain = self.gain(writes.slow, lambda: base_vectors(base, writes, residual, NORM_GAIN))
         normed, *moments = (out,) if gain is None else norm(out)
         prediction = out if gain is None else normed * gain + keys
-        loss, error = self.loss_fn(prediction, writes.values), self.error(prediction, writes.values)
+        loss, error = self.loss_and_error(prediction, writes.values)
         error = error * rates.any[..., None] if rates.is_shared else error
 
         tensors = {}
@@ -90,6 +90,13 @@ class ClosedMLP:
         if not self.has_norm:
             return None
         return (slow[NORM_GAIN][:, None, None] if NORM_GAIN in slow else fast()) + 1
+
+    def loss_and_error(self, prediction: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of every write (r n c), and its gradient with respect to the prediction (r n c d)."""
+        if not is_quadratic(self.loss_fn):
+            return self.loss_fn(prediction, values), self.error(prediction, values)
+        difference = prediction - values  # which both are made of
+        return self.loss_of(difference), difference * self.slope(difference.shape[-1])
 
     def loss_of(self, difference: Tensor) -> Tensor:
         """What a difference costs, by a sum or mean of squares.  (... d) -> (...)"""

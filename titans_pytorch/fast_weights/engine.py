@@ -67,10 +67,9 @@ class Engine:
         self.model = runner(self.name, model, traits, loss_fn)
         is_closed = isinstance(self.model, ClosedMLP) and is_quadratic(loss_fn)
         is_known = is_closed and self.name == "factored" and max_grad_norm is None
-        self.has_loop = (
-            is_known and type(self.model) is ClosedMLP and can_loop(rule)
-        )  # whether many blocks can be stored by one, see `store_series`
-        self.can_solve = is_known and can_solve(self.model, rule)  # whether many renewals can be solved for at once
+        # whether many blocks can be stored by one loop, `store_series`, and many renewals solved for, `store_solved`
+        self.has_loop = is_known and type(self.model) is ClosedMLP and can_loop(rule)
+        self.can_solve = is_known and can_solve(self.model, rule)
         self.loop, self.loop_reads = renewals, False
 
     def store(

@@ -36,14 +36,14 @@ class LayerwiseMLP(ClosedMLP):
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
         """Gradients of each layer's own loss in every chunk, and the last layer's loss of every write (r n c)."""
-        keys, values, losses = writes.keys, writes.values, []
+        keys, values = writes.keys, writes.values
         factors: dict[str, Factors] = {}
         for name in self.matrices:
             answers = base_product(base, writes, residual, name, keys, False).to(keys.dtype)
             factors[name] = Factors(keys, self.error(answers, values) * writes.rates[name][..., None])
-            losses.append(self.loss_fn(answers, values))
-            keys = hidden_keys(answers)
-        return Surprises(factors, {}), losses[-1]
+            if name != self.matrices[-1]:
+                keys = hidden_keys(answers)
+        return Surprises(factors, {}), self.loss_fn(answers, values)
 
     def read(self, block: Block, queries: Tensor, entries: Entries, slow: Weights) -> Tensor:
         """Each group of queries through the model, with the weights of its entry of the block.  (r g k d)"""

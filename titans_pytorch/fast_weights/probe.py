@@ -184,9 +184,8 @@ def learns_from(model: nn.Module, loss_fn: LossFn, dim: int, weights: dict[str, 
     keys, values = torch.randn(2, 1, NUM_TOKENS, dim, generator=generator, dtype=torch.float64)
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         own = deepcopy(model).to_empty(device="cpu").double()
-        at = {
-            name: torch.zeros_like(p.detach()) for name, p in own.named_parameters()
-        }  # a gain that is learned outside
+        # what storing does not change, a gain, is as at the start: storage that nobody has set says nothing
+        at = {name: torch.zeros_like(p.detach()) for name, p in own.named_parameters()}
         at |= {name: weight.detach()[0].double().cpu().clone().requires_grad_() for name, weight in weights.items()}
         loss = loss_fn(functional_call(own, at, (keys,)), values).sum()
         wanted = [at[name] for name in weights]

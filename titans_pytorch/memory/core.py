@@ -331,8 +331,6 @@ class MemoryCore(Projections):
             )
         self.is_known_to_learn = True
 
-    # ---- what comes in
-
     def layout_of(self, ttt_batch_size: int | None) -> Layout:
         """How time is cut in a call that may have a batch size of its own."""
         if ttt_batch_size is None:

@@ -32,9 +32,7 @@ def form_options(dim: int, heads: int, **overrides: Any) -> dict[str, Any]:
 
 def of_token(decay_bias: float, num_tokens: int) -> float:
     """The logit of forgetting at every token that forgets as much of a memory in so many tokens as one does at once."""
-    kept_by_token = (
-        -math.log1p(math.exp(decay_bias)) / num_tokens
-    )  # logarithm of 1 - sigmoid(bias), a token's part of it
+    kept_by_token = -math.log1p(math.exp(decay_bias)) / num_tokens  # of the logarithm of 1 - sigmoid(bias)
     return math.log(-math.expm1(kept_by_token)) - kept_by_token
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.loop.equations import Equation, Source
-from titans_pytorch.fast_weights.loop.evolution import SCRATCH, Evolution, Others, PackFactors
+from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, PackFactors, num_together
 
 Parts = list[tuple[Tensor, Tensor | None]]
 """Values (g r p q), and the gate (g r 1 1) that multiplies each, None: 1"""
@@ -122,7 +122,7 @@ class ByEquations(Evolution):
         self.end_bars = two_by_turns(like.new_empty(min(2, n), len(self.starts), *shape), n)
         self.sum_bars = [like.new_empty(shape) for _ in self.place]
         self.surprise_bar = None if self.carrier >= 0 else like.new_empty(shape)
-        self.at_once = min(self.per_renewal, max(1, SCRATCH // max(1, like.numel())))
+        self.at_once = num_together(like, self.per_renewal)
         self.scratch = like.new_empty(*like.shape[:2], self.at_once, *like.shape[2:])
         firsts = like.new_empty(len(self.starts), *like.shape)
         self.bars = [[firsts[slot], *self.by_block(slot)] for slot in range(len(self.starts))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.loop.evolution import SCRATCH, Evolution, Others, PackFactors, Slots
+from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, PackFactors, Slots, num_together
 
 
 class ByShares(Evolution):
@@ -126,9 +126,7 @@ class ByShares(Evolution):
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
     """Dot products over the last two axes, in pieces.  (n ... p q) -> (n ...)"""
-    if a.device.type != "cpu":
-        return (a * b).sum(dim=(-2, -1))
-    at_once = max(1, SCRATCH // max(1, a[0].numel()))
-    scratch = a.new_empty(min(at_once, len(a)), *a.shape[1:])
+    at_once = num_together(a[0], len(a))
+    scratch = a.new_empty(at_once, *a.shape[1:])
     pieces = zip(a.split(at_once), b.split(at_once), strict=True)
     return torch.cat([torch.mul(x, y, out=scratch[: len(x)]).sum(dim=(-2, -1)) for x, y in pieces])

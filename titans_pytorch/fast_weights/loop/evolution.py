@@ -21,7 +21,12 @@ Slots = list[list[Tensor]]
 
 
 SCRATCH = 2**18
-"""How many products a dot product writes down at once: what stays in the cache of a CPU core"""
+"""How many products a dot product writes down at once on a CPU: what stays in the cache of a core"""
+
+
+def num_together(like: Tensor, num: int) -> int:
+    """How many tensors go into one dot product: on a CPU as many as a cache holds, else all."""
+    return num if like.device.type != "cpu" else min(num, max(1, SCRATCH // max(1, like.numel())))
 
 
 class PackFactors(NamedTuple):

@@ -70,10 +70,9 @@ class SeriesStore:
         self.packing = Packing.of(self.shapes, may_turn=writes.gates.any.channels is None)
         self.tables = tables_of(rule, writes, self.packing, series)
         self.tokens = self.all_tokens()
-        asked = series.queries
-        self.queries = (
-            None if asked is None else asked.unflatten(1, (series.num_renewals, -1)).movedim(1, 0).contiguous()
-        )
+        self.queries = series.queries
+        if self.queries is not None:  # renewals first, (N r k c d)
+            self.queries = self.queries.unflatten(1, (series.num_renewals, -1)).movedim(1, 0).contiguous()
         slow = writes.slow.get(NORM_GAIN)
         self.gain = None if slow is None else (slow + 1).unsqueeze(1)
 
