@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.memory.writes import writes_off
 from titans_pytorch.training import checkpoints, data, sharding
 from titans_pytorch.training.carrying import Carrying, segment
 from titans_pytorch.training.checkpoints import Checkpoint, Progress
@@ -30,6 +31,7 @@ from titans_pytorch.training.processes import check_sharding, wants_sharding
 from titans_pytorch.training.runs import SAMPLES, Run
 from titans_pytorch.training.settings import Training
 from titans_pytorch.training.text import Text
+from titans_pytorch.training.worth import OFF, OFF_BY_POSITION, ON, ON_BY_POSITION
 
 NUM_BINS = 16  # of a sequence, for bits per byte by position
 MAX_BAD_STEPS = 20  # steps in a row whose gradient is not finite
@@ -233,8 +235,9 @@ class Trainer:
             is_new_best = self.progress.best is None or bits < self.progress.best
             best = bits if self.progress.best is None else min(bits, self.progress.best)
             self.progress = replace(self.progress, bits=bits, best=best)
-            bins = [round(float(each.mean()), 4) for each in by_position.tensor_split(NUM_BINS) if len(each)]
-            record = dict(step=step, valid_bits_per_byte=bits, by_position=bins, seconds=self.progress.seconds)
+            record = {"step": step, ON: bits, ON_BY_POSITION: in_bins(by_position), "seconds": self.progress.seconds}
+            if self.is_done():
+                record |= self.without_writes()
             if (unit := self.text.unit) != "byte":
                 record[f"valid_bits_per_{unit}"] = bits * self.corpus.valid_bytes_per_token
             self.log(record)
@@ -243,6 +246,14 @@ class Trainer:
             self.sample()
         if is_over or is_new_best or is_due(step, settings.checkpoint_every):
             self.save()
+
+    def without_writes(self) -> dict[str, Any]:
+        """Validation of the same model with memories that store nothing; empty where it has none."""
+        with writes_off(self.module) as num_memories:
+            if not num_memories:
+                return {}
+            bits, by_position = validate(self.model, self.corpus, self.settings, self.accelerator)
+        return {OFF: bits, OFF_BY_POSITION: in_bins(by_position)}
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -279,6 +290,11 @@ class Trainer:
             self.progress = replace(self.progress, lengths=self.run.lengths())
             checkpoints.save(self.run.checkpoints, model, kept, self.progress, self.settings.keep)  # type: ignore[arg-type]
         self.accelerator.wait_for_everyone()
+
+
+def in_bins(values: Tensor) -> list[float]:
+    """Means over stretches of a sequence."""
+    return [round(float(each.mean()), 4) for each in values.tensor_split(NUM_BINS) if len(each)]
 
 
 def mixed(*numbers: int) -> int:

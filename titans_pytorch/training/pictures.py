@@ -1,4 +1,4 @@
-"""Pictures of a run: how the loss went, and where a text surprised the model and its memory."""
+"""Pictures of a run: how the loss went, where a text surprised the model and its memory, what writing saved on it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from titans_pytorch.training.errors import SettingsError, needed
 from titans_pytorch.training.files import writing
 from titans_pytorch.training.runs import Run
 from titans_pytorch.training.surprise import TextSurprise, text_surprise
+from titans_pytorch.training.worth import OFF_BY_POSITION
 
-CURVES, SURPRISE = "curves.png", "surprise.png"
-TRAIN, VALID = "#9db4d3", "#c44e52"
+CURVES, SURPRISE, SAVED = "curves.png", "surprise.png", "saved.png"
+TRAIN, VALID, OFF = "#9db4d3", "#c44e52", "#8172b3"
 LONGEST = 1024  # bytes of text in a picture
 COLUMNS = 64
 
 
 def draw(run: Run, text: bytes | None = None) -> list[Path]:
-    """Both pictures, of everything logged so far and of the best checkpoint."""
+    """All pictures, of everything logged so far and of the best checkpoint."""
     paths = [draw_curves(run)]
     model, _ = run.model()
     shown, kind = (run.text() if text is None else text)[:LONGEST], run.text_kind()
@@ -29,9 +31,16 @@ def draw(run: Run, text: bytes | None = None) -> list[Path]:
         raise SettingsError(f"a text to be drawn must have at least 2 {kind.unit}s, got {len(ids)}")
     lengths = torch.tensor([len(piece) for piece in kind.pieces(ids)])
     surprise = text_surprise(model, ids)
-    memory = None if surprise.memory is None else surprise.memory.repeat_interleave(lengths)
-    by_byte = TextSurprise((surprise.bits / lengths).repeat_interleave(lengths), memory)  # a token's bits, shared out
-    return [*paths, draw_surprise(run.folder / SURPRISE, b"".join(kind.pieces(ids)), by_byte)]
+    memory, saved, drawn = surprise.memory, surprise.saved, b"".join(kind.pieces(ids))
+    by_byte = TextSurprise(
+        (surprise.bits / lengths).repeat_interleave(lengths),  # a token's bits, shared out
+        None if memory is None else memory.repeat_interleave(lengths),
+        None if saved is None else (saved / lengths).repeat_interleave(lengths),
+    )
+    paths.append(draw_surprise(run.folder / SURPRISE, drawn, by_byte))
+    if by_byte.saved is not None:
+        paths.append(draw_saved(run.folder / SAVED, drawn, by_byte.saved))
+    return paths
 
 
 def figure(width: float, height: float) -> Any:
@@ -79,10 +88,15 @@ def draw_curves(run: Run) -> Path:
 
 
 def by_position(ax: Any, sequence: int, valid: list[dict[str, Any]]) -> None:
-    for record, color, name in ((valid[0], "#bbbbbb", "first"), (valid[-1], VALID, "last")):
-        heights = record["by_position"]
-        middles = (np.arange(len(heights)) + 0.5) * sequence / len(heights)
-        ax.plot(middles, heights, color=color, marker="o", markersize=3, label=f"{name} validation")
+    lines = [
+        (valid[0]["by_position"], "#bbbbbb", "first validation"),
+        (valid[-1]["by_position"], VALID, "last validation"),
+        (valid[-1].get(OFF_BY_POSITION), OFF, "last, writes off"),
+    ]
+    for heights, color, name in lines:
+        if heights is not None:
+            middles = (np.arange(len(heights)) + 0.5) * sequence / len(heights)
+            ax.plot(middles, heights, color=color, marker="o", markersize=3, label=name)
     ax.set(xlabel="position in the context", ylabel="bits per byte")
     ax.set_title("by position in the context", fontsize=10)
     ax.legend(frameon=False)
@@ -98,7 +112,7 @@ def smoothed(y: Any) -> Any:
     return np.array(out)
 
 
-# ---- surprise
+# ---- a text
 
 
 def draw_surprise(path: Path, text: bytes, surprise: TextSurprise) -> Path:
@@ -113,16 +127,28 @@ def draw_surprise(path: Path, text: bytes, surprise: TextSurprise) -> Path:
     return write(fig, path)
 
 
-def heat(fig: Any, ax: Any, text: bytes, values: Any, title: str, unit: str) -> None:
+def draw_saved(path: Path, text: bytes, saved: Tensor) -> Path:
+    """The text once: green where the model needs fewer bits for a byte because its memories write, red where more."""
+    fig = figure(12, 0.9 + 0.26 * -(-len(text) // COLUMNS))
+    title = f"bits that writing at test time saves on each byte: {float(saved.nansum()):+.0f} of them in this text"
+    heat(fig, fig.subplots(), text, saved.numpy(), title, "bits", cmap="RdYlGn", has_sign=True)
+    return write(fig, path)
+
+
+def heat(
+    fig: Any, ax: Any, text: bytes, values: Any, title: str, unit: str, cmap: str = "YlOrRd", has_sign: bool = False
+) -> None:
+    """A text in rows, every byte on its value's colour.  has_sign: zero lies in the middle of the colours"""
     num_rows = -(-len(text) // COLUMNS)
     cells = np.full(num_rows * COLUMNS, np.nan)
     cells[: len(values)] = values
-    high = np.nanquantile(values, 0.98) if np.isfinite(values).any() else 1.0
+    high = np.nanquantile(np.abs(values), 0.98) if np.isfinite(values).any() else 1.0
+    low = -high if has_sign else 0
     image = ax.imshow(
-        cells.reshape(num_rows, COLUMNS), cmap="YlOrRd", vmin=0, vmax=high, aspect="auto", interpolation="nearest"
+        cells.reshape(num_rows, COLUMNS), cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
     )
     for i, byte in enumerate(text):
-        is_dark = np.isfinite(values[i]) and values[i] > 0.6 * high
+        is_dark = np.isfinite(values[i]) and (abs(values[i]) > 0.8 * high if has_sign else values[i] > 0.6 * high)
         color = "white" if is_dark else "#222222"
         ax.text(
             *(i % COLUMNS, i // COLUMNS, printable(byte)),
@@ -130,7 +156,7 @@ def heat(fig: Any, ax: Any, text: bytes, values: Any, title: str, unit: str) -> 
         )
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=10, loc="left")
-    fig.colorbar(image, ax=ax, label=unit, pad=0.01, extend="max")
+    fig.colorbar(image, ax=ax, label=unit, pad=0.01, extend="both" if has_sign else "max")
 
 
 def printable(byte: int) -> str:

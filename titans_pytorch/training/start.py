@@ -19,6 +19,7 @@ from titans_pytorch.training.files import disk_errors
 from titans_pytorch.training.plan import Plan, Presets, make_plan
 from titans_pytorch.training.runs import Run
 from titans_pytorch.training.text import Text, text_of
+from titans_pytorch.training.worth import worth
 
 
 def start(script: str, model_kind: type[Any], presets: Presets, arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +82,8 @@ def train_with(plan: Plan, accelerate: Any) -> int:
     is_over = trainer.train()
     if trainer.progress.best is not None:
         say(f"best so far: {trainer.progress.best:.4f} bits per byte on validation text")
+    if accelerate.is_main_process and (sentence := worth(run.metrics())) is not None:
+        say(sentence)
     if accelerate.is_main_process and training.pictures:
         show(run)
     accelerate.wait_for_everyone()
