@@ -22,7 +22,7 @@ PRESETS = dict(
         **dict(memory_layers=(2, 4), memory_heads=2, memory_dim_head=32, memory_chunk=16, memory_batch=64),
         **dict(memory_max_lr=0.03, spectral_norm=False),
         **dict(steps=300, batch=8, sequence=256, lr=3e-3, warmup=30, validate_every=50),
-        **dict(sample_every=100, sample_length=256, checkpoint_every=50),
+        **dict(sample_every=100, sample_length=256, checkpoint_every=50, data="python"),
     ),
     gpu=dict(steps=100_000, batch=4, accumulate=4, sequence=512, lr=2e-4, clip=0.5),
 )

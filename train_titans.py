@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # titans-pytorch = { path = ".", editable = true }
 # ///
-"""python train_titans.py --variant mag: byte-level language models, the memory as context, gate, layer or alone."""
+"""python train_titans.py: byte-level language models, the memory as context, gate, layer or alone (--variant)."""
 
 from titans_pytorch.training import start
 from titans_pytorch.training.models import PaperModel
@@ -16,10 +16,11 @@ PRESETS = dict(
         **dict(steps=10, batch=2, sequence=64, lr=2e-3, warmup=2, validate_every=5, validate_sequences=4),
         **dict(sample_every=0, sample_length=32, prime_length=16, checkpoint_every=5, data="python"),
     ),
-    cpu=dict(
-        **dict(dim=128, depth=4, heads=4, window=32, memory_heads=4, memory_chunk=16, memory_refresh=32),
-        **dict(steps=400, batch=8, sequence=256, lr=3e-3, optimizer="adamw", warmup=40, validate_every=50),
-        **dict(sample_every=200, sample_length=256, checkpoint_every=50),
+    cpu=dict(  # where memory was found to pay: docs/results.md, "Code, in equal steps"
+        **dict(variant="mag", dim=128, depth=4, heads=4, window=32, ff_hidden=512),
+        **dict(memory_layers=(3,), memory_chunk=16, memory_refresh=64, max_step=0.1, decay_bias=-7.0),
+        **dict(steps=256, batch=4, sequence=1024, lr=2e-3, optimizer="adamw", warmup=20, clip=1.0, data="python"),
+        **dict(validate_every=64, sample_every=128, sample_length=256, checkpoint_every=64),
     ),
     gpu=dict(
         **dict(dim=384, depth=8, heads=6, window=64, memory_heads=6, memory_chunk=16, memory_refresh=32),

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 import train_implicit_mlp_attn
 import train_mac
+import train_titans
 from tests.training_runs import error, logged, text, train, train_attention
 from titans_pytorch import MemoryAsContextTransformer, NeuralMemory, writes_off
 from titans_pytorch.attention_transformer import AttentionTransformer
@@ -26,9 +27,10 @@ from titans_pytorch.causal_lm import next_token_loss
 from titans_pytorch.training import checkpoints, runs_command
 from titans_pytorch.training.data import evenly, rows
 from titans_pytorch.training.decoding import continued
-from titans_pytorch.training.models import MACModel, size
+from titans_pytorch.training.models import MACModel, PaperModel, size
 from titans_pytorch.training.plan import merged
 from titans_pytorch.training.runs import Run
+from titans_pytorch.training.settings import Training
 from titans_pytorch.training.surprise import text_surprise
 
 CHECKOUT = Path(__file__).parent.parent
@@ -121,7 +123,7 @@ def test_a_training_that_breaks_down_says_so(tmp_path: Path, data: Path, capsys:
 # ---- scripts
 
 
-@pytest.mark.parametrize("script", ["train_mac.py", "train_implicit_mlp_attn.py"])
+@pytest.mark.parametrize("script", ["train_mac.py", "train_titans.py", "train_implicit_mlp_attn.py"])
 def test_scripts_run_from_anywhere_without_a_network(script: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "HTTPS_PROXY": "http://127.0.0.1:9", "MPLCONFIGDIR": "m"}
     done = subprocess.run(
@@ -132,7 +134,7 @@ def test_scripts_run_from_anywhere_without_a_network(script: str, tmp_path: Path
     assert "data: Python's own source text" in done.stdout
     assert "sample:" in done.stdout
     (folder,) = (tmp_path / "runs").iterdir()
-    has_memory = script == "train_mac.py"
+    has_memory = script != "train_implicit_mlp_attn.py"
     pictures = ("curves.png", "surprise.png", *(["saved.png"] if has_memory else []))
     for name in pictures:
         assert f"picture: runs/{folder.name}/{name}" in done.stdout
@@ -379,6 +381,17 @@ def test_what_writing_saves_on_each_byte(run: Path) -> None:
     assert_close(found.saved[1:4], torch.zeros(3), atol=1e-4, rtol=0)
 
 
+def test_the_paper_models_train_on_a_cpu_as_memory_was_found_to_pay() -> None:
+    """The preset is the model of docs/results.md, and its text and lengths: what is cut is the number of steps."""
+    shown = json.loads((CHECKOUT / "benchmarks/learning/comparisons/text.json").read_text())
+    preset = train_titans.PRESETS["cpu"]
+    model, training = merged(PaperModel(), preset), merged(Training(), preset)
+    wanted = {name: tuple(value) if isinstance(value, list) else value for name, value in shown["model"].items()}
+    assert all(getattr(model, name) == value for name, value in wanted.items() if name != "kind")
+    assert all(getattr(training, name) == value for name, value in shown["train"].items())
+    assert (training.sequence, training.data) == (shown["task"]["tokens"], "python")
+
+
 def test_presets_are_settings() -> None:
-    for presets in (train_mac.PRESETS, train_implicit_mlp_attn.PRESETS):
+    for presets in (train_mac.PRESETS, train_titans.PRESETS, train_implicit_mlp_attn.PRESETS):
         assert set(presets) == {"debug", "cpu", "gpu"}

@@ -4,7 +4,7 @@
     python -m benchmarks.learning.family_stability --data FILE --variants mac --precisions bf16
     python -m benchmarks.learning.family_stability_report
 
-Each run is `train_titans.py --preset cpu --steps 1000 --memory-max-lr 1.2` in a process of its own; what it measured
+Each run is `train_titans.py --preset cpu --steps 1000 --max-step 1.2` in a process of its own; what it measured
 goes to results/family_stability.jsonl, a line per run.
 """
 
@@ -30,7 +30,7 @@ TIMES = 4.0
 
 def measured(variant: str, precision: str, args: argparse.Namespace) -> dict[str, Any]:
     options = dict(variant=variant, precision=precision, preset=args.preset, steps=args.steps, seed=args.seed)
-    options |= dict(memory_max_lr=TIMES * TitansConfig.max_step, validate_every=max(args.steps // 10, 1))
+    options |= dict(max_step=TIMES * TitansConfig.max_step, validate_every=max(args.steps // 10, 1))
     options |= dict(sample_every=0, checkpoint_every=args.steps, data=args.data.resolve(), device="cpu")
     with tempfile.TemporaryDirectory() as name:
         folder, data = Path(name) / "run", Path(name) / "data"

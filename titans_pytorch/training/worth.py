@@ -10,7 +10,7 @@ OFF, OFF_BY_POSITION = "valid_bits_per_byte_writes_off", "by_position_writes_off
 
 def worth(records: list[dict[str, Any]]) -> str | None:
     """The last validation in a sentence; None where it was not done with writes off, too."""
-    last = next((each for each in reversed(records) if ON in each), {})
+    last: dict[str, Any] = next((each for each in reversed(records) if ON in each), {})
     if OFF not in last:
         return None
     on, off = last[ON], last[OFF]
