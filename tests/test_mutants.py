@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.mutants import loops, papers, recurrences, solved, streams, surprises  # noqa: F401  (each registers its own)
+from tests.mutants import (  # noqa: F401  (each registers its own)
+    loops,
+    papers,
+    recurrences,
+    solved,
+    streams,
+    surprises,
+    windows,
+)
 from tests.mutants.breaking import MUTANTS, Patch
 from tests.mutants.cases import CASES
 from tests.mutants.seams import SEAMS

@@ -30,6 +30,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "mixes tokens": dict(chunk_size=4, model=MemoryAttention(6)),
     "spectral": dict(chunk_size=4, batch_size=8, spectral_norm_surprises=True),
     "convolution": dict(chunk_size=4, conv_size=4),
+    "window": dict(chunk_size=2, batch_size=4, window=4, key_powers=2, per_parameter_lr_modulation=True),
     "options of the paper": dict(
         chunk_size=4,
         batch_size=8,
@@ -63,7 +64,8 @@ def tensors(state: NeuralMemState) -> Iterator[Tensor]:
     yield state.cache_store_segment
     for weights in (state.weights, *state.states, state.group.weights or {}):
         yield from weights.values()
-    yield from (t for t in (state.cache_store_mask, state.group.queries, *state.tails) if t is not None)
+    others = (state.cache_store_mask, state.group.queries, *state.tails, *(state.recent or ()))
+    yield from (t for t in others if t is not None)
 
 
 def size(state: NeuralMemState) -> tuple[int, int]:

@@ -20,6 +20,7 @@ MEMORIES: dict[str, Callable[[], NeuralMemory]] = {
     "paper": lambda: NeuralMemory.paper(8, heads=2, chunk_size=4),
     "two chunk sizes": lambda: NeuralMemory(8, (2, 4)),
     "a model that mixes tokens": lambda: NeuralMemory(8, 4, model=MemoryAttention(8)),
+    "a window": lambda: NeuralMemory(8, 4, batch_size=8, window=3, conv_size=3),
     "orders of momentum": lambda: NeuralMemory(8, 4, momentum_order=2),
 }
 

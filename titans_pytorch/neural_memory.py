@@ -16,10 +16,8 @@ from titans_pytorch.fast_weights.rules.registry import RuleOptions, rule_of
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.losses import mean_squared_error
-from titans_pytorch.memory.asking import AskedMemory
 from titans_pytorch.memory.call import PreviousWeights, advance, plan_of
 from titans_pytorch.memory.core import MemoryOptions
-from titans_pytorch.memory.delta import delta_options
 from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.options import (
     GateOptions,
@@ -30,8 +28,8 @@ from titans_pytorch.memory.options import (
     loss_of,
     without_effect,
 )
-from titans_pytorch.memory.paper import paper_options
 from titans_pytorch.memory.plan import CallPlan
+from titans_pytorch.memory.presets import PresetMemory
 from titans_pytorch.memory.projections import StoredTokens
 from titans_pytorch.memory.ragged_call import advance_ragged, check_for_each_row
 from titans_pytorch.memory.results import LossAndRates
@@ -44,7 +42,7 @@ __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
 DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
 
 
-class NeuralMemory(Pretrained, AskedMemory):
+class NeuralMemory(Pretrained, PresetMemory):
     """Learns to memorise at test time: the weights of a small network are trained on each chunk of a sequence as it
     comes, and every token reads the weights after the last complete chunk.
 
@@ -107,6 +105,9 @@ class NeuralMemory(Pretrained, AskedMemory):
         rule: how weights follow from surprises, by name or as a `Rule` (docs/extending.md)
         loss: the key-value loss by name, mse, sse, huber, lp, dot or cosine, instead of store_memory_loss_fn;
             huber:0.5 and lp:4 have a number of their own
+        window: every step follows the surprises of so many chunks: its own and, gated, those before it (Omega rule)
+        key_powers: queries and keys pass a_1 x + a_2 x^2 + ... up to this power, feature by feature, before their norm;
+            a is learned for every head, and starts as 1/i!
     """
 
     def __init__(
@@ -157,6 +158,8 @@ class NeuralMemory(Pretrained, AskedMemory):
         gated_output: bool = False,
         rule: str | Rule = "titans",
         loss: str | None = None,
+        window: int = 1,
+        key_powers: int = 1,
     ) -> None:
         retrieve_chunk, store_chunk = value_checks.check_chunk_size(chunk_size)
         value_checks.check_whole(dim=dim, batch_size=batch_size)
@@ -181,6 +184,7 @@ class NeuralMemory(Pretrained, AskedMemory):
             gated_output=gated_output,
             looks_ahead=store_with_lookahead_value,
             has_learned_gain=learned_norm_gain,
+            key_powers=key_powers,
         )
         gates = GateOptions(
             attn_pool_chunks=attn_pool_chunks,
@@ -201,6 +205,7 @@ class NeuralMemory(Pretrained, AskedMemory):
             init_adaptive_step_bias=init_adaptive_step_bias,
             init_momentum_bias=init_momentum_bias,
             init_decay_bias=init_decay_bias,
+            window=window,
         )
         models = ModelOptions(
             model="mlp" if model is None else model,
@@ -226,40 +231,6 @@ class NeuralMemory(Pretrained, AskedMemory):
         )
         for warning in without_effect(rules, layout, gated_transition, store_with_lookahead_value):
             warnings.warn(warning, UserWarning, stacklevel=2)
-
-    @classmethod
-    def paper(
-        cls,
-        dim: int,
-        heads: int = 1,
-        chunk_size: int | tuple[int, int] = 16,
-        *,
-        token_gates: bool = False,
-        **overrides: Any,
-    ) -> NeuralMemory:
-        """The memory as the paper has it (`docs/paper.md`); every argument can be overridden.
-
-        M(x) = x + LayerNorm(W_1 gelu(W_2 x)), four times as wide inside; convolution, SiLU and l2 norm of queries, keys
-        and values; summed loss; gates for every parameter; surprises at the weights of every chunk's start; a normed
-        and gated output. The paper does not say how anything starts: here memory is kept long, steps are small, and
-        tokens are stored under the ones before them (`init_as_association`).
-
-        token_gates: momentum and forgetting of every token, which reads what all before it have stored; gradients are
-            taken at the memory of every chunk's start all the same, and forgetting has no gates of channels
-        """
-        memory = cls(**paper_options(dim, heads, chunk_size, overrides, token_gates))
-        memory.init_as_association()
-        return memory
-
-    @classmethod
-    def delta(cls, dim: int, heads: int = 1, **overrides: Any) -> NeuralMemory:
-        """A linear memory with the gated delta rule, surprised at every token: exact, in chunks (`docs/rules.md`).
-
-        Every argument can be overridden; momentum=True adds momentum. Projections and output are as in `paper`.
-        """
-        memory = cls(**delta_options(dim, heads, overrides))
-        memory.init_as_association()
-        return memory
 
     # ---- storing and reading
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support.configurations import DIM_HEAD, OPTIONS, Case, with_rule
-from tests.support.rules_by_the_book import DECAY_TO_START, GATED_DELTA
+from tests.support.rules_by_the_book import ATLAS, DECAY_TO_START, GATED_DELTA, GATED_DELTA_WINDOW
 
 PLAIN = {name: values[0] for name, values in OPTIONS.items() if name not in ("mask", "store_seq", "batches")} | {
     "dim": 4,
@@ -62,6 +62,8 @@ LINEAR = PLAIN | {
     "max_weight_growth": None,
 }
 
+WINDOW = PLAIN | {"batch_size": 4, "window": 4, "key_powers": 3, "per_parameter_lr_modulation": True}
+
 
 def case(
     chosen: dict[str, Any],
@@ -109,6 +111,11 @@ CASES = {
     "towards the start, solved": with_rule(case(LINEAR, split=(40, 3)), DECAY_TO_START),
     "gated delta": with_rule(case(LINEAR, split=(40, 1, 9)), GATED_DELTA),
     "gated delta, chunk by chunk": with_rule(case(PLAIN | {"batch_size": 2}), GATED_DELTA),
+    "window": case(WINDOW, split=(5, 1, 8)),
+    "window, dense": case(WINDOW | {"chunk_size": 1, "batch_size": 3}, engine="dense", mask=True),
+    "window, gates of channels": case(PAPER | {"window": 3}, mask=True),
+    "window of a gated delta rule": with_rule(case(PLAIN | {"batch_size": 2}), GATED_DELTA_WINDOW),
+    "atlas": with_rule(case(PLAIN | {"batch_size": 4}, engine="dense"), ATLAS),
     "huber": case(PLAIN | {"loss": "huber:0.3"}),
     "lp": case(PLAIN | {"loss": "lp:3"}),
     "cosine": case(PLAIN | {"loss": "cosine"}),

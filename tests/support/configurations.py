@@ -101,6 +101,8 @@ OPTIONS: dict[str, list[Any]] = {
     "channelwise_decay": [False, True],
     "learned_norm_gain": [False, True],
     "gated_output": [False, True],
+    "window": [1, 1, 2, 3],
+    "key_powers": [1, 1, 2, 3],
     "mask": [False, True],
     "store_seq": [False, False, True],
 }
@@ -113,6 +115,7 @@ class RuleUnderTest:
     make: Callable[[], Rule]
     layer: type[Layer]
     orders: int = 0  # of momentum, in the final state
+    window: int = 1
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,8 @@ def legal(chosen: dict[str, Any]) -> dict[str, Any]:
         options |= {"learned_momentum_combine": False}
     if not options["learned_momentum_combine"]:
         options |= {"learned_combine_include_zeroth": False}
+    if options["accept_weight_residual"]:
+        options |= {"window": 1}
     if options["loss"] is not None:
         options |= {"summed_loss": False}
     if options["qk_l2norm"]:
@@ -240,6 +245,7 @@ def by_oracle(
     options["activation"] = None if case.options["activation"] is None else nn.SiLU()
     if case.rule is not None:
         options |= {"momentum": case.rule.orders > 0, "momentum_order": max(case.rule.orders, 1)}
+        options |= {"window": case.rule.window}
     parameters = dict(memory.named_parameters())
     return oracle(
         parameters,

@@ -10,7 +10,7 @@ the layer, `d` width of a head, `o` momentum orders, `...` a memory weight's own
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,8 @@ class Options:
     channelwise_decay: bool = False
     learned_norm_gain: bool = False
     gated_output: bool = False
+    window: int = 1
+    key_powers: int = 1
     # read by `memory_model` only
     model: nn.Module | None = None
     default_model_kwargs: dict = field(default_factory=lambda: {"depth": 2, "expansion_factor": 4.0})
@@ -140,6 +142,16 @@ class OracleOutput:
     momenta: Weights  # (o r ...), empty without momentum
 
 
+@dataclass(frozen=True)
+class Written:
+    """What one chunk has to store."""
+
+    keys: Tensor  # (t·u d)
+    values: Tensor
+    rates: Tensor  # (p t·u)
+    modulation: Tensor | None  # (p), λ
+
+
 @dataclass
 class Row:
     """The memory of one head of one sequence."""
@@ -148,6 +160,7 @@ class Row:
     base: Weights  # where surprises are measured
     momenta: list[Weights]  # one per order
     trajectory: list[Weights]  # w_0, w_1, …
+    written: list[Written] = field(default_factory=list)  # of each chunk
     loss: list[Tensor] = field(default_factory=list)  # each (u)
     rates: list[Tensor] = field(default_factory=list)  # each (u)
 
@@ -219,6 +232,8 @@ class Layer:
 
     def qk_norm(self, name: str, x: Tensor, head: int) -> Tensor:
         """Of queries and keys.  x: (... d)"""
+        if self.options.key_powers > 1:
+            x = sum(a[head] * x**power for power, a in enumerate(self.p["key_powers.coefficients"], start=1))
         if self.options.qk_l2norm:
             return x / (x.square().sum(dim=-1, keepdim=True) + 1e-6).sqrt()
         return self.head_norm(name, x, head) if self.options.qk_rmsnorm else x
@@ -270,6 +285,23 @@ class Layer:
         if self.options.max_grad_norm is not None:
             grads = [limit_gradient(g, self.options.max_grad_norm) for g in grads]
         return {name: -g for name, g in zip(at, grads, strict=True)}, loss
+
+    def over_window(self, row: Row, u: Weights, pooled: Tensor, head: int) -> Weights:
+        """Σ γ_j u_j over the chunks of the window, all of them surprised at the base of now; a chunk's own γ is 1."""
+        o = self.options
+        if o.window == 1:
+            return u
+        gates = self.of_head("to_window.0", pooled, head).sigmoid().unflatten(0, (-1, o.window - 1))  # (p window-1)
+        total = dict(u)
+        for lag, before in enumerate(reversed(row.written[-(o.window - 1) :])):
+            if before is None:
+                continue
+            older, _ = self.surprise(row.base, before.keys, before.values, before.rates, head)
+            for index, name in enumerate(total):
+                share = 1 if before.modulation is None else before.modulation[index]
+                gate = gates[index if len(gates) > 1 else 0, lag]
+                total[name] = total[name] + gate * share * older[name]
+        return total
 
     def losses(self, at: Weights, keys: Tensor, values: Tensor, head: int) -> list[Tensor]:
         """What every parameter is held to: one loss for all, or one of each layer.  -> (t·u) each"""
@@ -336,6 +368,7 @@ class Layer:
         if any(stored):
             pooled = self.pool(s_k[[t for t in range(len(stored)) if stored[t]]])
             u = {name: torch.zeros_like(w) for name, w in row.base.items()}
+            of_chunk = None
             if written:
                 of_keys, of_values = [k for k, _ in written], [v for _, v in written]
                 at = row.base
@@ -348,12 +381,18 @@ class Layer:
                 )
                 loss |= zip(written, chunk_loss.split(o.num_kv_per_token), strict=True)
                 theta |= zip(written, rates.mean(dim=0).split(o.num_kv_per_token), strict=True)
+                of_chunk = Written(keys[of_keys].flatten(0, 1), values[of_values].flatten(0, 1), rates, None)
             if o.per_parameter_lr_modulation:
                 modulation = self.of_head("to_layer_modulation.0", pooled, head).sigmoid() * o.max_mem_layer_modulation
                 u = {name: part * u[name] for part, name in zip(modulation, u, strict=True)}  # λ_w u
+                of_chunk = of_chunk and replace(of_chunk, modulation=modulation)
+            u = self.over_window(row, u, pooled, head)
+            row.written.append(of_chunk)
             steps = self.step(row, u, pooled, head)
             kept = self.forget(row.current, pooled, head)
             row.current = {name: kept[name] + steps[name] for name in kept}  # w_j
+        else:
+            row.written.append(None)
         row.loss += loss.values()
         row.rates += theta.values()
 

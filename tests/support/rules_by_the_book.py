@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from tests.support.configurations import RuleUnderTest
-from tests.support.oracle import Layer, Row, Weights
+from tests.support.oracle import Layer, Row, Weights, orthogonalise
+from titans_pytorch.fast_weights.rules.atlas import SteppedByLength
 from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
 from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
+from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
 
 
 class GatedDeltaByTheBook(Layer):
@@ -43,3 +45,17 @@ class DecayToStartByTheBook(Layer):
 
 
 DECAY_TO_START = RuleUnderTest(lambda: DecayToStart(2), DecayToStartByTheBook, orders=2)
+
+
+class AtlasByTheBook(Layer):
+    """Steps are orthogonal, and as long as a gate of the chunk says."""
+
+    def step(self, row: Row, u: Weights, pooled: Tensor, head: int) -> Weights:
+        length = self.of_head("to_step_length.0", pooled, head).sigmoid()
+        found = {name: orthogonalise(s) for name, s in super().step(row, u, pooled, head).items()}
+        return {name: length[i if len(length) > 1 else 0] * s for i, (name, s) in enumerate(found.items())}
+
+
+ATLAS = RuleUnderTest(lambda: Orthogonal(SteppedByLength(1, window=3)), AtlasByTheBook, orders=1, window=3)
+GATED_DELTA_WINDOW = RuleUnderTest(lambda: GatedDelta(1, window=2), GatedDeltaByTheBook, orders=1, window=2)
+DECAY_TO_START_WINDOW = RuleUnderTest(lambda: DecayToStart(2, window=3), DecayToStartByTheBook, orders=2, window=3)

@@ -105,6 +105,10 @@ MEMORY_OPTIONS: dict[str, dict[str, Any]] = {
     "linear, at every token": LINEAR | dict(model="linear"),
     "layer by layer": LINEAR | dict(model="layerwise", rule="gated_delta"),
     "towards the start": dict(dim=DIM, chunk_size=4, rule="decay_to_start"),
+    "a window, powers of keys": dict(
+        dim=DIM, chunk_size=1, batch_size=5, window=3, key_powers=2, default_step_transform_max_lr=0.1
+    ),
+    "atlas": dict(dim=DIM, chunk_size=2, batch_size=4, rule="atlas", window=3, default_step_transform_max_lr=0.1),
     "a chunk is a token": dict(dim=DIM, chunk_size=1, batch_size=5, default_step_transform_max_lr=0.1),
 }
 MEMORY_MODELS = {

@@ -35,6 +35,7 @@ from titans_pytorch.fast_weights.precision import full_precision
 from titans_pytorch.fast_weights.probe import ModelTraits
 from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.gates import Gates
+from titans_pytorch.fast_weights.rules.omega import shares_of_window
 from titans_pytorch.fast_weights.rules.rule import Rule, Shares
 from titans_pytorch.fast_weights.solved.blocks import can_solve, solved_blocks
 from titans_pytorch.fast_weights.surprises import Surprises, surprises_of
@@ -85,7 +86,7 @@ class Engine:
         gradients, loss = self.gradients(base, writes, residual)
         surprises = surprises_of(gradients, writes, self.max_grad_norm)
         with full_precision(loss):
-            return self.block(carry, surprises, writes, shares), loss
+            return self.block(carry, surprises, writes, shares), loss[:, writes.num_older :]
 
     def compile_loop(self) -> None:
         """Let `torch.compile` make each step of a loop, reading included."""
@@ -123,14 +124,15 @@ class Engine:
         """The weights over the chunks of a block."""
         if self.name != "factored":
             return build(self.rule, carry, surprises, writes.gates, self.evolve)
-        if writes.num_chunks == 1:
+        if writes.num_chunks == 1 and self.rule.window == 1:
             return SingleBlock(carry, surprises, writes.gates, self.rule)
         kind = FactoredBlock if writes.gates.any.channels is None else ChannelBlock
         return kind(carry, surprises, writes.gates.map(self.shares) if shares is None else shares)
 
     def shares(self, gates: Gates) -> Shares:
         """What the weights after each chunk are sums of."""
-        return self.rule.coefficients(gates).shares()
+        shares = self.rule.coefficients(gates).shares()
+        return shares if self.rule.window == 1 else shares_of_window(shares, gates, self.rule.window)
 
     def shares_of_blocks(self, gates: PerParameter[Gates], sizes: list[int]) -> list[BlockShares]:
         """What the weights of blocks of so many chunks are sums of, equal blocks at once; None: not of that kind.
@@ -141,7 +143,7 @@ class Engine:
         first = 0
         for size, equal in groupby(sizes):
             num = len(list(equal))
-            if self.name != "factored" or size <= 1:
+            if self.name != "factored" or size < 1 or (size == 1 and self.rule.window == 1):
                 found += [None] * num
             else:
                 of_all = gates.map(partial(self.equal_shares, slice(first, first + num * size), num))

@@ -78,18 +78,22 @@ class Writes(NamedTuple):
     modulation: dict[str, Tensor]  # name -> (r n)  share of each parameter in the surprise; empty: all 1
     mix: Tensor | None  # (r n)    share of the previous layer's weights in the base
     slow: Weights  # (r d)    parameters of the memory model that storing does not change
+    num_older: int = 0  # chunks in front that are stored already, and count again in the windows of those after them
 
     @property
     def num_chunks(self) -> int:
-        return self.keys.shape[1]
+        """How many are to be stored."""
+        return self.keys.shape[1] - self.num_older
 
     def select(self, chunks: slice) -> Writes:
+        """Some of the chunks that are to be stored, with as many older ones in front of them."""
+        given = slice(chunks.start, chunks.stop + self.num_older)
         return self._replace(
-            keys=self.keys[:, chunks],
-            values=self.values[:, chunks],
-            rates=self.rates.map(lambda rate: rate[:, chunks]),
+            keys=self.keys[:, given],
+            values=self.values[:, given],
+            rates=self.rates.map(lambda rate: rate[:, given]),
             gates=self.gates.map(lambda gates: gates.select(chunks)),
-            modulation={name: share[:, chunks] for name, share in self.modulation.items()},
+            modulation={name: share[:, given] for name, share in self.modulation.items()},
             mix=None if self.mix is None else self.mix[:, chunks],
         )
 

@@ -32,7 +32,7 @@ class OpaqueModel:
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
         """Gradient tensors of each chunk's weighted loss at the base, and the loss of every write (r n c)."""
-        names, num_chunks = list(base), writes.num_chunks
+        names, num_chunks = list(base), writes.keys.shape[1]
 
         def objective(weights: list[Tensor], _: Tap) -> tuple[Tensor, list[Tensor]]:
             prediction = self.call_each(dict(zip(names, weights, strict=True)), writes.keys, writes.slow)

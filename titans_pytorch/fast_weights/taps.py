@@ -117,7 +117,7 @@ def base_product(
 
 def base_vectors(base: Weights, writes: Writes, residual: Residual | None, name: str) -> Tensor:
     """A base parameter with fewer than two axes, one copy for each chunk.  -> (r n 1 d)"""
-    vectors = base[name].reshape(base[name].shape[0], 1, 1, -1).expand(-1, writes.num_chunks, -1, -1)
+    vectors = base[name].reshape(base[name].shape[0], 1, 1, -1).expand(-1, writes.keys.shape[1], -1, -1)
     if residual is None or writes.mix is None:
         return vectors
     previous = residual.layer.materialise(name, residual.first_chunk, writes.num_chunks)

@@ -53,7 +53,7 @@ def moment_of(memory: MemoryCore, state: NeuralMemState, is_fresh: bool) -> Mome
     """Where the call begins."""
     moved = {} if is_fresh else {name: momenta.unbind(0) for name, momenta in state.momenta.items()}
     start = memory.init_weights(state.batch) if memory.rule.uses_start else {}
-    return Moment(Carry(state.base, state.current, moved, start), state.group, state.tails)
+    return Moment(Carry(state.base, state.current, moved, start), state.group, state.tails, state.recent)
 
 
 def state_after(
@@ -73,6 +73,7 @@ def state_after(
         cache_store_mask=rest.is_stored,
         group=result.moment.group,
         tails=result.moment.tails,
+        recent=result.moment.recent,
     )
 
 

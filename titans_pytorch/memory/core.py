@@ -24,6 +24,7 @@ from titans_pytorch.memory.costs import Representation, Sizes
 from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
 from titans_pytorch.memory.projections import Projections, StoredTokens
+from titans_pytorch.memory.recent import check_recent
 from titans_pytorch.memory.state import AnyState, NeuralMemState, Updates, restarted
 from titans_pytorch.memory_models import NORM_GAIN, LayerwiseMemory, ResidualNorm, memory_model_by_name
 from titans_pytorch.ragged.state import RaggedState
@@ -91,6 +92,11 @@ class MemoryCore(Projections):
         self.writes_are_on = True  # see `memory.writes`
         self.dim, self.num_views, self.layout = options.projections.dim, options.num_views, options.layout
         check_renewed(options.rule, self.layout, "batch_size")
+        if options.rule.window > 1 and options.gates.accept_weight_residual:
+            raise ValueError(
+                "window must be 1 with accept_weight_residual=True, where every chunk is surprised at another memory, "
+                f"got {options.rule.window}"
+            )
         self.has_learned_gain, self.max_weight_growth = model.has_learned_gain, options.renewal.max_weight_growth
 
         # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
@@ -199,7 +205,9 @@ class MemoryCore(Projections):
         views = () if self.num_views is None else (2,)
         waiting = self.memory_model_parameters[0].new_zeros(*views, batch, 0, self.dim)
         updates, tails = Updates(0, 0, weights, []), self.fresh_tails(batch)
-        return NeuralMemState(0, weights, waiting, (weights, self.init_momentum(batch)), updates, tails=tails)
+        recent = self.fresh_recent(batch, self.layout.store_chunk, next(iter(weights.values())))
+        momenta = self.init_momentum(batch)
+        return NeuralMemState(0, weights, waiting, (weights, momenta), updates, tails=tails, recent=recent)
 
     def reset(self, state: AnyState, rows: Tensor | None = None) -> AnyState:
         """Let some sequences of a batch forget everything, waiting tokens included, as where a new document begins.
@@ -241,7 +249,10 @@ class MemoryCore(Projections):
             num_channels=sum(p.shape[-1] if p.ndim else 1 for p in forms),
             representation=factored if self.engine == "factored" else "built",
             num_slots=1 + self.rule.num_momenta,
-            can_fold=self.engine == "factored" and factored == "factored" and not self.rule.uses_start,
+            can_fold=self.engine == "factored"
+            and factored == "factored"
+            and not self.rule.uses_start
+            and self.rule.window == 1,
             has_loop=self.evolution.has_loop,
             is_linear=self.evolution.can_solve,
             not_solved=self.why_not_solved,
@@ -286,6 +297,7 @@ class MemoryCore(Projections):
         tensor_checks.check_waiting(state.waiting, views=views, dim=self.dim, chunk=self.layout.store_chunk)
         for name, tail, fresh in zip(Tails._fields, state.tails, self.fresh_tails(batch), strict=True):
             tensor_checks.check_tail(f"state.tails.{name}", tail, None if fresh is None else fresh.shape)
+        check_recent(state.recent, self.fresh_recent(batch, self.layout.store_chunk, next(iter(state.base.values()))))
         return state.outside_inference()
 
     def checked_residual(

@@ -90,7 +90,7 @@ class GateLayers(nn.Module):
                 chosen = {name: found for name, (gate, found) in values.items() if gate.kind in kinds}
                 return {name: found[index if len(found) > 1 else 0] for name, found in chosen.items()}
 
-            return Gates(each("factor", "decay"), each("share"), stored)
+            return Gates(each("factor", "decay"), each("share", "scale"), stored)
 
         num = max(len(found) for _, found in values.values())
         return self.by_name([of_parameter(index) for index in range(num)])
@@ -102,6 +102,8 @@ class GateLayers(nn.Module):
         raw = finite(self.get_submodule(gate.layer)(pooled), dtype)
         if gate.kind == "share":
             return raw.softmax(dim=1).unbind(0)
+        if gate.kind == "scale":
+            return raw.sigmoid().unbind(0)
         logs = F.logsigmoid(-raw if gate.kind == "decay" else raw)
         if stored is not None:  # a chunk without anything to store changes nothing
             logs = logs * (stored.unsqueeze(1) if gate.varies == "channel" else stored)

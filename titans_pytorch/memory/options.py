@@ -37,6 +37,7 @@ class ProjectionOptions:
     gated_output: bool
     looks_ahead: bool  # keys are paired with the values of the next token
     has_learned_gain: bool  # the gain of the norm around the memory model is learned outside
+    key_powers: int  # of the polynomial that queries and keys pass; 1: none
 
     @property
     def inner(self) -> int:
@@ -50,6 +51,7 @@ class ProjectionOptions:
             heads=self.heads,
             num_kv_per_token=self.num_kv_per_token,
             conv_size=self.conv_size,
+            key_powers=self.key_powers,
         )
         value_checks.check_switches(
             pre_rmsnorm=self.pre_rmsnorm,

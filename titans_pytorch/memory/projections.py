@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,9 @@ from titans_pytorch.memory.convolution import (
 )
 from titans_pytorch.memory.gates import GateLayers, finite
 from titans_pytorch.memory.head_norms import MultiheadRMSNorm, head_norm
+from titans_pytorch.memory.key_powers import KeyPowers
 from titans_pytorch.memory.options import GateOptions, ProjectionOptions
+from titans_pytorch.memory.recent import RecentWrites
 from titans_pytorch.memory_models import NORM_GAIN
 
 
@@ -80,6 +82,7 @@ class Projections(GateLayers):
         self.retrieve_norm = nn.RMSNorm(dim) if options.pre_rmsnorm else nn.Identity()
         self.store_norm = nn.RMSNorm(dim) if options.pre_rmsnorm else nn.Identity()
         self.q_norm, self.k_norm = head_norm(options), head_norm(options)
+        self.key_powers = KeyPowers(options.key_powers, heads) if options.key_powers > 1 else None
         norms_reads = options.post_rmsnorm or options.gated_output
         self.multihead_rmsnorm = MultiheadRMSNorm(dim_head, heads) if norms_reads else nn.Identity()
 
@@ -120,6 +123,17 @@ class Projections(GateLayers):
         """What convolutions see before a stream begins."""
         return Tails(*(fresh_tail(layer, batch) for layer in (self.to_queries, self.to_keys, self.to_values)))
 
+    def fresh_recent(self, batch: int, chunk: int, like: Tensor) -> RecentWrites | None:
+        """What windows look back at before a stream begins; None without any.  like: of the dtype of weights"""
+        if self.rule.window == 1:
+            return None
+        writes = (chunk - int(self.looks_ahead)) * self.num_kv_per_token
+        keys = like.new_zeros(batch * self.heads, self.rule.window - 1, writes, self.dim_head)
+        (rate,) = (gate for gate in self.rule.gates if gate.kind == "rate")
+        num_parameters = len(self.parameter_names)
+        num_shares = 0 if self.to_layer_modulation is None else num_parameters
+        return RecentWrites.of_nothing(keys, num_parameters if rate.varies == "parameter" else 1, num_shares)
+
     def slow_weights(self, batch: int, dtype: torch.dtype) -> Weights:
         """Parameters of the memory model that are learned outside, not by storing.  name -> (b·h d)"""
         gamma = self.memory_norm_gamma
@@ -129,7 +143,7 @@ class Projections(GateLayers):
         """tokens: (b t dim), normed -> (r t d), the next tail of the convolution"""
         found, tail = projected(self.to_queries, tokens, tail)
         split = rearrange(found, "b t (h d) -> b h t d", h=self.heads)
-        return rearrange(self.q_norm(split), "b h t d -> (b h) t d"), tail
+        return rearrange(self.q_norm(self.features(split)), "b h t d -> (b h) t d"), tail
 
     def merge(self, reads: Tensor, tokens: Tensor) -> Tensor:
         """What was read: normed, gated by the tokens, heads combined.  reads: (r t d), tokens: (b t dim) -> same"""
@@ -172,7 +186,11 @@ class Projections(GateLayers):
     def write_keys(self, tokens: Tensor, chunk: int, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """tokens: (b t dim), normed -> (r n c u d), the next tail of the convolution"""
         found, tail = projected(self.to_keys, tokens, tail)
-        return self.split_chunks(self.k_norm, found, chunk), tail
+        return self.split_chunks(lambda keys: self.k_norm(self.features(keys)), found, chunk), tail
+
+    def features(self, x: Tensor) -> Tensor:
+        """What queries and keys are compared by.  x: (b h t d) -> same"""
+        return x if self.key_powers is None else self.key_powers(x)
 
     def write_values(self, tokens: Tensor, chunk: int, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """tokens: (b t dim), normed -> (r n c u d), the next tail of the convolution"""
@@ -184,7 +202,7 @@ class Projections(GateLayers):
             tokens = torch.where(is_stored[..., None], tokens, 0.0)
         return self.store_norm(tokens)
 
-    def split_chunks(self, norm: nn.Module, projected: Tensor, chunk: int) -> Tensor:
+    def split_chunks(self, norm: Callable[[Tensor], Tensor], projected: Tensor, chunk: int) -> Tensor:
         """(b t hud) -> (r n c u d)"""
         h, u = self.heads, self.num_kv_per_token
         split = norm(rearrange(projected, "b t (h u d) -> b h (t u) d", h=h, u=u))

@@ -13,6 +13,7 @@ from titans_pytorch.fast_weights.interface import Block, Carry
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.core import MemoryCore
 from titans_pytorch.memory.projections import ProjectedWrites
+from titans_pytorch.memory.recent import RecentWrites
 from titans_pytorch.memory.state import ReadingGroup
 
 LossAndRates = tuple[Tensor, Tensor]
@@ -32,6 +33,7 @@ class Moment(NamedTuple):
     carry: Carry
     group: ReadingGroup
     tails: Tails
+    recent: RecentWrites | None  # where a window looks back
 
     @property
     def dtype(self) -> torch.dtype:

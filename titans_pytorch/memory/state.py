@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from titans_pytorch.fast_weights.blocks.dense import DenseBlock
 from titans_pytorch.fast_weights.interface import Block, Carry, Weights
 from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.recent import RecentWrites
 from titans_pytorch.memory.rows import (
     Chosen,
     check_joinable,
@@ -156,6 +157,7 @@ class NeuralMemState(NamedTuple):
     cache_store_mask: Tensor | None = None  # (b t)  which of the waiting tokens are to be stored; None: all
     group: ReadingGroup = ReadingGroup(None, None)
     tails: Tails = Tails(None, None, None)  # what convolutions still see of the tokens before
+    recent: RecentWrites | None = None  # what a window still sees of the chunks before
 
     @property
     def base(self) -> Weights:

@@ -31,6 +31,8 @@ def only_read(memory: MemoryCore, seq: Tensor | None, state: NeuralMemState, num
     tail = QueryTail(state.num_seen, state.tails.queries, state.group)
     if seq is not None:
         reads, tail = read_block(memory, seq, StillBlock(Carry(weights, weights, {}, {})), tail)
-    moment = Moment(Carry(state.base, weights, {}, {}), tail.group, state.tails._replace(queries=tail.convolution))
+    recent = None if state.recent is None else state.recent.after_nothing(num_chunks)
+    tails = state.tails._replace(queries=tail.convolution)
+    moment = Moment(Carry(state.base, weights, {}, {}), tail.group, tails, recent)
     over_chunks = {name: w.unsqueeze(1).expand(-1, num_chunks + 1, *w.shape[1:]) for name, w in weights.items()}
     return CallResult(reads, moment, [], [DenseBlock(over_chunks, Carry({}, {}, {}, {}))], None)

@@ -23,6 +23,7 @@ from titans_pytorch.memory.pieces import Pieces, Stored
 from titans_pytorch.memory.plan import BlockPlan, CallPlan
 from titans_pytorch.memory.projections import ProjectedWrites, Projections
 from titans_pytorch.memory.reading import SpanReader
+from titans_pytorch.memory.recent import RecentWrites
 from titans_pytorch.memory.recompute import recomputed
 from titans_pytorch.memory.results import CallResult, Moment, SpanResult, report_of
 from titans_pytorch.memory.series import SeriesPlan, in_series
@@ -107,23 +108,24 @@ class Stream:
         layer = None if self.residual is None or previous is None else self.residual.with_blocks(previous)
         projected = self.project(stored, span, moment)
         reader = None if seq is None else self.reader(seq, moment, span)
+        writes = written(projected, moment.recent)
         series = in_series(span, call.choice)
         blocks, losses = [], []
         for each, shares in zip(series, self.shares(projected, series), strict=True):
-            if projected is None or each.num_chunks == 0:
+            if writes is None or each.num_chunks == 0:
                 done: Iterable[Done] = [(each.as_one(), self.engine.at_rest(carry), None)]
             else:
                 start = each.first_chunk - first
-                writes = projected.writes.select(slice(start, start + each.num_chunks))
+                chosen = writes.select(slice(start, start + each.num_chunks))
                 residual = None if layer is None else Residual(layer, each.first_chunk)
                 if each.is_single:
-                    done = [(each.as_one(), *self.engine.store(carry, writes, residual, shares))]
+                    done = [(each.as_one(), *self.engine.store(carry, chosen, residual, shares))]
                 elif each.is_solved:
-                    done = [(each.as_one(), *self.engine.store_solved(carry, writes, len(each.blocks)))]
+                    done = [(each.as_one(), *self.engine.store_solved(carry, chosen, len(each.blocks)))]
                 elif each.renews_inside(call.choice.at_once):
-                    done = self.stored_by_loops(each, carry, writes, renewal, call, reader, keeps_blocks)
+                    done = self.stored_by_loops(each, carry, chosen, renewal, call, reader, keeps_blocks)
                 else:
-                    done = [(each.as_one(), *self.engine.store_at_once(carry, writes, residual, each.per_renewal))]
+                    done = [(each.as_one(), *self.engine.store_at_once(carry, chosen, residual, each.per_renewal))]
             for plan, block, loss in done:
                 if loss is not None:
                     losses.append(loss)
@@ -137,7 +139,9 @@ class Stream:
         reads, group = (None, moment.group) if reader is None else reader.finish()
         tails = moment.tails if projected is None else projected.tails
         tails = tails if reader is None else tails._replace(queries=reader.tail)
-        return SpanResult(reads, Moment(carry, group, tails), report, blocks)
+        recent = moment.recent
+        recent = recent if writes is None or recent is None else recent.after(writes)
+        return SpanResult(reads, Moment(carry, group, tails, recent), report, blocks)
 
     def stored_by_loops(
         self,
@@ -201,3 +205,10 @@ class Stream:
         if is_first:
             reader.read_older(span[0].first_group)
         return reader
+
+
+def written(projected: ProjectedWrites | None, recent: RecentWrites | None) -> Writes | None:
+    """What a span stores, behind what its windows look back at."""
+    if projected is None or recent is None:
+        return None if projected is None else projected.writes
+    return recent.before(projected.writes)

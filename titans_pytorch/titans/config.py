@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from titans_pytorch.checks import value_checks
 from titans_pytorch.fast_weights.rules.registry import RULES
 from titans_pytorch.losses import loss_by_name
-from titans_pytorch.memory import delta
+from titans_pytorch.memory import atlas, delta
 from titans_pytorch.memory.paper import DECAY_BIAS, MAX_STEP
 from titans_pytorch.memory_models import MODELS
 from titans_pytorch.public_names import register_named
@@ -162,6 +162,18 @@ class TitansConfig:
         )
         steps = dict(memory_chunk=1, memory_refresh=1, max_step=delta.MAX_STEP, decay_bias=delta.DECAY_BIAS)
         return cls(dim=dim, depth=depth, **linear | steps | overrides)
+
+    @classmethod
+    def omeganet(cls, dim: int, depth: int, **overrides: Any) -> TitansConfig:
+        """Memories whose steps follow a window of surprises, of every token, as `NeuralMemory.omeganet`."""
+        options = dict(window=atlas.WINDOW, key_powers=atlas.KEY_POWERS) | overrides.pop("memory_options", {})
+        tokens = dict(token_gates=True, momentum=False, max_step=MAX_STEP / options["window"], memory_chunk=16)
+        return cls(dim=dim, depth=depth, memory_options=options, **tokens | overrides)
+
+    @classmethod
+    def atlas(cls, dim: int, depth: int, **overrides: Any) -> TitansConfig:
+        """Memories with a window, momentum and orthogonal steps, as `NeuralMemory.atlas`."""
+        return cls.omeganet(dim, depth, **dict(memory_rule="atlas", momentum=True) | overrides)
 
     @classmethod
     def preset(cls, size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> TitansConfig:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from titans_pytorch.fast_weights.blocks.factored import scaled_over_chunks, summed_over_chunks
 from titans_pytorch.fast_weights.interface import Block, Carry, Entries, PerParameter, Weights, record
 from titans_pytorch.fast_weights.rules.gates import Gates
+from titans_pytorch.fast_weights.rules.omega import counted
 from titans_pytorch.fast_weights.rules.rule import Memory, Rule
 from titans_pytorch.fast_weights.surprises import Surprises
 
@@ -70,8 +71,11 @@ def build(rule: Rule, carry: Carry, surprises: Surprises, gates: PerParameter[Ga
         steps = surprises.steps(name)
         if steps is None:  # the model never uses it: it is only forgotten
             rows, *shape = memory.weights.shape
-            steps = memory.weights.new_zeros(()).expand(rows, gates[name].num_chunks, *shape)
-        evolved = evolve(rule, memory, steps.to(memory.weights.dtype), gates[name])
+            steps = memory.weights.new_zeros(()).expand(rows, gates[name].num_chunks + rule.window - 1, *shape)
+        steps = steps.to(memory.weights.dtype)
+        if rule.window > 1:
+            steps = sums(counted(gates[name], rule.window), steps, [])
+        evolved = evolve(rule, memory, steps, gates[name])
         weights[name] = evolved.weights
         last[name] = Memory(evolved.weights[:, -1].clone(), evolved.momenta)
     return DenseBlock(weights, carry.with_memories(last))

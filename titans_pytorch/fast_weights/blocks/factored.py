@@ -33,7 +33,7 @@ class SummedBlock(Block):
 
     @property
     def num_chunks(self) -> int:
-        return self.shares.any.surprise.shape[-1]
+        return self.shares.any.initial.shape[-1] - 1
 
     @property
     def names(self) -> Iterable[str]:

@@ -30,7 +30,7 @@ Loop = Callable[[Shape, Inputs], Results]
 def can_loop(rule: Rule) -> bool:
     """Whether this file can work with a rule; one with gates of channels by its equations alone."""
     has_channels = any(gate.varies == "channel" for gate in rule.gates)
-    return not (rule.uses_start or rule.forgets_first) and (not has_channels or can_note(rule))
+    return not (rule.uses_start or rule.forgets_first or rule.window > 1) and (not has_channels or can_note(rule))
 
 
 class Piece(NamedTuple):

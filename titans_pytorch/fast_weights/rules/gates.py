@@ -50,7 +50,7 @@ class Gates(NamedTuple):
     """
 
     factors: dict[str, Tensor]  # name -> logarithms (o r n), of channels (o r j n)
-    shares: dict[str, Tensor]  # name -> (p r n)
+    shares: dict[str, Tensor]  # name -> (p r n), of what is new
     is_stored: Tensor | None  # (r n) bool: chunks with something to store; None: all
 
     @property

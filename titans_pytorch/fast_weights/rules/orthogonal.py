@@ -41,6 +41,7 @@ class Orthogonal(Rule):
     def __init__(self, rule: Rule) -> None:
         self.rule, self.gates, self.num_momenta = rule, rule.gates, rule.num_momenta
         self.is_linear, self.uses_start = rule.is_linear, rule.uses_start
+        self.forgets_first, self.window = rule.forgets_first, rule.window
         self.transform = orthogonalised
 
     def move(self, momenta: tuple[Term, ...], surprise: Term, gates: ChunkGates) -> tuple[Term, tuple[Term, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from titans_pytorch.checks import value_checks
+from titans_pytorch.fast_weights.rules.atlas import SteppedByLength
 from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
 from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
 from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
@@ -28,9 +29,10 @@ class RuleOptions:
     init_adaptive_step_bias: float | None
     init_momentum_bias: float | None
     init_decay_bias: float | None
+    window: int
 
     def __post_init__(self) -> None:
-        value_checks.check_whole(momentum_order=self.momentum_order)
+        value_checks.check_whole(momentum_order=self.momentum_order, window=self.window)
         value_checks.check_switches(**{name: each for name, each in vars(self).items() if name in SWITCHES})
         value_checks.check_number(
             init_adaptive_step_bias=self.init_adaptive_step_bias,
@@ -68,11 +70,20 @@ def titans(options: RuleOptions, kind: type[Titans] = Titans) -> Rule:
         rate_bias=options.init_adaptive_step_bias,
         momentum_bias=options.init_momentum_bias,
         decay_bias=options.init_decay_bias,
+        window=options.window,
     )
     return Orthogonal(rule) if options.spectral_norm_surprises else rule
 
 
+def atlas(options: RuleOptions) -> Rule:
+    """Orthogonal steps whose length is gated."""
+    if options.spectral_norm_surprises:
+        raise ValueError("spectral_norm_surprises must be False with rule='atlas', which has such steps, got True")
+    return Orthogonal(titans(options, SteppedByLength))
+
+
 RULES: dict[str, MakeRule] = {
+    "atlas": atlas,
     "titans": titans,
     "gated_delta": partial(titans, kind=GatedDelta),
     "decay_to_start": partial(titans, kind=DecayToStart),

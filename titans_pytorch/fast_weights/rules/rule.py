@@ -31,14 +31,14 @@ class GateSpec(NamedTuple):
 
     Attributes:
         kind: factor, a number between 0 and 1 that multiplies what is old; decay, the same made of a number that says
-            what is forgotten (both are kept as logarithms); share, numbers that sum to one; rate, the step size of a
-            write
+            what is forgotten (both are kept as logarithms); share, numbers that sum to one; scale, numbers between 0
+            and 1 that multiply what is new; rate, the step size of a write
         varies: whether all parameters of the memory share it, each has its own, or each entry of their last axes
     """
 
     name: str  # in the equations
     layer: str  # name of its layer in the memory, by which checkpoints know it
-    kind: Literal["factor", "decay", "share", "rate"] = "factor"
+    kind: Literal["factor", "decay", "share", "scale", "rate"] = "factor"
     per: Literal["chunk", "token"] = "chunk"
     number: int = 1
     varies: Literal["memory", "parameter", "channel"] = "memory"
@@ -118,6 +118,7 @@ class Rule:
         uses_start: whether `retain` looks at the learned start
         forgets_first: whether surprises are taken at what a chunk's forgetting leaves of the base, which has to be
             renewed after every chunk then
+        window: chunks whose surprises a step adds up; more than one needs the gate of `omega.window_gate`
     """
 
     gates: tuple[GateSpec, ...] = (GateSpec("rate", "to_adaptive_step", kind="rate", per="token"),)
@@ -126,6 +127,7 @@ class Rule:
     is_linear: bool = True
     uses_start: bool = False
     forgets_first: bool = False
+    window: int = 1
     why_built: ClassVar[str] = "a rule that is not linear in surprises"
 
     def move(self, momenta: tuple[Term, ...], surprise: Term, gates: ChunkGates) -> tuple[Term, tuple[Term, ...]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.rules.gates import ChunkGates, Gates
+from titans_pytorch.fast_weights.rules.omega import window_gate
 from titans_pytorch.fast_weights.rules.rule import Coefficients, GateSpec, Rule, Sums, Term
 
 
@@ -28,6 +29,7 @@ class Titans(Rule):
         rate_bias: constant that the gate of step sizes starts at
         momentum_bias: constant that the gate of momentum starts at
         decay_bias: constant that the gate of forgetting starts at
+        window: chunks whose surprises a step adds up (`omega.py`)
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Titans(Rule):
         rate_bias: float | None = None,
         momentum_bias: float | None = None,
         decay_bias: float | None = None,
+        window: int = 1,
     ) -> None:
-        self.num_momenta = orders
+        self.num_momenta, self.window = orders, window
         own: Literal["memory", "parameter"] = "parameter" if per_parameter else "memory"
         gates = [
             GateSpec("rate", "to_adaptive_step", "rate", "token", varies=own, bias=rate_bias),
@@ -51,6 +54,8 @@ class Titans(Rule):
             gates.append(GateSpec("momentum", "to_momentum", number=orders, varies=own, bias=momentum_bias))
         if num_combined:
             gates.append(GateSpec("combine", "to_learned_momentum_combine", "share", number=num_combined))
+        if window > 1:
+            gates.append(window_gate(window, own))
         self.gates = tuple(gates)
 
     def move(self, momenta: tuple[Term, ...], surprise: Term, gates: ChunkGates) -> tuple[Term, tuple[Term, ...]]:

@@ -45,7 +45,8 @@ def can_solve(model: Runner, rule: Rule) -> bool:
     is_linear = isinstance(model, LayerwiseMLP) or (
         isinstance(model, ClosedMLP) and not model.has_norm and len(model.matrices) == 1
     )
-    return is_linear and rule.is_factored and not any(gate.varies == "channel" for gate in rule.gates)
+    has_channels = any(gate.varies == "channel" for gate in rule.gates)
+    return is_linear and rule.is_factored and rule.window == 1 and not has_channels
 
 
 class SolvedWrites(NamedTuple):
