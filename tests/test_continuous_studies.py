@@ -40,14 +40,20 @@ def test_the_usual_splits() -> None:
         borders_of("ETTh1", 100)
 
 
-def test_series_are_scaled_by_what_is_trained_on(tmp_path: Path) -> None:
-    series, raw = series_of(str(written(tmp_path / "some.csv.gz"))), synthetic(0, 4000, 2)
-    assert series.name == "some"
-    assert series.borders == (2800, 3200, 4000)
-    seen = raw[:2800]
-    assert_close(
-        series.values.double(), torch.from_numpy((raw - seen.mean(axis=0)) / seen.std(axis=0)), rtol=0, atol=1e-5
-    )
+def test_series_are_scaled_by_what_is_trained_on() -> None:
+    found, raw = series_of(None), synthetic(0)
+    seen = raw[:6000]
+    scaled = torch.from_numpy((raw - seen.mean(axis=0)) / seen.std(axis=0))
+    assert_close(found.values.double(), scaled, rtol=0, atol=1e-5)
+
+
+def test_a_csv_has_dates_and_series(tmp_path: Path) -> None:
+    found, raw = series_of(str(written(tmp_path / "some.csv.gz"))), synthetic(0, 4000, 2)
+    assert (found.name, found.borders) == ("some", (2800, 3200, 4000))
+    assert np.corrcoef(found.values[:, 1], raw[:, 1])[0, 1] == pytest.approx(1.0)
+    (tmp_path / "words.csv").write_text("date,a\nmonday,warm\n")
+    with pytest.raises(SettingsError, match="--data must have dates and then numbers in every row, got"):
+        series_of(str(tmp_path / "words.csv"))
 
 
 @pytest.mark.parametrize("part, begin, end", [("train", 0, 6000), ("valid", 6000, 8000), ("test", 8000, 10_000)])

@@ -18,6 +18,7 @@ from tests.mutants import (  # noqa: F401  (each registers its own)
 from tests.mutants.breaking import MUTANTS, Patch
 from tests.mutants.cases import CASES
 from tests.mutants.seams import SEAMS
+from tests.mutants.studies import STUDIES
 from tests.test_exactness import check
 from titans_pytorch import NeuralMemory
 
@@ -46,7 +47,7 @@ def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert not survived(cases), "a mutant lives"
 
 
-@pytest.mark.parametrize("patch, behaviour", SEAMS)
+@pytest.mark.parametrize("patch, behaviour", [*SEAMS, *STUDIES])
 def test_a_broken_seam_is_noticed(patch: Patch, behaviour: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     behaviour()
     patch(monkeypatch)

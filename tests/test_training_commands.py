@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -21,11 +20,9 @@ import train_implicit_mlp_attn
 import train_mac
 import train_titans
 from tests.training_runs import error, logged, text, train, train_attention
-from titans_pytorch import MemoryAsContextTransformer, NeuralMemory, writes_off
+from titans_pytorch import MemoryAsContextTransformer, NeuralMemory
 from titans_pytorch.attention_transformer import AttentionTransformer
-from titans_pytorch.causal_lm import next_token_loss
 from titans_pytorch.training import checkpoints, runs_command
-from titans_pytorch.training.data import evenly, rows
 from titans_pytorch.training.decoding import continued
 from titans_pytorch.training.models import MACModel, PaperModel, size
 from titans_pytorch.training.plan import merged
@@ -330,55 +327,6 @@ def test_surprise_is_of_the_bytes_themselves() -> None:
     shares = changed.memory / changed.memory[0] - found.memory / found.memory[0]
     different = (shares.abs() > 1e-4).nonzero().flatten()
     assert int(different[0]) == 40
-
-
-# ---- what writing is worth
-
-
-def test_a_run_ends_with_what_writing_is_worth(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last validation is done twice, the second time with writes off: the same sequences, the same model."""
-    assert train(run, data, "--resume") == 0  # it has ended already, and only says once more how
-    (sentence,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("held-out text: "))
-    *_, record = logged(run)
-    model, checkpoint = Run(run).model("last")
-    assert checkpoint.progress.step == record["step"]
-    text = np.frombuffer(data.read_bytes(), dtype=np.uint8)
-    valid = text[int(len(text) * 0.90) : int(len(text) * 0.95)]
-    ids = rows(valid, evenly(valid, 4, 65), 65)
-    with torch.no_grad():
-        on = next_token_loss(model(ids[:, :-1]), ids, per_token=True).mean(dim=0) / math.log(2)
-        with writes_off(model):
-            off = next_token_loss(model(ids[:, :-1]), ids, per_token=True).mean(dim=0) / math.log(2)
-    assert record["valid_bits_per_byte"] == pytest.approx(float(on.mean()), abs=1e-4)
-    assert record["valid_bits_per_byte_writes_off"] == pytest.approx(float(off.mean()), abs=1e-4)
-    assert float((on - off).abs().mean()) > 1e-3, "the two must be told apart"
-    late = float((off - on)[48:].mean())
-    assert f"{float(on.mean()):.3f} bits per byte with what memories write, {float(off.mean()):.3f}" in sentence
-    assert float(sentence.rsplit(maxsplit=1)[1]) == pytest.approx(late, abs=1e-3)
-
-
-def test_a_model_without_memory_says_nothing_of_writing(
-    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train(tmp_path / "run", data, "--memory", "off", "--steps", "2", "--pictures") == 0
-    assert "held-out text" not in capsys.readouterr().out
-    assert not any("writes_off" in name for record in logged(tmp_path / "run") for name in record)
-    assert not (tmp_path / "run" / "saved.png").exists()
-
-
-def test_what_writing_saves_on_each_byte(run: Path) -> None:
-    """Bits without writes minus bits with them; in front of what was first stored nothing is saved."""
-    model, _ = Run(run).model()
-    text = np.frombuffer(b"memory learns at test time.\n" * 4, dtype=np.uint8)
-    found, ids = text_surprise(model, text), torch.tensor([text.tolist()])
-    assert found.saved is not None
-    with torch.no_grad():
-        with writes_off(model):
-            off = model(ids, return_loss=True)
-        on = model(ids, return_loss=True)
-    assert float(found.saved[1:].mean()) == pytest.approx(float(off - on) / math.log(2), abs=1e-4)
-    assert found.saved[0].isnan()
-    assert_close(found.saved[1:4], torch.zeros(3), atol=1e-4, rtol=0)
 
 
 def test_the_paper_models_train_on_a_cpu_as_memory_was_found_to_pay() -> None:
