@@ -126,6 +126,29 @@ def test_all_are_trained_alike_and_every_number_says_where_it_comes_from(tmp_pat
     assert (tmp_path / "results.jsonl").read_text() == before
 
 
+def test_other_versions_of_the_task_are_asked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"3 pairs": {}, "7 pairs": dict(pairs=7, tokens=80), "overwritten": dict(overwritten=2)}
+    asking = dict(lengths=[1], rows=16, batch=4, versions=more)
+    memory, floor = compared(tmp_path, "--only", "memory,floor", budgets=[{"steps": 2}], evaluation=asking)
+    for record in (memory, floor):
+        found = record["versions"]
+        assert {name: each["answers"] for name, each in found.items()} == {
+            "3 pairs": 16 * 3,
+            "7 pairs": 8 * 7,
+            "overwritten": 16 * 3,
+        }
+        assert found["3 pairs"]["score"] == record["results"]["40"]["score"], "the same sequences"
+    assert set(memory["versions_writes_off"]) == set(more)
+    assert compare_report.main([str(tmp_path / "results.jsonl"), "--to", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| asked, but not trained on | 3 pairs | 7 pairs | overwritten |" in page
+    assert f"| floor | {floor['versions']['3 pairs']['score']:.3f} |" in page
+    other = config(evaluation=asking | dict(versions=dict(wide=dict(keys=9))))
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    assert program.main([str(tmp_path / "config.json"), "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert "evaluation.versions must have the task's 17 ids, got 19 in wide" in capsys.readouterr().err
+
+
 def test_frozen_never_writes_and_starts_like_the_model_with_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

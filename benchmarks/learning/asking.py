@@ -51,6 +51,18 @@ def results(model: CausalLM[Any], comparison: Comparison, window: int) -> dict[s
     return found
 
 
+def of_versions(model: CausalLM[Any], comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """What a model makes of other versions of its task (more pairs, say) than the one that it was trained on."""
+    asking, found = comparison.asking, {}
+    for name, changed in asking.versions.items():
+        task = comparison.make_task(**changed).held_out()
+        tokens = task.tokens  # type: ignore[attr-defined]
+        rows = max(asking.rows * comparison.make_task().tokens // tokens, min(asking.rows, FEWEST))  # type: ignore[attr-defined]
+        score, count = scored(model, task, rows=rows, batch=batch_of(asking, tokens), seed=asking.seed)
+        found[name] = dict(score=score, answers=count, rows=rows, tokens=tokens, chance=task.chance)
+    return found
+
+
 def at_length(model: CausalLM[Any], task: Any, asking: Evaluation, rows: int, window: int) -> dict[str, Any]:
     how = dict(rows=rows, batch=batch_of(asking, task.tokens), seed=asking.seed)
     if isinstance(task, TextTask):

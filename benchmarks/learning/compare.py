@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import records
-from benchmarks.learning.asking import generator_of, quick_score, results
+from benchmarks.learning.asking import generator_of, of_versions, quick_score, results
 from benchmarks.learning.loop import training
 from benchmarks.learning.protocol import Comparison, Entry, comparison_from, parameters
 from benchmarks.machine import describe_machine
@@ -83,6 +83,7 @@ def compare(given: argparse.Namespace) -> int:
         torch.set_num_threads(given.threads)
     if built(comparison.make_task).reads_last and set(comparison.asking.lengths) != {1}:
         raise SettingsError(f"{comparison.task['name']} needs evaluation.lengths [1], got {comparison.asking.lengths}")
+    built(comparison.check_versions)
     entries: list[Entry] = built(lambda: comparison.entries)
     names = [entry.name for entry in entries]
     if unknown := set(given.only or ()) - set(names):
@@ -128,11 +129,11 @@ def run(comparison: Comparison, entry: Entry, seed: int, budget: dict[str, float
         trained.train(title(entry, seed, budget))
         window = comparison.settings(next(iter(comparison.models or {"memory": {}}))).window
         began = time.perf_counter()
-        found = results(trained.model, comparison, window)
-    off = None
+        found, versions = results(trained.model, comparison, window), of_versions(trained.model, comparison)
+    off, versions_off = None, None
     if entry.role == "memory":
         with writes_off(trained.model):
-            off = results(trained.model, comparison, window)
+            off, versions_off = results(trained.model, comparison, window), of_versions(trained.model, comparison)
     record = dict(
         comparison=comparison.name,
         **dict(model=entry.name, role=entry.role, seed=seed, budget=budget, metric=task.metric, window=window),
@@ -140,6 +141,7 @@ def run(comparison: Comparison, entry: Entry, seed: int, budget: dict[str, float
         **dict(seconds=round(trained.seconds, 1), asking_seconds=round(time.perf_counter() - began, 1)),
         **dict(skipped=trained.skipped, curve=trained.curve, losses=trained.means()),
         **dict(results=found, writes_off=off),
+        **(dict(versions=versions, versions_writes_off=versions_off) if versions else {}),
         settings=dict(
             **dict(task=without_path(comparison.task), model=asdict(entry.settings), train=comparison.train),
             evaluation=asdict(comparison.asking),

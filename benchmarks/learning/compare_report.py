@@ -41,7 +41,7 @@ def report(results: Path, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     page = []
     for name, group in grouped(records).items():
-        page += [f"## {name}", about(group), scores(group)]
+        page += [f"## {name}", about(group), scores(group), *versions(group)]
         page += [table for kind in ("by_position", "by_distance") if (table := bits(group, kind))]
         page += [f"![{path.stem}]({path.name})" for path in pictures(group, folder, name)]
     (folder / "report.md").write_text("\n\n".join(page) + "\n")
@@ -58,6 +58,7 @@ def grouped(records: list[Record]) -> dict[str, Group]:
         models.setdefault(record["model"], []).append(record)
         if record["writes_off"] is not None:
             off = record | dict(results=record["writes_off"], role=OFF, writes_off=None)
+            off |= dict(versions=record.get("versions_writes_off"))
             models.setdefault(f"{record['model']}, {OFF}", []).append(off)
     return {name: in_order(group) for name, group in found.items()}
 
@@ -90,6 +91,18 @@ def scores(group: Group) -> str:
         cells += [spread(of_seeds(records, length), "{:.3f}") for length in lengths]
         rows.append([*cells, *(share(recovered[length].get(model)) for length in shown)])
     return markdown(rows)
+
+
+def versions(group: Group) -> list[str]:
+    """A line for each model, a column for each version of the task that it was not trained on; [] where there is none."""
+    names = ordered(name for records in group.values() for record in records for name in record.get("versions") or {})
+    if not names:
+        return []
+    rows = [["asked, but not trained on", *names]]
+    for model, records in group.items():
+        found = [[r["versions"][name]["score"] for r in records if name in (r.get("versions") or {})] for name in names]
+        rows.append([model, *(spread(values, "{:.3f}") for values in found)])
+    return [markdown(rows)]
 
 
 def lengths_of(group: Group) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Evaluation:
     """What a trained model is asked.
 
     lengths: times the trained one; rows: sequences of each; depths: of needles, for a map; bins: first positions
+    versions: settings of the task that differ from those it was trained on, by name, which are asked, too
     """
 
     lengths: tuple[int, ...] = LENGTHS
@@ -43,6 +44,7 @@ class Evaluation:
     seed: int = 1_000_000
     depths: int = 0
     bins: tuple[int, ...] = (0, 32, 128, 256, 512, 1024, 2048, 4096)
+    versions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,13 @@ class Comparison:
     def make_task(self, **more: Any) -> Task:
         options = {name: value for name, value in self.task.items() if name != "name"}
         return make_task(self.task["name"], **options | more)
+
+    def check_versions(self) -> None:
+        """Refuse a version of the task whose ids mean something else to a model that was trained on the task."""
+        known = self.make_task().num_tokens
+        for name, changed in self.asking.versions.items():
+            if (got := self.make_task(**changed).num_tokens) != known:
+                raise ValueError(f"evaluation.versions must have the task's {known} ids, got {got} in {name}")
 
     def settings(self, name: str) -> Any:
         """The model with memory of this name."""
