@@ -141,7 +141,7 @@ def test_other_versions_of_the_task_are_asked_too(tmp_path: Path, capsys: pytest
     assert set(memory["versions_writes_off"]) == set(more)
     assert compare_report.main([str(tmp_path / "results.jsonl"), "--to", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "report.md").read_text()
-    assert "| asked, but not trained on | 3 pairs | 7 pairs | overwritten |" in page
+    assert "| asked, not trained on | 3 pairs | 7 pairs | overwritten |" in page
     assert f"| floor | {floor['versions']['3 pairs']['score']:.3f} |" in page
     other = config(evaluation=asking | dict(versions=dict(wide=dict(keys=9))))
     (tmp_path / "config.json").write_text(json.dumps(other))

@@ -94,11 +94,11 @@ def scores(group: Group) -> str:
 
 
 def versions(group: Group) -> list[str]:
-    """A line for each model, a column for each version of the task that it was not trained on; [] where there is none."""
+    """A line for each model, a column for each version of the task that is asked beside the trained one; or nothing."""
     names = ordered(name for records in group.values() for record in records for name in record.get("versions") or {})
     if not names:
         return []
-    rows = [["asked, but not trained on", *names]]
+    rows = [["asked, not trained on", *names]]
     for model, records in group.items():
         found = [[r["versions"][name]["score"] for r in records if name in (r.get("versions") or {})] for name in names]
         rows.append([model, *(spread(values, "{:.3f}") for values in found)])

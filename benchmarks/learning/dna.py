@@ -61,11 +61,11 @@ class Sequences(NamedTuple):
 class Settings:
     """Everything that decides a run beside data, model and seed."""
 
-    kmer: int = 5
+    kmer: int = 10
     dim: int = 32
     depth: int = 1
     batch: int = 32
-    steps: int = 300
+    steps: int = 200
     lr: float = 3e-3
 
 
@@ -181,7 +181,7 @@ def run(name: str, data: Sequences, seed: int, settings: Settings) -> records.Re
     """Train one model on one data set, and say everything that its numbers depend on."""
     torch.manual_seed(seed)
     model = build(name, settings, int(data.labels.max()) + 1)
-    every = max(settings.steps // 10, 1)
+    every = max(settings.steps // 5, 1)
     how = Training(steps=settings.steps, lr=settings.lr, lr_end=0.05, warmup=10, clip=1.0, validate_every=every)
     train = data.parts["train"]
 

@@ -50,7 +50,7 @@ class Settings:
     dim: int = 32
     depth: int = 1
     batch: int = 128
-    steps: int = 200
+    steps: int = 100
     linear_steps: int = 1000
     lr: float = 2e-3
 
@@ -136,7 +136,7 @@ def run(name: str, series: Series, seed: int, settings: Settings) -> records.Rec
     model = build(name, settings)
     firsts = series.windows("train", settings.lookback, HORIZONS[-1])
     steps = settings.linear_steps if name == "DLinear" else settings.steps
-    how = Training(steps=steps, lr=settings.lr, lr_end=0.05, warmup=10, clip=1.0, validate_every=max(steps // 10, 1))
+    how = Training(steps=steps, lr=settings.lr, lr_end=0.05, warmup=10, clip=1.0, validate_every=max(steps // 5, 1))
 
     def loss_of(step: int) -> Tensor:
         drawn = generator_of(seed, step)
