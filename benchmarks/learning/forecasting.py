@@ -70,14 +70,14 @@ class MemoryForecaster(nn.Module):
         )
         self.to_features = nn.Linear(settings.patch, settings.dim)
         self.backbone = TitansBackbone("lmm", config)
-        self.to_future = nn.Linear(settings.dim, horizon)
+        self.to_future = nn.Linear(settings.lookback // settings.patch * settings.dim, horizon)
 
     def forward(self, past: Tensor) -> Tensor:
         """(b lookback) -> (b horizon)"""
         level, spread = past.mean(dim=1, keepdim=True), past.std(dim=1, keepdim=True) + EPSILON
         patches = ((past - level) / spread).unflatten(1, (-1, self.patch))
         read, _ = self.backbone(self.to_features(patches))
-        future: Tensor = self.to_future(read[:, -1])
+        future: Tensor = self.to_future(read.flatten(1))
         return future * spread + level
 
 
