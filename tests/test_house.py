@@ -13,7 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "titans_pytorch"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in FILES}
 PUBLIC = [name for name in TREES if "/" not in name]
-FLOORS = ["checks", "fast_weights", "memory", "attention", "layers", "mac", "titans", "tasks", "hf", "training"]
+FLOORS = [
+    *("checks", "fast_weights", "memory", "attention", "layers", "decoding"),
+    *("mac", "titans", "tasks", "hf", "training"),
+]
 """Folders, from the ground up: none imports from one above it"""
 
 

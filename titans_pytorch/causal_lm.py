@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_pytorch.checks import tensor_checks, value_checks
+from titans_pytorch.decoding import RowBatch, RowModel
 from titans_pytorch.fast_weights.precision import at_least_float32
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ragged import Marks, RaggedState, marks_of, read_marked, read_without_state
@@ -242,7 +243,18 @@ class CausalLM(nn.Module, Generic[State]):
 
         uses_state: False reads everything again for each token, to the same end; num_tokens: will be read at most
         """
-        return Decoder(self.reader(state, num_tokens), self.logits, state, uses_state=uses_state)
+        return Decoder(
+            self.reader(state, num_tokens), self.logits, state, uses_state=uses_state, by_rows=self.by_rows()
+        )
+
+    def by_rows(self) -> RowModel | None:
+        """What decodes rows at positions of their own as one batch; None: `why_by_groups` says why not."""
+        return None
+
+    @property
+    def why_by_groups(self) -> str:
+        """Why rows at positions of their own are decoded group by group, in a sentence; empty: they are one batch."""
+        return f"rows are decoded by groups of equal length, as {type(self).__name__} has no way to decode rows"
 
     def reader(self, state: State | None, num_tokens: int | None) -> Callable[..., tuple[Tensor, State]]:
         """`hidden_states`, with what can be computed once for the tokens that follow; None: not known how many."""
@@ -291,13 +303,19 @@ class Decoder(Generic[State]):
         state: State | None,
         *,
         uses_state: bool,
+        by_rows: RowModel | None = None,
     ) -> None:
         self.hidden_states, self.logits = hidden_states, logits
-        self.state, self.uses_state = state, uses_state
+        self.state, self.uses_state, self.by_rows = state, uses_state, by_rows
+        self.batch: RowBatch | None = None  # rows at positions of their own, instead of a state
         self.read: Tensor | None = None
         self.mask: Tensor | None = None  # (b n)  of the prompt, whose last tokens are real; None: all are
 
     def __call__(self, ids: Tensor) -> Tensor:
+        if self.uses_state and self.mask is None and ids.shape[1] == 1:
+            self.go_by_rows()
+        if self.batch is not None:
+            return self.batch.run(ids[:, 0])
         if self.uses_state:
             for start in range(0, ids.shape[1], PREFILL_TOKENS):
                 piece = slice(start, start + PREFILL_TOKENS)
@@ -310,6 +328,14 @@ class Decoder(Generic[State]):
             self.read = ids if self.read is None else torch.cat((self.read, ids), dim=1)
             hidden, _ = self.hidden(self.read, self.mask)
         return self.logits(hidden[:, -1])
+
+    def go_by_rows(self) -> None:
+        """Rows at positions of their own become one batch, if the model can decode that."""
+        state, model = self.state, self.by_rows
+        if model is not None and isinstance(state, RaggedState) and all(map(model.fits, state.states)):
+            batch = RowBatch.of(model, state.states)
+            order = [row for rows in state.rows for row in rows]
+            self.batch, self.state = batch.select(sorted(range(len(order)), key=order.__getitem__)), None
 
     def hidden(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
         """All layers, with padding and states of whatever kind."""

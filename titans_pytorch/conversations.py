@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.decoding import RowBatch, RowModel
 from titans_pytorch.ragged.reading import with_ends
 from titans_pytorch.ragged.state import Group, RaggedState, position
 from titans_pytorch.sampling import evaluating
@@ -31,8 +33,29 @@ class ConversationPoint(NamedTuple):
         return None if self.state is None else self.state.select([self.row])
 
 
+class LiveRow(NamedTuple):
+    """A conversation that is decoded as a row of a batch, which moves on."""
+
+    batch: RowBatch
+    row: int
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens have been read."""
+        return self.batch.positions[self.row]
+
+    def alone(self) -> State:
+        """The state of this conversation by itself, as a copy."""
+        state: State = self.batch.state(self.row)
+        return state
+
+    def settled(self) -> ConversationPoint:
+        """Where the conversation is now, as a value."""
+        return ConversationPoint(self.alone(), 0)
+
+
 class ConversationPool:
-    """The states of many conversations, read together where they are at one position.
+    """The states of many conversations, which are decoded together, each at a position of its own.
 
         pool = ConversationPool(model)
         ann, bob = pool.open(), pool.open()
@@ -45,6 +68,8 @@ class ConversationPool:
         pool.close(bob)
 
     Conversations that were read together share one state until they part, so that going on together copies nothing.
+    Conversations that are given one token each at different positions become rows of one batch, and stay so as long as
+    they go on together (`why_by_groups` says why not, where a model cannot); then to keep or fork one copies its state.
     Every answer is what the conversation alone would get. No gradients; for one thread.
     """
 
@@ -52,7 +77,7 @@ class ConversationPool:
         if not isinstance(model, CausalLM):
             raise TypeError(f"model must be a language model of this library, got {type(model).__name__}")
         self.model = model
-        self.points: dict[int, ConversationPoint] = {}
+        self.points: dict[int, ConversationPoint | LiveRow] = {}
         self.num_opened = 0
 
     def __len__(self) -> int:
@@ -60,6 +85,11 @@ class ConversationPool:
 
     def __contains__(self, conversation: object) -> bool:
         return conversation in self.points
+
+    @property
+    def why_by_groups(self) -> str:
+        """Why conversations at different positions are decoded one group after the other; empty: they are one batch."""
+        return self.model.why_by_groups
 
     def open(self, state: Any = None) -> int:
         """A new conversation, which has read nothing, or what a state of a single sequence has.  -> its number"""
@@ -89,26 +119,44 @@ class ConversationPool:
                 got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
                 raise ValueError(f"tokens of a conversation must be ids (n), at least one, got {got}")
             self.model.check_ids("tokens", ids[None])
-        order = sorted(tokens, key=self.place_of)
+        with evaluating(self.model):
+            model = self.model.by_rows()
+            together = [] if model is None else self.spread(tokens, model)
+            found = {} if model is None or not together else self.advance_rows(model, together, tokens)
+            if rest := [each for each in tokens if each not in found]:
+                found |= self.advance_groups(rest, tokens)
+        self.part()
+        return {each: found[each] for each in tokens}
+
+    def advance_groups(self, some: list[int], tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Any number of tokens for each of some conversations; those at one position go on together."""
+        for each in some:
+            point = self.points[each]
+            self.points[each] = point.settled() if isinstance(point, LiveRow) else point
+        order = sorted(some, key=self.place_of)
         lengths = [len(tokens[each]) for each in order]
         x = nn.utils.rnn.pad_sequence([tokens[each] for each in order], batch_first=True)
-        with evaluating(self.model):
-            hidden, after = with_ends(self.model.hidden_states, x, lengths, self.groups(order))
-            last = torch.tensor(lengths, device=x.device) - 1
-            logits = self.model.logits(hidden[torch.arange(len(order), device=x.device), last])
+        hidden, after = with_ends(self.model.hidden_states, x, lengths, self.groups(order))
+        last = torch.tensor(lengths, device=x.device) - 1
+        logits = self.model.logits(hidden[torch.arange(len(order), device=x.device), last])
         for rows, state in after:
             for place, row in enumerate(rows):
                 self.points[order[row]] = ConversationPoint(state, place)
-        self.part()
         return dict(zip(order, logits, strict=True))
+
+    def advance_rows(self, model: RowModel, some: list[int], tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """One token for each of some conversations, as one batch."""
+        batch, order = self.batch_of(model, some)
+        return dict(zip(order, batch.run(torch.cat([tokens[each] for each in order])), strict=True))
 
     def fork(self, conversation: int) -> int:
         """Another conversation that has read the same.  -> its number"""
-        return self.enter(self.point(conversation))
+        return self.enter(self.keep(conversation))
 
     def keep(self, conversation: int) -> ConversationPoint:
         """Where a conversation is, to come back to by `rollback`."""
-        return self.point(conversation)
+        point = self.point(conversation)
+        return point.settled() if isinstance(point, LiveRow) else point
 
     def rollback(self, conversation: int, point: ConversationPoint) -> None:
         """Take back all that was read since a point that was kept."""
@@ -136,11 +184,13 @@ class ConversationPool:
     # ---- what is shared
 
     def place_of(self, conversation: int) -> tuple[int, int, int]:
-        """In this order conversations that share a state stand as they do in it."""
+        """In this order conversations that share a state or a batch stand as they do in it."""
         point = self.points[conversation]
+        if isinstance(point, LiveRow):
+            return -1, id(point.batch), point.row
         return point.num_tokens, id(point.state), point.row
 
-    def point(self, conversation: int) -> ConversationPoint:
+    def point(self, conversation: int) -> ConversationPoint | LiveRow:
         """Where a conversation is."""
         if conversation not in self.points:
             raise KeyError(f"conversation must be open, got {conversation!r}")
@@ -152,30 +202,58 @@ class ConversationPool:
         self.points[self.num_opened] = point
         return self.num_opened
 
+    def spread(self, tokens: Mapping[int, Tensor], model: RowModel) -> list[int]:
+        """Those that become rows: they have one token to read and are at different positions, or were rows before."""
+        single = [
+            each
+            for each, ids in tokens.items()
+            if len(ids) == 1 and (isinstance(point := self.points[each], LiveRow) or model.fits(point.state))
+        ]
+        is_live = any(isinstance(self.points[each], LiveRow) for each in single)
+        return single if is_live or len({self.points[each].num_tokens for each in single}) > 1 else []
+
+    def batch_of(self, model: RowModel, some: list[int]) -> tuple[RowBatch, list[int]]:
+        """Conversations as one batch, and in which order: the one that they are already, or a new one."""
+        order = sorted(some, key=self.place_of)
+        batches: list[RowBatch] = []
+        for _, alike in groupby(order, key=lambda each: self.place_of(each)[:2]):
+            points = [self.points[each] for each in alike]
+            first, rows = points[0], [point.row for point in points]
+            if isinstance(first, LiveRow):
+                is_whole = rows == list(range(first.batch.batch))
+                if is_whole and len(rows) == len(order):
+                    return first.batch, order
+                batches.append(first.batch if is_whole else first.batch.select(rows))
+            else:
+                batches.append(RowBatch.of(model, [first.state.select(rows)]))
+        batch = batches[0] if len(batches) == 1 else RowBatch.join(batches)
+        self.points |= {each: LiveRow(batch, row) for row, each in enumerate(order)}
+        return batch, order
+
     def groups(self, order: list[int]) -> list[Group]:
         """Conversations at one position as one state each; those that share one already, and all of it, as it is."""
-        by_position: dict[tuple[int, bool], list[int]] = {}
+        by_position: dict[tuple[int, bool], list[ConversationPoint]] = {}
+        places: dict[tuple[int, bool], list[int]] = {}
         for place, conversation in enumerate(order):
-            point = self.points[conversation]
-            by_position.setdefault((point.num_tokens, point.state is None), []).append(place)
-        return [
-            Group(tuple(places), joined([self.points[order[place]] for place in places]))
-            for places in by_position.values()
-        ]
+            point = self.keep(conversation)
+            key = point.num_tokens, point.state is None
+            by_position.setdefault(key, []).append(point)
+            places.setdefault(key, []).append(place)
+        return [Group(tuple(places[key]), joined(points)) for key, points in by_position.items()]
 
     def part(self) -> None:
-        """Conversations that stayed behind take what is theirs of a state whose other rows went on."""
+        """Conversations that stayed behind take what is theirs of a state or batch whose other rows went on."""
         shared: dict[int, list[int]] = {}
-        for conversation, point in self.points.items():
-            if point.state is not None:
-                shared.setdefault(id(point.state), []).append(conversation)
+        for conversation, (whole, _) in self.points.items():
+            if whole is not None:
+                shared.setdefault(id(whole), []).append(conversation)
         for conversations in shared.values():
-            state = self.points[conversations[0]].state
-            rows = sorted({self.points[each].row for each in conversations})
-            if 2 * len(rows) <= state.batch:
-                own, places = state.select(rows), {row: place for place, row in enumerate(rows)}
-                for each in conversations:
-                    self.points[each] = ConversationPoint(own, places[self.points[each].row])
+            points: list[Any] = [self.points[each] for each in conversations]
+            whole, rows = points[0][0], sorted({point.row for point in points})
+            if 2 * len(rows) <= whole.batch:
+                own, places = whole.select(rows), {row: place for place, row in enumerate(rows)}
+                for each, point in zip(conversations, points, strict=True):
+                    self.points[each] = type(point)(own, places[point.row])
 
 
 def joined(points: list[ConversationPoint]) -> State | None:

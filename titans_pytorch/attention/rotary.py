@@ -36,8 +36,11 @@ class RotaryEmbedding(nn.Module):
 
         like: tokens, for their device and dtype
         """
-        positions = torch.arange(start, start + count, device=like.device, dtype=torch.float64)
-        angles = positions[:, None] * signed_frequencies(self.dim, self.theta, like.device)
+        return self.turns_at(torch.arange(start, start + count, device=like.device, dtype=torch.float64), like)
+
+    def turns_at(self, positions: Tensor, like: Tensor) -> Turns:
+        """Cosine and sine for any positions (t), in at least float32.  like: tokens, for their device and dtype"""
+        angles = positions.double()[:, None] * signed_frequencies(self.dim, self.theta, like.device)
         dtype = at_least_float32(like.dtype)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

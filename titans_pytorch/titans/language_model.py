@@ -10,10 +10,12 @@ from torch import Generator, Tensor, nn
 
 from titans_pytorch.causal_lm import BatchOptions, CausalLM
 from titans_pytorch.checks import value_checks
+from titans_pytorch.decoding import RowModel
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.ragged import RaggedState
 from titans_pytorch.sampling import min_p_filter
 from titans_pytorch.titans.backbone import Read, TitansBackbone
+from titans_pytorch.titans.by_rows import TitansByRows, why_not_by_rows
 from titans_pytorch.titans.config import TitansConfig, Variant
 from titans_pytorch.titans.state import TitansState
 
@@ -88,6 +90,18 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
     def hidden_of(self, x: Tensor, state: TitansState | None = None, **reading: Any) -> tuple[Tensor, TitansState]:
         """`hidden_states` of tokens that are embedded.  x: (b n dim)"""
         return self.backbone.read(x, state)
+
+    def by_rows(self) -> RowModel | None:
+        """What decodes rows at positions of their own as one batch; None: `why_by_groups` says why not."""
+        return None if self.why_by_groups else TitansByRows(self.backbone, self.token_emb, self.logits)
+
+    @property
+    def why_by_groups(self) -> str:
+        """Why rows at positions of their own are decoded group by group, in a sentence; empty: they are one batch."""
+        ours = TitansLanguageModel
+        is_own = all(getattr(type(self), name) is getattr(ours, name) for name in ("hidden_states", "hidden_of"))
+        why = why_not_by_rows(self.backbone) if is_own else "reads tokens in a way of its own"
+        return f"rows are decoded by groups of equal length, as {type(self).__name__} {why}" if why else ""
 
     @torch.no_grad()
     def sample(

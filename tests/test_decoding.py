@@ -1,0 +1,462 @@
+"""Rows at positions of their own, decoded as one batch, are each what they are alone; broken rules are noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tests.mutants.breaking import wrapped
+from tests.support.sequence_modules import READERS
+from tests.support.titans_configurations import CASES, VARIANTS, build, config_of, random_ids
+from tests.test_ragged import model_of
+from titans_pytorch import ConversationPool, RaggedState, TitansMAG, writes_off
+from titans_pytorch.decoding import Cadence, Due, RowBatch
+from titans_pytorch.decoding import batch as batch_file
+from titans_pytorch.decoding import due as due_file
+from titans_pytorch.decoding.memory import MemoryByRows
+from titans_pytorch.decoding.window import WindowRows
+from titans_pytorch.titans.mixers.by_rows import ContextByRows
+
+EXACT = dict(rtol=1e-9, atol=1e-9)
+LENGTHS = (3, 17, 8, 1, 12, 9)
+
+
+def batch_of(model: Any, texts: list[Tensor]) -> RowBatch:
+    """Texts (1 n) of different lengths, read one by one, as rows."""
+    return RowBatch.of(model.by_rows(), [model(text)[1] for text in texts])
+
+
+def texts_of(num_more: int) -> list[Tensor]:
+    return [random_ids(1, length + num_more, seed=length) for length in LENGTHS]
+
+
+def alone(model: Any, texts: list[Tensor]) -> Tensor:
+    """Logits of the tokens after the first so many of each text, which is read alone.  -> (b n v)"""
+    return torch.cat([model(text)[0][:, length:] for text, length in zip(texts, LENGTHS, strict=True)])
+
+
+@pytest.mark.parametrize("variant, name", CASES)
+@torch.no_grad()
+def test_rows_at_positions_of_their_own_are_each_as_alone(variant: str, name: str) -> None:
+    """20 tokens, over the borders of chunks, batches, segments and windows; then states are taken out and go on."""
+    model, texts = build(variant, name), texts_of(29)
+    assert model.why_by_groups == ""
+    rows = batch_of(model, [text[:, :length] for text, length in zip(texts, LENGTHS, strict=True)])
+    steps = [torch.cat([text[0, n + i : n + i + 1] for text, n in zip(texts, LENGTHS, strict=True)]) for i in range(20)]
+    found = torch.stack([rows.run(ids) for ids in steps], dim=1)
+    expected = alone(model, texts)
+    assert_close(found, expected[:, :20], **EXACT)
+    assert rows.positions == [length + 20 for length in LENGTHS]
+    for row, (text, length) in enumerate(zip(texts, LENGTHS, strict=True)):
+        more, after = model(text[:, length + 20 :], rows.state(row))
+        assert_close(more[0], expected[row, 20:], **EXACT)
+        assert after.num_tokens == length + 29
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_rows_are_joined_and_selected_at_any_time(variant: str) -> None:
+    model, texts = build(variant), texts_of(6)
+    heads = [text[:, :length] for text, length in zip(texts, LENGTHS, strict=True)]
+    rows = RowBatch.join([batch_of(model, heads[:2]), batch_of(model, heads[2:])]).select([4, 1, 0])
+    for i in range(6):
+        found = rows.run(torch.cat([texts[row][0, LENGTHS[row] + i : LENGTHS[row] + i + 1] for row in (4, 1, 0)]))
+        assert_close(found, alone(model, texts)[[4, 1, 0], i], **EXACT)
+
+
+@torch.no_grad()
+def test_states_of_several_sequences_become_rows() -> None:
+    model = build("mag")
+    many, one = random_ids(3, 9), random_ids(1, 6, seed=1)
+    rows = RowBatch.of(model.by_rows(), [model(many[:, :8])[1], model(one[:, :5])[1]])
+    found = rows.run(torch.cat((many[:, 8], one[:, 5])))
+    assert_close(found, torch.cat((model(many)[0][:, -1], model(one)[0][:, -1])), **EXACT)
+
+
+# ---- pools
+
+
+class Talk:
+    """A pool with every token that its conversations have read, and the logits that they were answered with."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.pool = model, ConversationPool(model)
+        self.texts: dict[int, list[int]] = {}
+        self.answers: dict[int, dict[int, Tensor]] = {}
+        self.random = Random(0)
+
+    def open(self) -> int:
+        number = self.pool.open()
+        self.texts[number], self.answers[number] = [], {}
+        return number
+
+    def say(self, counts: dict[int, int]) -> None:
+        """So many random tokens for each of some conversations."""
+        more = {each: [self.random.randrange(11) for _ in range(count)] for each, count in counts.items()}
+        for each, logits in self.pool.advance({each: torch.tensor(ids) for each, ids in more.items()}).items():
+            self.texts[each] = [*self.texts[each], *more[each]]
+            self.answers[each] = self.answers[each] | {len(self.texts[each]) - 1: logits}
+
+    def check(self) -> None:
+        """All answers are those of the text alone."""
+        for number, answers in self.answers.items():
+            if not answers:
+                continue
+            expected = self.model(torch.tensor([self.texts[number]]))[0][0]
+            assert_close(torch.stack(list(answers.values())), expected[list(answers)], **EXACT)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_64_conversations_that_come_and_go_are_each_as_alone(variant: str) -> None:
+    talk = Talk(build(variant))
+    random = talk.random
+    for _ in range(64):
+        talk.open()
+    talk.say({each: random.randint(1, 25) for each in talk.texts})
+    for _ in range(14):
+        going = random.sample(sorted(talk.texts), random.choice([5, 30, 60]))
+        for _ in range(random.randint(1, 4)):
+            talk.say({each: 1 if random.random() < 0.97 else random.randint(2, 5) for each in going})
+    assert sum(map(len, talk.answers.values())) > 800
+    talk.check()
+
+
+@torch.no_grad()
+def test_conversations_that_go_on_together_stay_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Talk(build("mag"))
+    talk.say({talk.open(): length for length in LENGTHS})
+    talk.say(dict.fromkeys(talk.texts, 1))
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("rows were moved, or groups read")
+
+    for name in ("of", "join", "select", "state"):
+        monkeypatch.setattr(RowBatch, name, refused)
+    monkeypatch.setattr(type(talk.model), "hidden_states", refused)
+    monkeypatch.setattr(type(talk.model), "why_by_groups", "")
+    for _ in range(3):
+        talk.say(dict.fromkeys(reversed(talk.texts), 1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_points_forks_and_snapshots_of_rows_are_values(variant: str) -> None:
+    """Whatever a batch does afterwards."""
+    talk = Talk(build(variant))
+    pool = talk.pool
+    talk.say({talk.open(): length for length in LENGTHS})
+    talk.say(dict.fromkeys(talk.texts, 1))
+    one, two, three, *_ = talk.texts
+    point, data, before = pool.keep(one), pool.snapshot(two), {each: list(text) for each, text in talk.texts.items()}
+    fork = pool.fork(three)
+    talk.texts[fork], talk.answers[fork] = before[three], {}
+    for _ in range(9):
+        talk.say({each: 1 for each in talk.texts if each != fork})
+    talk.check()
+    pool.rollback(one, point)
+    talk.texts[one], talk.answers[one] = before[one], {}
+    again = pool.restore(data)
+    talk.texts[again], talk.answers[again] = before[two], {}
+    assert [pool.num_tokens(each) for each in (one, again, fork)] == [len(before[each]) for each in (one, two, three)]
+    for _ in range(5):
+        talk.say(dict.fromkeys(talk.texts, 1))
+    talk.check()
+
+
+@torch.no_grad()
+def test_a_batch_is_not_kept_for_the_sake_of_one_row() -> None:
+    talk = Talk(build("mag"))
+    talk.say({talk.open(): length for length in LENGTHS})
+    talk.say(dict.fromkeys(talk.texts, 1))
+    first, *others = talk.texts
+    talk.say(dict.fromkeys(others, 1))
+    point: Any = talk.pool.points[first]
+    assert point.batch.batch == 1
+    talk.say({first: 1})
+    talk.say({first: 3, others[0]: 1})
+    talk.check()
+
+
+@torch.no_grad()
+def test_rows_of_inference_mode_go_on_outside_of_it() -> None:
+    talk = Talk(build("mac"))
+    with torch.inference_mode():
+        talk.say({talk.open(): length for length in LENGTHS})
+        talk.say(dict.fromkeys(talk.texts, 1))
+    talk.say(dict.fromkeys(talk.texts, 1))
+    talk.check()
+
+
+# ---- prompts of different lengths
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padded_prompts_are_sampled_as_one_batch(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt, runs = build(variant), random_ids(3, 9), []
+    mask = torch.arange(9) >= torch.tensor([[4], [0], [7]])
+    wrapped(monkeypatch, RowBatch, "run", lambda original, *args: runs.append(1) or original(*args))
+    found = model.sample(prompt, 22, temperature=0, attention_mask=mask)
+    assert len(runs) == 12
+    for row in range(3):
+        own = prompt[row : row + 1, mask[row]]
+        assert torch.equal(found[row : row + 1], model.sample(own, own.shape[1] + 13, temperature=0))
+    monkeypatch.setattr(type(model), "by_rows", lambda self: None)
+    assert torch.equal(found, model.sample(prompt, 22, temperature=0, attention_mask=mask))
+    assert len(runs) == 12
+
+
+@torch.no_grad()
+def test_a_ragged_state_keeps_the_order_of_its_rows() -> None:
+    model, texts = build("mal"), texts_of(4)
+    states = [model(text[:, :length])[1] for text, length in zip(texts, LENGTHS, strict=True)]
+    first = torch.cat([text[:, n : n + 1] for text, n in zip(texts, LENGTHS, strict=True)])
+    found = model.sample(first, 4, temperature=0, state=RaggedState.join(states))
+    for row, state in enumerate(states):
+        assert torch.equal(found[row : row + 1], model.sample(first[row : row + 1], 4, temperature=0, state=state))
+
+
+# ---- what goes by groups
+
+
+def test_a_sentence_says_why_a_model_goes_by_groups() -> None:
+    model = build("mag")
+    assert ConversationPool(model).why_by_groups == ""
+    begins = "rows are decoded by groups of equal length, as "
+    mact: Any = model_of("MemoryAsContextTransformer, plain")
+    assert mact.why_by_groups == begins + "MemoryAsContextTransformer has no way to decode rows"
+    mixing = TitansMAG(11, config_of("plain", memory_model="attention"))
+    assert mixing.why_by_groups == begins + "TitansMAG has a memory model that mixes the tokens of a chunk"
+    with writes_off(model):
+        assert model.why_by_groups == begins + "TitansMAG has a memory whose writes are off"
+    handle = model.layers[0].register_forward_hook(lambda *_: None)
+    assert model.why_by_groups == begins + "TitansMAG has hooks around its blocks, which would not be called"
+    handle.remove()
+    assert model.why_by_groups == ""
+
+    class Own(TitansMAG):
+        def hidden_states(self, ids: Tensor, state: Any = None) -> Any:
+            return super().hidden_states(ids, state)
+
+    assert Own(11, config_of("plain")).why_by_groups == begins + "Own reads tokens in a way of its own"
+    model.layers[1].mixer = nn.Sequential()
+    assert model.why_by_groups == begins + "TitansMAG has a mixer of another kind, Sequential"
+    model.layers[1] = nn.Sequential()
+    assert model.why_by_groups == begins + "TitansMAG has blocks that were replaced"
+
+
+@pytest.mark.parametrize("name", ["MemoryAsContextTransformer, plain", "mixing"])
+@torch.no_grad()
+def test_what_goes_by_groups_is_as_alone_too(name: str) -> None:
+    model: Any = model_of(name) if name in READERS else build("mag", memory_model="attention")
+    talk = Talk(model)
+    talk.say({talk.open(): length for length in LENGTHS})
+    for _ in range(4):
+        talk.say(dict.fromkeys(talk.texts, 1))
+    if name == "mixing":
+        talk.check()
+
+
+@torch.no_grad()
+def test_conversations_go_by_groups_while_writes_are_off_and_afterwards_as_they_can() -> None:
+    """A state that knows of tokens that were not stored is none of a row."""
+    model = build("mag")
+    talk = Talk(model)
+    talk.say({talk.open(): length for length in LENGTHS})
+    talk.say(dict.fromkeys(talk.texts, 1))
+    talk.check()
+    point = talk.pool.state(1)
+    with writes_off(model):
+        ids = torch.tensor([3])
+        found = talk.pool.advance({1: ids, 2: ids})
+        expected, _ = model(ids[None], point)
+    assert_close(found[1], expected[0, -1], **EXACT)
+    expected, _ = model(ids[None], talk.pool.state(1))
+    assert_close(talk.pool.advance({1: ids, 2: ids, 3: ids})[1], expected[0, -1], **EXACT)
+
+
+# ---- what is due
+
+
+@pytest.mark.parametrize("is_segmented", [False, True])
+def test_what_is_due_is_what_counting_says(is_segmented: bool) -> None:
+    cadence = Cadence(window=5, is_segmented=is_segmented, num_persistent=2, chunk=3, refresh=6)
+    before = 0 if is_segmented else 2
+    for position in range(40):
+        due = Due.of(cadence, [position])
+        seen = before + position + 1  # this token included
+        assert bool(due.chunks) == (seen % 3 == 0)
+        assert due.renewals == ([seen % 6 == 0] if seen % 3 == 0 else [])
+        assert bool(due.segments) == (is_segmented and position % 5 == 4)
+        assert due.slots == [position % 5]
+        kept = cadence.slots(position)
+        assert len(kept) == (position % 5 if is_segmented else min(position, 4))
+        assert due.slots[0] not in kept
+
+
+# ---- broken on purpose
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+MUTANTS: dict[str, tuple[Patch, str]] = {}
+
+
+def mutant(variant: str) -> Callable[[Patch], Patch]:
+    """A way to break decoding by rows, and the model that has to notice."""
+
+    def register(patch: Patch) -> Patch:
+        MUTANTS[patch.__name__.replace("_", " ")] = (patch, variant)
+        return patch
+
+    return register
+
+
+def due_becomes(patcher: pytest.MonkeyPatch, change: Callable[[Due, Any], Due]) -> None:
+    original = Due.of
+    patcher.setattr(due_file.Due, "of", staticmethod(lambda *args: change(original(*args), args[1])))
+
+
+def step_becomes(patcher: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
+    original = due_file.TokenStep.of
+    patcher.setattr(due_file.TokenStep, "of", staticmethod(lambda *args: change(original(*args))))
+
+
+@mutant("mag")
+def the_position_of_a_row_is_ignored(patcher: pytest.MonkeyPatch) -> None:
+    original = due_file.turns_of_rows
+    patcher.setattr(due_file, "turns_of_rows", lambda r, p, like: original(r, p[:1].expand_as(p), like))
+
+
+@mutant("mac")
+def a_place_in_a_segment_is_ignored(patcher: pytest.MonkeyPatch) -> None:
+    step_becomes(patcher, lambda step: step._replace(read_turns=step.turns))
+
+
+@mutant("lmm")
+def the_end_of_a_chunk_is_shared(patcher: pytest.MonkeyPatch) -> None:
+    def change(due: Due, positions: list[int]) -> Due:
+        everyone = list(range(len(positions))) if due.chunks else []
+        return due._replace(chunks=everyone, renewals=[False] * len(everyone))
+
+    due_becomes(patcher, change)
+
+
+@mutant("lmm")
+def a_renewal_is_shared(patcher: pytest.MonkeyPatch) -> None:
+    due_becomes(patcher, lambda due, _: due._replace(renewals=[any(due.renewals)] * len(due.chunks)))
+
+
+@mutant("lmm")
+def no_base_is_renewed(patcher: pytest.MonkeyPatch) -> None:
+    step_becomes(patcher, lambda step: step._replace(renewals=None))
+
+
+@mutant("lmm")
+def a_token_waits_in_the_wrong_place(patcher: pytest.MonkeyPatch) -> None:
+    step_becomes(patcher, lambda step: step._replace(waiting=1 - step.waiting))
+
+
+@mutant("mal")
+def a_window_is_written_at_the_wrong_slot(patcher: pytest.MonkeyPatch) -> None:
+    step_becomes(patcher, lambda step: step._replace(slots=(step.slots + 1) % 4))
+
+
+@mutant("mag")
+def a_window_shows_what_is_not_there(patcher: pytest.MonkeyPatch) -> None:
+    step_becomes(patcher, lambda step: step._replace(hidden=torch.zeros_like(step.hidden)))
+
+
+@mutant("mac")
+def a_segment_shows_the_one_before(patcher: pytest.MonkeyPatch) -> None:
+    due_becomes(patcher, lambda due, positions: due._replace(newest=list(positions)))
+
+
+@mutant("mac")
+def the_memory_before_a_segment_stays(patcher: pytest.MonkeyPatch) -> None:
+    step_becomes(patcher, lambda step: step._replace(segments=None))
+
+
+@mutant("mac")
+def the_end_of_a_segment_is_shared(patcher: pytest.MonkeyPatch) -> None:
+    step_becomes(patcher, lambda step: step._replace(segments=None if step.segments is None else step.rows))
+
+
+@mutant("mac")
+def what_was_read_and_the_segment_trade_places(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(ContextByRows, "first", 0)
+
+
+@mutant("lmm")
+def momentum_is_that_of_another_row(patcher: pytest.MonkeyPatch) -> None:
+    def store(original: Any, self: Any, rows: Any, *args: Any) -> None:
+        turned = tuple({name: m.roll(1, 0) for name, m in order.items()} for order in rows.momenta)
+        original(self, rows._replace(momenta=turned), *args)
+        for own, order in zip(rows.momenta, turned, strict=True):
+            for name, m in own.items():
+                m.copy_(order[name].roll(-1, 0))
+
+    wrapped(patcher, MemoryByRows, "store", store)
+
+
+@mutant("lmm")
+def weights_go_to_another_row(patcher: pytest.MonkeyPatch) -> None:
+    def put(original: Any, self: Any, kept: Any, new: Any, chunks: Tensor) -> None:
+        original(self, kept, new, (chunks + 1) % len(LENGTHS))
+
+    wrapped(patcher, MemoryByRows, "put", put)
+
+
+@mutant("lmm")
+def convolutions_of_writes_stand_still(patcher: pytest.MonkeyPatch) -> None:
+    def store(original: Any, self: Any, rows: Any, *args: Any) -> None:
+        copies = type(rows.tails)(*(tail.clone() for tail in rows.tails))
+        original(self, rows._replace(tails=copies), *args)
+
+    wrapped(patcher, MemoryByRows, "store", store)
+
+
+@mutant("lmm")
+def the_convolution_of_queries_stands_still(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, MemoryByRows, "ask", lambda original, self, x, w, tail: original(self, x, w, tail.clone()))
+
+
+@mutant("mag")
+def keys_go_to_another_row(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(
+        patcher,
+        WindowRows,
+        "write",
+        lambda original, self, tokens, step, first: original(self, tokens.map(lambda x: x.roll(1, 0)), step, first),
+    )
+
+
+@mutant("mag")
+def rows_do_not_move_on(patcher: pytest.MonkeyPatch) -> None:
+    def run(original: Any, self: RowBatch, ids: Tensor) -> Tensor:
+        before = self.positions
+        logits: Tensor = original(self, ids)
+        self.positions = before
+        return logits
+
+    wrapped(patcher, batch_file.RowBatch, "run", run)
+
+
+@torch.no_grad()
+def rows_are_as_alone(variant: str) -> bool:
+    model, texts = build(variant), texts_of(12)
+    rows = batch_of(model, [text[:, :length] for text, length in zip(texts, LENGTHS, strict=True)])
+    steps = [torch.cat([text[0, n + i : n + i + 1] for text, n in zip(texts, LENGTHS, strict=True)]) for i in range(12)]
+    found = torch.stack([rows.run(ids) for ids in steps], dim=1)
+    return torch.allclose(found, alone(model, texts), **EXACT)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch, variant = MUTANTS[name]
+    patch(monkeypatch)
+    assert not rows_are_as_alone(variant)

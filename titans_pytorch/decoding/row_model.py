@@ -1,0 +1,39 @@
+"""What decodes rows at positions of their own: states go into buffers and come out of them, a step fills logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from titans_pytorch.decoding.due import TokenStep
+
+
+class RowModel(ABC):
+    """A model that reads one token of every row.
+
+    Buffers are a tree of named tuples as states are (`memory.rows`), every tensor of which has a row's entry along its
+    first axis, whatever the row's position is. A step writes them in place.
+    """
+
+    @abstractmethod
+    def fits(self, state: Any) -> bool:
+        """Whether a state of the model can become rows."""
+
+    @abstractmethod
+    def enter(self, state: Any) -> Any:
+        """The buffers of a state's sequences, as copies."""
+
+    @abstractmethod
+    def leave(self, buffers: Any, row: int, position: int) -> Any:
+        """The state of one row that has read so many tokens, as a copy."""
+
+    @abstractmethod
+    def step(self, positions: Sequence[int]) -> TokenStep:
+        """What is due at the next token of rows that have read so many."""
+
+    @abstractmethod
+    def logits(self, ids: Tensor, buffers: Any, step: TokenStep) -> Tensor:
+        """Logits of the token after each; a function of tensors alone.  ids: (b) -> (b num_tokens)"""
