@@ -21,6 +21,8 @@ from lm_eval.tasks import TaskManager
 from titans_pytorch import TitansConfig, TitansMAG
 from titans_pytorch.hf import byte_tokenizer, from_library
 from titans_pytorch.hf.evaluation import TitansLM
+from titans_pytorch.tasks import NO_ANSWER, make_task
+from titans_pytorch.tasks.harness_files import write_tasks
 
 pytestmark = pytest.mark.filterwarnings("default")  # what lm-eval warns about is not ours to fix
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
@@ -129,3 +131,31 @@ def test_tasks_run_on_files_of_ones_own(library: TitansMAG, tmp_path: Path, monk
         prefix = harness(library).prefix_token_id
         nats = sum(float(library.loss(torch.tensor([[prefix, *ids]]))) * len(ids) for ids in texts)
     assert bits[0] == pytest.approx(nats / 0.6931471805599453 / sum(map(len, texts)), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_tasks_of_the_library_are_asked_as_it_asks_them(
+    library: TitansMAG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    names = write_tasks(tmp_path, ["niah_single_1", "babilong_qa1"], [500], rows=3, seed=4)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(harness(library), tasks=names, task_manager=manager)["results"]
+    for name in names:
+        questions = make_task(name.removesuffix("_500"), tokens=500).draw(3, torch.Generator().manual_seed(4))
+        with torch.no_grad():
+            logits, _ = library(questions.ids + 3)  # ids of bytes begin after three special ones
+        costs = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2),
+            torch.where(questions.is_asked, questions.answers + 3, NO_ANSWER),
+            reduction="none",
+        )
+        perplexity = float(costs.sum(dim=1).mean().exp())
+        assert found[name]["perplexity,none"] == pytest.approx(perplexity, rel=1e-4)
+        guesses = logits.argmax(dim=-1) - 3
+        assert found[name]["acc,none"] == make_task(name.removesuffix("_500")).score(guesses, questions)
+
+
+def test_blanks_at_the_end_of_a_prompt_are_no_part_of_the_answer(library: TitansMAG) -> None:
+    prompt, answer = harness(library)._encode_pair("It is ", "42")
+    assert (prompt, answer) == (byte_tokenizer()("It is ")["input_ids"], byte_tokenizer()("42")["input_ids"])

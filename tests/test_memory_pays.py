@@ -77,3 +77,18 @@ def test_text_costs_less_with_what_was_written_while_reading_it(tmp_path: Path) 
     answers = results("text", tmp_path)
     assert answers["floor"].score - answers["memory"].score >= 0.05  # 0.10 bits per byte
     assert answers["writes off"].score - answers["memory"].score >= 0.01  # 0.027
+
+
+@pytest.mark.slow
+def test_a_memory_added_to_a_trained_model_recalls_from_beyond_its_window() -> None:
+    pytest.importorskip("transformers", reason="titans_pytorch.hf needs transformers, the extra hf")
+    from benchmarks.learning import added_memory
+
+    found = added_memory.run(seed=0, budget=added_memory.Budget(model=300, memory=100, rows=32))
+    accuracy = found["accuracy"]
+    assert found["is_frozen"]
+    assert accuracy["at first"] == accuracy["alone"]
+    assert accuracy["alone"]["near"] >= 0.95  # 1.0
+    assert accuracy["alone"]["far"] <= 0.12  # 0.06
+    assert accuracy["with memory"]["far"] >= 0.9  # 1.0
+    assert accuracy["writes off"]["far"] <= 0.15

@@ -144,7 +144,7 @@ def report(path: Path, page: Path) -> None:
     seeds = ", ".join(str(run["seed"]) for run in runs)
     sizes = runs[0]["parameters"]
     note = (
-        f"Accuracy of seeds {seeds}; chance is {FAR.chance:.3f}. The memories' {sizes['memory']:,} weights were trained "
+        f"Accuracy of seeds {seeds}; chance is {FAR.chance:.3f}. The memories' {sizes['memory']:,} weights trained "
         f"for {runs[0]['budget']['memory']} steps, the model's {sizes['model']:,} stood still. {place(runs[0])}."
     )
     put(page, "added memory", f"{markdown(table)}\n\n{note}")

@@ -88,7 +88,15 @@ class TitansLM(HFLM):  # type: ignore[misc]
             total -= float(F.cross_entropy(read.logits[0].double(), following[0], reduction="sum"))
         return total
 
-    # ---- nothing is cut off
+    # ---- nothing is cut off, and nothing moved
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """A prompt and its answer; blanks at the prompt's end stay there if tokens end there, too, as bytes do."""
+        whole, before = self.tok_encode(context + continuation), self.tok_encode(context)
+        if whole[: len(before)] == before:
+            return before, whole[len(before) :]
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return pair
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         for _, context, continuation in requests:

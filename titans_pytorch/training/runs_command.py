@@ -1,8 +1,9 @@
-"""`titans-pytorch`: what to do with a trained run.
+"""`titans-pytorch`: what to do with a trained run, and what to ask other models.
 
 titans-pytorch sample RUN --prompt "def "        goes on with a text, token by token as they come
 titans-pytorch plot RUN                          draws its curves and what surprised it
 titans-pytorch eval RUN --tasks niah --lengths 4k   asks it tasks at many lengths
+titans-pytorch tasks FOLDER --lengths 1k,4k      writes such tasks for lm-eval
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from titans_pytorch.training.errors import SettingsError, report_errors
 from titans_pytorch.training.eval_command import add_eval, evaluate
 from titans_pytorch.training.options import Parser, named
 from titans_pytorch.training.runs import Run
+from titans_pytorch.training.tasks_command import add_tasks, write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,13 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str] | None) -> int:
     parsed = parser().parse_args(arguments)
     if parsed.command is None:
-        raise SettingsError("titans-pytorch needs a command, sample, plot or eval, got none")
-    return {"sample": sample, "plot": plot, "eval": evaluation}[parsed.command](parsed)
+        raise SettingsError("titans-pytorch needs a command, sample, plot, eval or tasks, got none")
+    return {"sample": sample, "plot": plot, "eval": evaluation, "tasks": write}[parsed.command](parsed)
 
 
 def parser() -> Parser:
     made = Parser(prog="titans-pytorch", description="What to do with a trained run.")
-    commands = made.add_subparsers(dest="command", metavar="sample | plot | eval")
+    commands = made.add_subparsers(dest="command", metavar="sample | plot | eval | tasks")
     each = commands.add_parser("sample", help="go on with a text")
     each.add_argument("run", type=Path, help="folder of the run")
     each.add_argument("--prompt", help="text to go on with")
@@ -46,6 +48,7 @@ def parser() -> Parser:
     each.add_argument("run", type=Path, help="folder of the run")
     each.add_argument("--text", type=Path, help="file whose beginning is drawn; default: validation text")
     add_eval(commands)
+    add_tasks(commands)
     return made
 
 
