@@ -15,7 +15,7 @@ from titans_pytorch import NeuralMemory, TitansConfig, TitansLMM, losses, memory
 from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.losses import loss_by_name
 
-NAMES = ["mse", "sse", "huber", "huber:0.3", "huber:inf", "lp", "lp:1", "lp:2", "lp:4.5", "dot", "cosine"]
+NAMES = ["mse", "sse", "huber", "huber:0.3", "huber:inf", "yaad", "lp", "lp:1", "lp:2", "lp:4.5", "dot", "cosine"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,7 +102,10 @@ def test_sums_and_means_of_squares_go_through_loops(name: str, goes: bool) -> No
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("hinge", "loss must be one of 'cosine', 'dot', 'huber', 'lp', 'mse', 'sse', or huber or lp with a number"),
+        (
+            "hinge",
+            "loss must be one of 'cosine', 'dot', 'huber', 'lp', 'mse', 'sse', 'yaad', or huber or lp with a number",
+        ),
         ("huber:", "loss 'huber' must have a positive number, or inf behind its colon, got 'huber:'"),
         ("huber:0", "loss 'huber' must have a positive number"),
         ("huber:-1", "loss 'huber' must have a positive number"),

@@ -8,6 +8,7 @@ import pytest
 
 from tests.mutants import (  # noqa: F401  (each registers its own)
     loops,
+    miras,
     papers,
     recurrences,
     solved,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from titans_pytorch.public_names import register_named
@@ -55,6 +56,36 @@ class Huber:
     def gradient(self, prediction: Tensor, value: Tensor) -> Tensor:
         difference = prediction - value
         return difference.clamp(-self.threshold, self.threshold) * (2 / difference.shape[-1])
+
+
+@dataclass(frozen=True)
+class HuberOfTokens:
+    """Squares up to a threshold of the token and straight on from there (arXiv 2504.13173, eq. 26, Yaad).
+
+    The threshold is one of the root of the mean square of all features, so that what is far off keeps its direction. In
+    eq. 26 what lies beyond it is the sum of absolute values, whose gradient is another one at the threshold itself.
+    """
+
+    thresholds: Tensor | None = None  # (...)  None: far away
+
+    def of(self, thresholds: Tensor) -> HuberOfTokens:
+        """The loss of tokens with these thresholds.  (...)"""
+        return HuberOfTokens(thresholds)
+
+    def __call__(self, prediction: Tensor, value: Tensor) -> Tensor:
+        square = (prediction - value).square().mean(dim=-1)
+        if self.thresholds is None:
+            return square
+        size = (square + SMALL).sqrt()
+        return torch.where(size <= self.thresholds, square, self.thresholds * (2 * size - self.thresholds))
+
+    def gradient(self, prediction: Tensor, value: Tensor) -> Tensor:
+        difference = prediction - value
+        slope = difference * (2 / difference.shape[-1])
+        if self.thresholds is None:
+            return slope
+        size = (difference.square().mean(dim=-1) + SMALL).sqrt()
+        return slope * (self.thresholds / size).clamp(max=1.0).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -116,7 +147,7 @@ GRADIENTS: dict[Loss, Loss] = {
 
 def gradient_of(loss: Loss) -> Loss | None:
     """The gradient of a loss with respect to predictions (... d), if it is known."""
-    if isinstance(loss, (Huber, Power)):
+    if isinstance(loss, (Huber, HuberOfTokens, Power)):
         return loss.gradient
     return next((gradient for known, gradient in GRADIENTS.items() if known is loss), None)
 
@@ -162,4 +193,5 @@ register_loss("sse", summed_squared_error)
 register_loss("dot", dot_product)
 register_loss("cosine", cosine_distance)
 register_loss("huber", Huber())
+register_loss("yaad", HuberOfTokens())
 register_loss("lp", Power())

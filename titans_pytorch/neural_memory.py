@@ -15,7 +15,7 @@ from titans_pytorch.fast_weights.interface import LossFn, Weights
 from titans_pytorch.fast_weights.rules.registry import RuleOptions, rule_of
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
-from titans_pytorch.losses import mean_squared_error
+from titans_pytorch.losses import HuberOfTokens, mean_squared_error
 from titans_pytorch.memory.call import PreviousWeights, advance, plan_of
 from titans_pytorch.memory.core import MemoryOptions
 from titans_pytorch.memory.layout import Layout
@@ -103,11 +103,13 @@ class NeuralMemory(Pretrained, PresetMemory):
         gated_output: what is read is normed, and every feature gated by a sigmoid of a linear map of the token, before
             heads are combined (which they then are, be there one or more)
         rule: how weights follow from surprises, by name or as a `Rule` (docs/extending.md)
-        loss: the key-value loss by name, mse, sse, huber, lp, dot or cosine, instead of store_memory_loss_fn;
-            huber:0.5 and lp:4 have a number of their own
+        loss: the key-value loss by name, mse, sse, huber, yaad, lp, dot or cosine, instead of store_memory_loss_fn;
+            huber:0.5 and lp:4 have a number of their own, yaad a threshold of every token
         window: every step follows the surprises of so many chunks: its own and, gated, those before it (Omega rule)
         key_powers: queries and keys pass a_1 x + a_2 x^2 + ... up to this power, feature by feature, before their norm;
             a is learned for every head, and starts as 1/i!
+        keep_lengths: where the base is renewed, the weights of every output of a matrix are made as long again as they
+            were in the initial memory
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class NeuralMemory(Pretrained, PresetMemory):
         loss: str | None = None,
         window: int = 1,
         key_powers: int = 1,
+        keep_lengths: bool = False,
     ) -> None:
         retrieve_chunk, store_chunk = value_checks.check_chunk_size(chunk_size)
         value_checks.check_whole(dim=dim, batch_size=batch_size)
@@ -186,6 +189,7 @@ class NeuralMemory(Pretrained, PresetMemory):
             has_learned_gain=learned_norm_gain,
             key_powers=key_powers,
         )
+        loss_fn = loss_of(store_memory_loss_fn, summed_loss, loss)
         gates = GateOptions(
             attn_pool_chunks=attn_pool_chunks,
             adaptive_step_transform=adaptive_step_transform,
@@ -193,6 +197,7 @@ class NeuralMemory(Pretrained, PresetMemory):
             per_parameter_lr_modulation=per_parameter_lr_modulation,
             max_mem_layer_modulation=max_mem_layer_modulation,
             accept_weight_residual=accept_weight_residual,
+            has_thresholds=isinstance(loss_fn, HuberOfTokens),
         )
         rules = RuleOptions(
             momentum=momentum,
@@ -207,6 +212,7 @@ class NeuralMemory(Pretrained, PresetMemory):
             init_decay_bias=init_decay_bias,
             window=window,
         )
+        renewal = RenewalOptions(gated_transition, max_weight_growth, keep_lengths)
         models = ModelOptions(
             model="mlp" if model is None else model,
             model_arguments=model_arguments(model, default_model_kwargs),
@@ -220,8 +226,8 @@ class NeuralMemory(Pretrained, PresetMemory):
                 gates=gates,
                 model=models,
                 rule=rule_of(rule, rules, DEFAULT_RULE),
-                loss_fn=loss_of(store_memory_loss_fn, summed_loss, loss),
-                renewal=RenewalOptions(gated_transition, max_weight_growth),
+                loss_fn=loss_fn,
+                renewal=renewal,
                 layout=layout,
                 num_views=3 if qkv_receives_diff_views else None,
                 engine=engine,
@@ -229,7 +235,7 @@ class NeuralMemory(Pretrained, PresetMemory):
                 use_accelerated_scan=use_accelerated_scan,
             )
         )
-        for warning in without_effect(rules, layout, gated_transition, store_with_lookahead_value):
+        for warning in without_effect(rules, layout, renewal, store_with_lookahead_value):
             warnings.warn(warning, UserWarning, stacklevel=2)
 
     # ---- storing and reading

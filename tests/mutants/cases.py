@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.support.configurations import DIM_HEAD, OPTIONS, Case, with_rule
-from tests.support.rules_by_the_book import ATLAS, DECAY_TO_START, GATED_DELTA, GATED_DELTA_WINDOW
+from tests.support.rules_by_the_book import ATLAS, DECAY_TO_START, GATED_DELTA, GATED_DELTA_WINDOW, MEMORA, MONETA
 
 PLAIN = {name: values[0] for name, values in OPTIONS.items() if name not in ("mask", "store_seq", "batches")} | {
     "dim": 4,
@@ -116,6 +116,11 @@ CASES = {
     "window, gates of channels": case(PAPER | {"window": 3}, mask=True),
     "window of a gated delta rule": with_rule(case(PLAIN | {"batch_size": 2}), GATED_DELTA_WINDOW),
     "atlas": with_rule(case(PLAIN | {"batch_size": 4}, engine="dense"), ATLAS),
+    "yaad": case(PLAIN | {"loss": "yaad", "num_kv_per_token": 2}, mask=True),
+    "yaad, window": case(WINDOW | {"loss": "yaad"}, engine="dense"),
+    "moneta": with_rule(case(PLAIN | {"batch_size": 4, "loss": "lp:3"}, engine="dense"), MONETA),
+    "memora": with_rule(case(PLAIN | {"batch_size": 2}, engine="dense", mask=True), MEMORA),
+    "lengths": case(PLAIN | {"batch_size": 4, "keep_lengths": True, "max_weight_growth": None}),
     "huber": case(PLAIN | {"loss": "huber:0.3"}),
     "lp": case(PLAIN | {"loss": "lp:3"}),
     "cosine": case(PLAIN | {"loss": "cosine"}),

@@ -56,6 +56,15 @@ def cosine(pred: Tensor, target: Tensor) -> Tensor:
     return 1 - torch.einsum("...d,...d->...", pred, target) / (lengths[0] * lengths[1])
 
 
+def huber_of_tokens(pred: Tensor, target: Tensor, thresholds: Tensor) -> Tensor:
+    """|E|²/d where the root of that is within the token's threshold, its tangent beyond.  (n d), (n d), (n) -> (n)"""
+    found = []
+    for x, threshold in zip(pred - target, thresholds, strict=True):
+        size = ((x**2).sum() / len(x) + 1e-6).sqrt()
+        found.append((x**2).sum() / len(x) if size <= threshold else threshold**2 + 2 * threshold * (size - threshold))
+    return torch.stack(found) if found else pred.new_zeros(0)
+
+
 NAMED = {"mse": mean_squared_error, "sse": sum_of_squares, "dot": hebbian, "cosine": cosine}
 WITH_NUMBER = {"huber": huber, "lp": power}
 
@@ -102,6 +111,7 @@ class Options:
     gated_output: bool = False
     window: int = 1
     key_powers: int = 1
+    keep_lengths: bool = False
     # read by `memory_model` only
     model: nn.Module | None = None
     default_model_kwargs: dict = field(default_factory=lambda: {"depth": 2, "expansion_factor": 4.0})
@@ -123,6 +133,8 @@ class Options:
 
     @property
     def loss_fn(self) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.loss == "yaad":
+            return mean_squared_error  # and what `Layer.held_to` makes of it
         if self.loss in NAMED:
             return NAMED[self.loss]
         if self.loss is not None:
@@ -150,6 +162,7 @@ class Written:
     values: Tensor
     rates: Tensor  # (p t·u)
     modulation: Tensor | None  # (p), λ
+    thresholds: Tensor | None  # (t·u)
 
 
 @dataclass
@@ -270,14 +283,14 @@ class Layer:
             return self.options.adaptive_step_transform(raw)
         return raw.sigmoid() * self.options.default_step_transform_max_lr
 
-    def surprise(self, at: Weights, keys: Tensor, values: Tensor, rates: Tensor, head: int) -> tuple[Weights, Tensor]:
-        """u = -∇ Σ θ·loss(model(key; at), value), with its losses (t·u).  keys, values: (t·u d), rates: (p t·u)"""
+    def surprise(self, at: Weights, of: Written, head: int) -> tuple[Weights, Tensor]:
+        """u = -∇ Σ θ·loss(model(key; at), value), with its losses (t·u)."""
         keep_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             at = {name: w if w.requires_grad else w.detach().requires_grad_() for name, w in at.items()}
-            losses = self.losses(at, keys, values, head)
+            losses = self.losses(at, of.keys, of.values, of.thresholds, head)
             grads = []
-            for theta, w, loss in zip(rates.expand(len(at), -1), at.values(), losses, strict=True):
+            for theta, w, loss in zip(of.rates.expand(len(at), -1), at.values(), losses, strict=True):
                 (g,) = torch.autograd.grad(
                     (theta * loss).sum(), w, create_graph=keep_graph, retain_graph=True, materialize_grads=True
                 )
@@ -296,20 +309,32 @@ class Layer:
         for lag, before in enumerate(reversed(row.written[-(o.window - 1) :])):
             if before is None:
                 continue
-            older, _ = self.surprise(row.base, before.keys, before.values, before.rates, head)
+            older, _ = self.surprise(row.base, before, head)
             for index, name in enumerate(total):
                 share = 1 if before.modulation is None else before.modulation[index]
                 gate = gates[index if len(gates) > 1 else 0, lag]
                 total[name] = total[name] + gate * share * older[name]
         return total
 
-    def losses(self, at: Weights, keys: Tensor, values: Tensor, head: int) -> list[Tensor]:
+    def thresholds(self, s_k: Tensor, head: int) -> Tensor | None:
+        """δ of every write, of a loss that has them.  s_k: (t m) -> (t·u)"""
+        if self.options.loss != "yaad":
+            return None
+        return F.softplus(self.of_head("to_threshold.0", s_k, head)).flatten()
+
+    def held_to(self, pred: Tensor, target: Tensor, thresholds: Tensor | None) -> Tensor:
+        """(t·u d), (t·u d) -> (t·u)"""
+        if thresholds is not None:
+            return huber_of_tokens(pred, target, thresholds)
+        return self.options.loss_fn(pred, target)
+
+    def losses(self, at: Weights, keys: Tensor, values: Tensor, thresholds: Tensor | None, head: int) -> list[Tensor]:
         """What every parameter is held to: one loss for all, or one of each layer.  -> (t·u) each"""
         if not isinstance(self.model, memory_models.LayerwiseMemory):
-            return [self.options.loss_fn(self.apply(at, keys, head), values)] * len(at)
+            return [self.held_to(self.apply(at, keys, head), values, thresholds)] * len(at)
         found, x = [], keys
         for w in at.values():  # W_l: x_l W_l is to be v, x_l+1 = gelu(x_l W_l) / its length
-            found.append(self.options.loss_fn(x @ w, values))
+            found.append(self.held_to(x @ w, values, thresholds))
             x = F.gelu(x @ w)
             x = x / ((x**2).sum(dim=-1, keepdim=True) + 1e-6).sqrt()
         return found
@@ -327,6 +352,11 @@ class Layer:
             forgotten[name] = weight * (1 - of_columns if weight.ndim else 1 - of_columns[0])
             first += columns
         return forgotten
+
+    def after(self, w: Weights, steps: Weights, pooled: Tensor, head: int) -> Weights:
+        """w_j, of what is kept and the step."""
+        kept = self.forget(w, pooled, head)
+        return {name: kept[name] + steps[name] for name in kept}
 
     def step(self, row: Row, u: Weights, pooled: Tensor, head: int) -> Weights:
         """Momentum, orders chained: moves `row.momenta` on and returns step_j."""
@@ -354,6 +384,10 @@ class Layer:
         if o.max_weight_growth is not None:
             norm, most = norm_of(w), o.max_weight_growth * norm_of(self.initial(head))
             w = {name: weight * (most / norm) for name, weight in w.items()} if most < norm else w
+        if o.keep_lengths:  # of the weights w[:, j] of every output
+            lengths = {name: weight.square().sum(dim=0).sqrt() for name, weight in self.initial(head).items()}
+            own = {name: weight.square().sum(dim=0).sqrt() for name, weight in w.items()}
+            w = {name: x / own[name] * lengths[name] if x.ndim == 2 else x for name, x in w.items()}
         return w
 
     def store_chunk(
@@ -376,12 +410,16 @@ class Layer:
                     mix = self.of_head("to_learned_weight_residual_mix.0", pooled, head).sigmoid().squeeze()
                     at = {name: w + mix * prev[name] for name, w in row.base.items()}
                 rates = self.rates(s_k[of_keys], head)
-                u, chunk_loss = self.surprise(
-                    at, keys[of_keys].flatten(0, 1), values[of_values].flatten(0, 1), rates, head
+                of_chunk = Written(
+                    keys[of_keys].flatten(0, 1),
+                    values[of_values].flatten(0, 1),
+                    rates,
+                    modulation=None,
+                    thresholds=self.thresholds(s_k[of_keys], head),
                 )
+                u, chunk_loss = self.surprise(at, of_chunk, head)
                 loss |= zip(written, chunk_loss.split(o.num_kv_per_token), strict=True)
                 theta |= zip(written, rates.mean(dim=0).split(o.num_kv_per_token), strict=True)
-                of_chunk = Written(keys[of_keys].flatten(0, 1), values[of_values].flatten(0, 1), rates, None)
             if o.per_parameter_lr_modulation:
                 modulation = self.of_head("to_layer_modulation.0", pooled, head).sigmoid() * o.max_mem_layer_modulation
                 u = {name: part * u[name] for part, name in zip(modulation, u, strict=True)}  # λ_w u
@@ -389,8 +427,7 @@ class Layer:
             u = self.over_window(row, u, pooled, head)
             row.written.append(of_chunk)
             steps = self.step(row, u, pooled, head)
-            kept = self.forget(row.current, pooled, head)
-            row.current = {name: kept[name] + steps[name] for name in kept}  # w_j
+            row.current = self.after(row.current, steps, pooled, head)
         else:
             row.written.append(None)
         row.loss += loss.values()

@@ -12,6 +12,7 @@ from titans_pytorch.fast_weights.rules.atlas import SteppedByLength
 from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
 from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
 from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
+from titans_pytorch.fast_weights.rules.retention import KullbackLeibler, QNorm, Retained
 
 
 class GatedDeltaByTheBook(Layer):
@@ -59,3 +60,34 @@ class AtlasByTheBook(Layer):
 ATLAS = RuleUnderTest(lambda: Orthogonal(SteppedByLength(1, window=3)), AtlasByTheBook, orders=1, window=3)
 GATED_DELTA_WINDOW = RuleUnderTest(lambda: GatedDelta(1, window=2), GatedDeltaByTheBook, orders=1, window=2)
 DECAY_TO_START_WINDOW = RuleUnderTest(lambda: DecayToStart(2, window=3), DecayToStartByTheBook, orders=2, window=3)
+
+
+class MonetaByTheBook(Layer):
+    """A is moved, W = A / |A|^2 with the 4-norm of all entries; of a W, A is W / |W|^2.  Matrices alone."""
+
+    def after(self, w: Weights, steps: Weights, pooled: Tensor, head: int) -> Weights:
+        def over_its_square(x: Tensor) -> Tensor:
+            return x / (x**4).sum().sqrt() if x.ndim == 2 else x
+
+        a = super().after({name: over_its_square(x) for name, x in w.items()}, steps, pooled, head)
+        return {name: over_its_square(x) for name, x in a.items()}
+
+
+class MemoraByTheBook(Layer):
+    """W = softmax((1 - alpha) log W + S) of every column, times the root of its length."""
+
+    def initial(self, head: int) -> Weights:
+        return {
+            name: (w * len(w) ** 0.5).softmax(dim=0) * len(w) ** 0.5 if w.ndim == 2 else w
+            for name, w in super().initial(head).items()
+        }
+
+    def after(self, w: Weights, steps: Weights, pooled: Tensor, head: int) -> Weights:
+        logs = {name: x.log() if x.ndim == 2 else x for name, x in w.items()}
+        moved = super().after(logs, steps, pooled, head)
+        return {name: len(x) ** 0.5 * x.exp() / x.exp().sum(dim=0) if x.ndim == 2 else x for name, x in moved.items()}
+
+
+MONETA = RuleUnderTest(lambda: Retained(QNorm(4.0), 0), MonetaByTheBook)
+MEMORA = RuleUnderTest(lambda: Retained(KullbackLeibler(), 0), MemoraByTheBook)
+MEMORA_MOVING = RuleUnderTest(lambda: Retained(KullbackLeibler(), 2, window=2), MemoraByTheBook, orders=2, window=2)

@@ -109,6 +109,9 @@ MEMORY_OPTIONS: dict[str, dict[str, Any]] = {
         dim=DIM, chunk_size=1, batch_size=5, window=3, key_powers=2, default_step_transform_max_lr=0.1
     ),
     "atlas": dict(dim=DIM, chunk_size=2, batch_size=4, rule="atlas", window=3, default_step_transform_max_lr=0.1),
+    "yaad": dict(dim=DIM, chunk_size=4, batch_size=4, loss="yaad"),
+    "moneta": dict(dim=DIM, chunk_size=4, batch_size=4, loss="lp:3", rule="lq:4", momentum=False),
+    "memora": dict(dim=DIM, chunk_size=4, batch_size=4, rule="kl", momentum=False),
     "a chunk is a token": dict(dim=DIM, chunk_size=1, batch_size=5, default_step_transform_max_lr=0.1),
 }
 MEMORY_MODELS = {

@@ -32,12 +32,16 @@ def has_closed_form(model: nn.Module, loss_fn: LossFn) -> bool:
     return is_plain and gradient_of(loss_fn) is not None
 
 
+def error_of(loss_fn: LossFn) -> LossFn:
+    """The gradient of a loss, which is known (`has_closed_form`)."""
+    return cast(LossFn, gradient_of(loss_fn))
+
+
 class ClosedMLP:
     """An MLP memory with a known gradient, with or without residual and norm.  Several threads may use it at once."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         self.has_norm, self.loss_fn = isinstance(model, ResidualNorm), loss_fn
-        self.error = cast(LossFn, gradient_of(loss_fn))  # which is known, see `has_closed_form`
         self.matrices = [name for name, _ in model.named_parameters() if name != NORM_GAIN]
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
@@ -55,7 +59,7 @@ class ClosedMLP:
         gain = self.gain(writes.slow, lambda: base_vectors(base, writes, residual, NORM_GAIN))
         normed, *moments = (out,) if gain is None else norm(out)
         prediction = out if gain is None else normed * gain + keys
-        loss, error = self.loss_and_error(prediction, writes.values)
+        loss, error = self.loss_and_error(prediction, writes.values, writes.held_to(self.loss_fn))
         error = error * rates.any[..., None] if rates.is_shared else error
 
         tensors = {}
@@ -91,10 +95,10 @@ class ClosedMLP:
             return None
         return (slow[NORM_GAIN][:, None, None] if NORM_GAIN in slow else fast()) + 1
 
-    def loss_and_error(self, prediction: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_error(self, prediction: Tensor, values: Tensor, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
         """The loss of every write (r n c), and its gradient with respect to the prediction (r n c d)."""
-        if not is_quadratic(self.loss_fn):
-            return self.loss_fn(prediction, values), self.error(prediction, values)
+        if not is_quadratic(loss_fn):
+            return loss_fn(prediction, values), error_of(loss_fn)(prediction, values)
         difference = prediction - values  # which both are made of
         return self.loss_of(difference), difference * self.slope(difference.shape[-1])
 

@@ -20,6 +20,7 @@ from typing_extensions import dataclass_transform
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.rule import Memory
 from titans_pytorch.fast_weights.scale import ZERO
+from titans_pytorch.losses import HuberOfTokens
 
 Weights = dict[str, Tensor]
 """name of a parameter of the memory model -> (r ...)"""
@@ -78,6 +79,7 @@ class Writes(NamedTuple):
     modulation: dict[str, Tensor]  # name -> (r n)  share of each parameter in the surprise; empty: all 1
     mix: Tensor | None  # (r n)    share of the previous layer's weights in the base
     slow: Weights  # (r d)    parameters of the memory model that storing does not change
+    thresholds: Tensor | None = None  # (r n c)  of losses that have one for each token
     num_older: int = 0  # chunks in front that are stored already, and count again in the windows of those after them
 
     @property
@@ -95,6 +97,15 @@ class Writes(NamedTuple):
             gates=self.gates.map(lambda gates: gates.select(chunks)),
             modulation={name: share[:, given] for name, share in self.modulation.items()},
             mix=None if self.mix is None else self.mix[:, chunks],
+            thresholds=None if self.thresholds is None else self.thresholds[:, given],
+        )
+
+    def held_to(self, loss_fn: LossFn) -> LossFn:
+        """The loss of these writes: with their thresholds, if it has some."""
+        return (
+            loss_fn.of(self.thresholds)
+            if isinstance(loss_fn, HuberOfTokens) and self.thresholds is not None
+            else loss_fn
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from titans_pytorch.fast_weights.closed_form import ClosedMLP
+from titans_pytorch.fast_weights.closed_form import ClosedMLP, error_of
 from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residual, Weights, Writes
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.taps import base_product
@@ -36,14 +36,15 @@ class LayerwiseMLP(ClosedMLP):
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
         """Gradients of each layer's own loss in every chunk, and the last layer's loss of every write (r n c)."""
-        keys, values = writes.keys, writes.values
+        keys, values, loss_fn = writes.keys, writes.values, writes.held_to(self.loss_fn)
+        error = error_of(loss_fn)
         factors: dict[str, Factors] = {}
         for name in self.matrices:
             answers = base_product(base, writes, residual, name, keys, False).to(keys.dtype)
-            factors[name] = Factors(keys, self.error(answers, values) * writes.rates[name][..., None])
+            factors[name] = Factors(keys, error(answers, values) * writes.rates[name][..., None])
             if name != self.matrices[-1]:
                 keys = hidden_keys(answers)
-        return Surprises(factors, {}), self.loss_fn(answers, values)
+        return Surprises(factors, {}), loss_fn(answers, values)
 
     def read(self, block: Block, queries: Tensor, entries: Entries, slow: Weights) -> Tensor:
         """Each group of queries through the model, with the weights of its entry of the block.  (r g k d)"""

@@ -36,7 +36,7 @@ class OpaqueModel:
 
         def objective(weights: list[Tensor], _: Tap) -> tuple[Tensor, list[Tensor]]:
             prediction = self.call_each(dict(zip(names, weights, strict=True)), writes.keys, writes.slow)
-            loss = self.loss_fn(prediction, writes.values)
+            loss = writes.held_to(self.loss_fn)(prediction, writes.values)
             return (loss * writes.rates.any).sum(), [loss]
 
         # one copy of the weights for each chunk gives each chunk a gradient of its own

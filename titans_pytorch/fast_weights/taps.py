@@ -61,7 +61,7 @@ class TappedModel:
 
             with Answer(self.parameters, tapped, dict(zip(vectors, values, strict=True)) | slow):
                 prediction = self.model(writes.keys)
-            loss = self.loss_fn(prediction, writes.values)
+            loss = writes.held_to(self.loss_fn)(prediction, writes.values)
             return (loss * rates.any if rates.is_shared else loss).sum(), [*inputs, loss]
 
         of_vectors, errors, (*inputs, loss) = gradients(objective, list(vectors.values()), zeros)

@@ -15,7 +15,7 @@ from titans_pytorch.fast_weights.interface import LossFn, Weights
 from titans_pytorch.fast_weights.norms import total_norm
 from titans_pytorch.fast_weights.precision import at_least_float32
 from titans_pytorch.fast_weights.probe import can_be_looked_at, check_contents, inspect_model, learns_from
-from titans_pytorch.fast_weights.renewal import Renewal
+from titans_pytorch.fast_weights.renewal import Renewal, lengths_of
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.initialization import reset_parameters, write
@@ -24,7 +24,7 @@ from titans_pytorch.memory.costs import Representation, Sizes
 from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
 from titans_pytorch.memory.projections import Projections, StoredTokens
-from titans_pytorch.memory.recent import check_recent
+from titans_pytorch.memory.recent import check_recent, fresh_recent
 from titans_pytorch.memory.state import AnyState, NeuralMemState, Updates, restarted
 from titans_pytorch.memory_models import NORM_GAIN, LayerwiseMemory, ResidualNorm, memory_model_by_name
 from titans_pytorch.ragged.state import RaggedState
@@ -98,6 +98,7 @@ class MemoryCore(Projections):
                 f"got {options.rule.window}"
             )
         self.has_learned_gain, self.max_weight_growth = model.has_learned_gain, options.renewal.max_weight_growth
+        self.keeps_lengths = options.renewal.keeps_lengths
 
         # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
         self.loss_fn = options.loss_fn
@@ -182,7 +183,7 @@ class MemoryCore(Projections):
         forms = self.fast_forms()
         has_heads = self.memory_model_parameters[0].ndim > next(iter(forms.values())).ndim
         return {
-            name: (p if has_heads else p.expand((self.heads, *form.shape))).to(self.weight_dtype)
+            name: self.rule.begun((p if has_heads else p.expand((self.heads, *form.shape))).to(self.weight_dtype))
             for (name, form), p in zip(forms.items(), self.memory_model_parameters, strict=True)
         }
 
@@ -205,7 +206,7 @@ class MemoryCore(Projections):
         views = () if self.num_views is None else (2,)
         waiting = self.memory_model_parameters[0].new_zeros(*views, batch, 0, self.dim)
         updates, tails = Updates(0, 0, weights, []), self.fresh_tails(batch)
-        recent = self.fresh_recent(batch, self.layout.store_chunk, next(iter(weights.values())))
+        recent = fresh_recent(self, batch, self.layout.store_chunk, next(iter(weights.values())))
         momenta = self.init_momentum(batch)
         return NeuralMemState(0, weights, waiting, (weights, momenta), updates, tails=tails, recent=recent)
 
@@ -232,7 +233,8 @@ class MemoryCore(Projections):
         limit = None
         if self.max_weight_growth is not None:
             limit = (self.max_weight_growth * total_norm(self.initial_weights())).repeat(batch)
-        return Renewal(self.transition_gate, limit)
+        lengths = lengths_of(self.init_weights(batch)) if self.keeps_lengths else None
+        return Renewal(self.transition_gate, limit, lengths)
 
     @property
     def sizes(self) -> Sizes:
@@ -253,7 +255,7 @@ class MemoryCore(Projections):
             and factored == "factored"
             and not self.rule.uses_start
             and self.rule.window == 1,
-            has_loop=self.evolution.has_loop,
+            has_loop=self.evolution.has_loop and not self.keeps_lengths,
             is_linear=self.evolution.can_solve,
             not_solved=self.why_not_solved,
         )
@@ -264,6 +266,8 @@ class MemoryCore(Projections):
         acts = "acts at every renewal, so they run one by one"
         if self.max_weight_growth is not None:
             return f"max_weight_growth {acts}; without it (None) those of this linear memory are solved for"
+        if self.keeps_lengths:
+            return f"keep_lengths {acts}"
         return "" if self.transition_gate is None else f"gated_transition {acts}"
 
     # ---- what comes in
@@ -297,7 +301,7 @@ class MemoryCore(Projections):
         tensor_checks.check_waiting(state.waiting, views=views, dim=self.dim, chunk=self.layout.store_chunk)
         for name, tail, fresh in zip(Tails._fields, state.tails, self.fresh_tails(batch), strict=True):
             tensor_checks.check_tail(f"state.tails.{name}", tail, None if fresh is None else fresh.shape)
-        check_recent(state.recent, self.fresh_recent(batch, self.layout.store_chunk, next(iter(state.base.values()))))
+        check_recent(state.recent, fresh_recent(self, batch, self.layout.store_chunk, next(iter(state.base.values()))))
         return state.outside_inference()
 
     def checked_residual(

@@ -20,6 +20,9 @@ from titans_pytorch.memory.pooling import AttentionPool, AveragePool
 
 T = TypeVar("T")
 
+THRESHOLD_BIAS = 0.5413
+"""What thresholds of tokens start with, 1 after softplus: about as far as values of features are from nothing"""
+
 PUBLISHED = {"to_decay_factor", "to_momentum", "to_learned_momentum_combine"}
 """Layers of gates that a memory of the published package may have; None where the rule does not ask for them"""
 
@@ -45,6 +48,10 @@ class GateLayers(nn.Module):
         for layer in PUBLISHED - {gate.layer for gate in rule.gates}:
             self.register_module(layer, None)
         of_chunk = partial(GateLayer, dim, pattern="b n (h o) -> o (b h) n", h=heads)
+        self.to_threshold = None
+        if options.has_thresholds:
+            num_out, pattern = heads * sizes.num_kv_per_token, "b n c (h u) -> (b h) n c u"
+            self.to_threshold = GateLayer(dim, num_out, pattern, bias=THRESHOLD_BIAS, h=heads)
         modulates, mixes = options.per_parameter_lr_modulation, options.accept_weight_residual
         self.to_layer_modulation = of_chunk(heads * len(fast)) if modulates else None
         self.to_learned_weight_residual_mix = of_chunk(heads) if mixes else None
@@ -108,6 +115,10 @@ class GateLayers(nn.Module):
         if stored is not None:  # a chunk without anything to store changes nothing
             logs = logs * (stored.unsqueeze(1) if gate.varies == "channel" else stored)
         return logs.split(self.channels, dim=2) if gate.varies == "channel" else logs.unbind(0)
+
+    def thresholds(self, chunks: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """How far off an answer may be before its loss is no square any more.  (b n c dim) -> (r n c u)"""
+        return None if self.to_threshold is None else F.softplus(self.to_threshold(chunks).to(dtype))
 
     def by_name(self, found: tuple[T, ...] | list[T]) -> PerParameter[T]:
         """One thing for all parameters, or one for each, by name."""

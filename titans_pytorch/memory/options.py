@@ -82,6 +82,7 @@ class GateOptions:
     per_parameter_lr_modulation: bool
     max_mem_layer_modulation: float
     accept_weight_residual: bool
+    has_thresholds: bool  # the loss has one for each token
 
     def __post_init__(self) -> None:
         value_checks.check_switches(
@@ -130,9 +131,10 @@ class RenewalOptions:
 
     is_gated: bool
     max_weight_growth: float | None
+    keeps_lengths: bool
 
     def __post_init__(self) -> None:
-        value_checks.check_switches(gated_transition=self.is_gated)
+        value_checks.check_switches(gated_transition=self.is_gated, keep_lengths=self.keeps_lengths)
         value_checks.check_positive(max_weight_growth=self.max_weight_growth)
         if self.max_weight_growth is not None and self.max_weight_growth < 1:
             raise ValueError(
@@ -167,14 +169,15 @@ def check_scan(use_accelerated_scan: bool) -> None:
         )
 
 
-def without_effect(rule: RuleOptions, layout: Layout, is_gated: bool, looks_ahead: bool) -> Iterator[str]:
+def without_effect(rule: RuleOptions, layout: Layout, renewal: RenewalOptions, looks_ahead: bool) -> Iterator[str]:
     """What the published package accepts and ignores."""
     if rule.momentum_order > 1 and not rule.momentum:
         yield f"momentum_order={rule.momentum_order} has no effect with momentum=False"
     if rule.learned_combine_include_zeroth and not rule.learned_momentum_combine:
         yield "learned_combine_include_zeroth=True has no effect with learned_momentum_combine=False"
-    if is_gated and layout.batch is None:
-        yield "gated_transition=True has no effect with batch_size=None (unless a call sets ttt_batch_size)"
+    for name, is_on in (("gated_transition", renewal.is_gated), ("keep_lengths", renewal.keeps_lengths)):
+        if is_on and layout.batch is None:
+            yield f"{name}=True has no effect with batch_size=None (unless a call sets ttt_batch_size)"
     if looks_ahead and layout.store_chunk == 1:
         yield (
             "store_with_lookahead_value=True stores nothing with a store chunk size of 1, as no token has a next one "

@@ -9,6 +9,7 @@ from typing_extensions import Self
 from titans_pytorch.memory.asking import AskedMemory
 from titans_pytorch.memory.atlas import KEY_POWERS, WINDOW, atlas_options, omeganet_options
 from titans_pytorch.memory.delta import delta_options
+from titans_pytorch.memory.miras import miras_options
 from titans_pytorch.memory.paper import paper_options
 
 
@@ -90,3 +91,13 @@ class PresetMemory(AskedMemory):
         many fewer Newton-Schulz iterations.
         """
         return cls.made(atlas_options(dim, heads, chunk_size, token_gates, window, key_powers, overrides))
+
+    @classmethod
+    def miras(
+        cls, kind: str, dim: int, heads: int = 1, chunk_size: int | tuple[int, int] = 16, **overrides: Any
+    ) -> Self:
+        """One of the memories of Miras (arXiv 2504.13173): yaad, moneta or memora (`docs/rules.md`).
+
+        Every argument can be overridden; projections, output and gates are as in `paper`.
+        """
+        return cls.made(miras_options(kind, dim, heads, chunk_size, overrides))

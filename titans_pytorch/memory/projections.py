@@ -25,7 +25,6 @@ from titans_pytorch.memory.gates import GateLayers, finite
 from titans_pytorch.memory.head_norms import MultiheadRMSNorm, head_norm
 from titans_pytorch.memory.key_powers import KeyPowers
 from titans_pytorch.memory.options import GateOptions, ProjectionOptions
-from titans_pytorch.memory.recent import RecentWrites
 from titans_pytorch.memory_models import NORM_GAIN
 
 
@@ -123,17 +122,6 @@ class Projections(GateLayers):
         """What convolutions see before a stream begins."""
         return Tails(*(fresh_tail(layer, batch) for layer in (self.to_queries, self.to_keys, self.to_values)))
 
-    def fresh_recent(self, batch: int, chunk: int, like: Tensor) -> RecentWrites | None:
-        """What windows look back at before a stream begins; None without any.  like: of the dtype of weights"""
-        if self.rule.window == 1:
-            return None
-        writes = (chunk - int(self.looks_ahead)) * self.num_kv_per_token
-        keys = like.new_zeros(batch * self.heads, self.rule.window - 1, writes, self.dim_head)
-        (rate,) = (gate for gate in self.rule.gates if gate.kind == "rate")
-        num_parameters = len(self.parameter_names)
-        num_shares = 0 if self.to_layer_modulation is None else num_parameters
-        return RecentWrites.of_nothing(keys, num_parameters if rate.varies == "parameter" else 1, num_shares)
-
     def slow_weights(self, batch: int, dtype: torch.dtype) -> Weights:
         """Parameters of the memory model that are learned outside, not by storing.  name -> (b·h d)"""
         gamma = self.memory_norm_gamma
@@ -161,7 +149,7 @@ class Projections(GateLayers):
         keys, keys_tail = self.write_keys(from_keys, chunk, tails.keys)
         values, values_tail = self.write_values(from_values, chunk, tails.values)
         chunks = rearrange(from_keys, "b (n c) d -> b n c d", c=chunk)
-        rates = self.rates(chunks, dtype)
+        rates, thresholds = self.rates(chunks, dtype), self.thresholds(chunks, dtype)
         pooled = self.reduce_to_chunk_rep(chunks, is_stored)
         poison = pooled if has_one_view else pooled + reduce(from_values, "b (n c) d -> b n d", "mean", c=chunk)
         gates, (modulation, mix) = self.gates(pooled, poison, is_stored, dtype), self.shares(pooled, dtype)
@@ -170,6 +158,7 @@ class Projections(GateLayers):
             counted = repeat(is_stored, "b n c -> (b h) n c u", h=self.heads, u=self.num_kv_per_token)
         if self.looks_ahead:  # keys of a token go with values of the next one
             keys, values, rates = keys[:, :, :-1], values[:, :, 1:], rates.map(lambda rate: rate[:, :, :-1])
+            thresholds = None if thresholds is None else thresholds[:, :, :-1]
             counted = None if counted is None else counted[:, :, :-1] & counted[:, :, 1:]
 
         def flat(x: Tensor) -> Tensor:
@@ -178,6 +167,7 @@ class Projections(GateLayers):
 
         slow = self.slow_weights(tokens.keys.shape[0], dtype)
         writes = Writes(flat(keys), flat(values), rates.map(flat), gates, modulation, mix, slow)
+        writes = writes if thresholds is None else writes._replace(thresholds=flat(thresholds))
         tails = tails._replace(keys=keys_tail, values=values_tail)
         if counted is None:
             return ProjectedWrites(writes, None, None, tails)
@@ -220,4 +210,6 @@ class Projections(GateLayers):
         order = is_stored.logical_not().byte().argsort(dim=-1, stable=True)
         keys, values = (x.gather(2, order[..., None].expand_as(x)) for x in (writes.keys, writes.values))
         rates = writes.rates.map(lambda rate: rate.gather(2, order))
-        return ProjectedWrites(writes._replace(keys=keys, values=values, rates=rates), is_stored, order, tails)
+        thresholds = None if writes.thresholds is None else writes.thresholds.gather(2, order)
+        moved = writes._replace(keys=keys, values=values, rates=rates, thresholds=thresholds)
+        return ProjectedWrites(moved, is_stored, order, tails)

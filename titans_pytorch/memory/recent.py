@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.interface import PerParameter, Writes
+from titans_pytorch.memory.projections import Projections
 from titans_pytorch.memory.rows import rows_along
 from titans_pytorch.public_names import register_state
 
@@ -21,13 +22,15 @@ class RecentWrites(NamedTuple):
     values: Tensor  # (r n c d)
     rates: Tensor  # (p r n c)  of each parameter, or of all
     modulation: Tensor | None  # (p r n)
+    thresholds: Tensor | None = None  # (r n c)
 
     @classmethod
-    def of_nothing(cls, like: Tensor, num_rates: int, num_shares: int) -> RecentWrites:
+    def of_nothing(cls, like: Tensor, num_rates: int, num_shares: int, has_thresholds: bool) -> RecentWrites:
         """Before a stream begins: what has no step size.  like: a tensor shaped as keys"""
         rates = like.new_zeros(num_rates, *like.shape[:3])
         modulation = like.new_zeros(num_shares, *like.shape[:2]) if num_shares else None
-        return cls(torch.ones_like(like), torch.zeros_like(like), rates, modulation)
+        thresholds = like.new_ones(like.shape[:3]) if has_thresholds else None
+        return cls(torch.ones_like(like), torch.zeros_like(like), rates, modulation, thresholds)
 
     def before(self, writes: Writes) -> Writes:
         """Writes with these in front of them."""
@@ -47,6 +50,7 @@ class RecentWrites(NamedTuple):
             values=joined(self.values, writes.values),
             rates=rates,
             modulation={name: joined(share, writes.modulation[name]) for name, share in shares.items()},
+            thresholds=joined_if_there(self.thresholds, writes.thresholds, 1),
             num_older=self.keys.shape[1],
         )
 
@@ -59,26 +63,43 @@ class RecentWrites(NamedTuple):
             writes.values[:, first:].clone(),
             torch.stack([rate[:, first:] for rate in rates]),
             torch.stack([share[:, first:] for share in shares]) if shares else None,
+            None if writes.thresholds is None else writes.thresholds[:, first:].clone(),
         )
 
     def after_nothing(self, num_chunks: int) -> RecentWrites:
         """The last of them where so many chunks have stored nothing."""
         num = min(num_chunks, self.keys.shape[1])
         shares = 0 if self.modulation is None else len(self.modulation)
-        new = RecentWrites.of_nothing(self.keys[:, :num], len(self.rates), shares)
+        new = RecentWrites.of_nothing(self.keys[:, :num], len(self.rates), shares, self.thresholds is not None)
 
-        def shifted(old: Tensor, new: Tensor, axis: int) -> Tensor:
-            return torch.cat((old.narrow(axis, num, old.shape[axis] - num), new), dim=axis)
+        def shifted(old: Tensor | None, new: Tensor | None, axis: int) -> Any:
+            return None if old is None else joined_if_there(old.narrow(axis, num, old.shape[axis] - num), new, axis)
 
-        modulation = None
-        if self.modulation is not None and new.modulation is not None:
-            modulation = shifted(self.modulation, new.modulation, 2)
-        return RecentWrites(
-            shifted(self.keys, new.keys, 1),
-            shifted(self.values, new.values, 1),
-            shifted(self.rates, new.rates, 2),
-            modulation,
-        )
+        return RecentWrites(*map(shifted, self, new, (1, 1, 2, 2, 1)))
+
+
+def joined_if_there(old: Tensor | None, new: Tensor | None, axis: int) -> Tensor | None:
+    """Older chunks and newer ones, of what a memory may have."""
+    return None if old is None or new is None else torch.cat((old, new), dim=axis)
+
+
+def written(writes: Writes, recent: RecentWrites | None) -> Writes:
+    """What a span stores, behind what its windows look back at."""
+    return writes if recent is None else recent.before(writes)
+
+
+def fresh_recent(layers: Projections, batch: int, chunk: int, like: Tensor) -> RecentWrites | None:
+    """What windows look back at before a stream begins; None without any.  like: of the dtype of weights"""
+    window = layers.rule.window
+    if window == 1:
+        return None
+    writes = (chunk - int(layers.looks_ahead)) * layers.num_kv_per_token
+    keys = like.new_zeros(batch * layers.heads, window - 1, writes, layers.dim_head)
+    (rate,) = (gate for gate in layers.rule.gates if gate.kind == "rate")
+    num_parameters = len(layers.parameter_names)
+    num_shares = 0 if layers.to_layer_modulation is None else num_parameters
+    num_rates = num_parameters if rate.varies == "parameter" else 1
+    return RecentWrites.of_nothing(keys, num_rates, num_shares, layers.to_threshold is not None)
 
 
 def check_recent(given: RecentWrites | None, fresh: RecentWrites | None) -> None:

@@ -23,7 +23,7 @@ from titans_pytorch.memory.pieces import Pieces, Stored
 from titans_pytorch.memory.plan import BlockPlan, CallPlan
 from titans_pytorch.memory.projections import ProjectedWrites, Projections
 from titans_pytorch.memory.reading import SpanReader
-from titans_pytorch.memory.recent import RecentWrites
+from titans_pytorch.memory.recent import written
 from titans_pytorch.memory.recompute import recomputed
 from titans_pytorch.memory.results import CallResult, Moment, SpanResult, report_of
 from titans_pytorch.memory.series import SeriesPlan, in_series
@@ -108,7 +108,7 @@ class Stream:
         layer = None if self.residual is None or previous is None else self.residual.with_blocks(previous)
         projected = self.project(stored, span, moment)
         reader = None if seq is None else self.reader(seq, moment, span)
-        writes = written(projected, moment.recent)
+        writes = None if projected is None else written(projected.writes, moment.recent)
         series = in_series(span, call.choice)
         blocks, losses = [], []
         for each, shares in zip(series, self.shares(projected, series), strict=True):
@@ -205,10 +205,3 @@ class Stream:
         if is_first:
             reader.read_older(span[0].first_group)
         return reader
-
-
-def written(projected: ProjectedWrites | None, recent: RecentWrites | None) -> Writes | None:
-    """What a span stores, behind what its windows look back at."""
-    if projected is None or recent is None:
-        return None if projected is None else projected.writes
-    return recent.before(projected.writes)

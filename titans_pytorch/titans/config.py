@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from titans_pytorch.checks import value_checks
-from titans_pytorch.fast_weights.rules.registry import RULES
+from titans_pytorch.fast_weights.rules.registry import make_of
 from titans_pytorch.losses import loss_by_name
 from titans_pytorch.memory import atlas, delta
+from titans_pytorch.memory.miras import kind_of_miras
 from titans_pytorch.memory.paper import DECAY_BIAS, MAX_STEP
 from titans_pytorch.memory_models import MODELS
 from titans_pytorch.public_names import register_named
@@ -127,7 +128,7 @@ class TitansConfig:
         value_checks.check_multiple("memory_refresh", self.memory_refresh, self.memory_chunk)
         value_checks.check_choice("gate", self.gate, get_args(GateForm))
         value_checks.check_choice("memory_model", self.memory_model, tuple(MODELS))
-        value_checks.check_choice("memory_rule", self.memory_rule, tuple(RULES))
+        make_of(self.memory_rule, "memory_rule")
         value_checks.check_switches(token_gates=self.token_gates)
         if self.memory_loss is not None:
             loss_by_name(self.memory_loss, "memory_loss")
@@ -174,6 +175,12 @@ class TitansConfig:
     def atlas(cls, dim: int, depth: int, **overrides: Any) -> TitansConfig:
         """Memories with a window, momentum and orthogonal steps, as `NeuralMemory.atlas`."""
         return cls.omeganet(dim, depth, **dict(memory_rule="atlas", momentum=True) | overrides)
+
+    @classmethod
+    def miras(cls, kind: str, dim: int, depth: int, **overrides: Any) -> TitansConfig:
+        """Memories of Miras, yaad, moneta or memora, as `NeuralMemory.miras`."""
+        own = {f"memory_{name}": value for name, value in kind_of_miras(kind).items()}
+        return cls(dim=dim, depth=depth, **dict(momentum=False, memory_refresh=8) | own | overrides)
 
     @classmethod
     def preset(cls, size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> TitansConfig:

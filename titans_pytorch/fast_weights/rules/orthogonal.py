@@ -52,6 +52,10 @@ class Orthogonal(Rule):
         """What the other rule keeps."""
         return self.rule.retain(weights, step, gates, start)
 
+    def begun(self, weights: Tensor) -> Tensor:
+        """What a learned start stands for to the other rule."""
+        return self.rule.begun(weights)
+
     def coefficients(self, gates: Gates) -> Coefficients:
         """Those of the other rule: `transform` acts between its step and its weights."""
         return self.rule.coefficients(gates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from titans_pytorch.fast_weights.rules.atlas import SteppedByLength
 from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
 from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
 from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
+from titans_pytorch.fast_weights.rules.retention import KullbackLeibler, QNorm, Retained
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.rules.titans import Titans
 
@@ -58,7 +60,7 @@ SWITCHES = (
 MakeRule = Callable[[RuleOptions], Rule]
 
 
-def titans(options: RuleOptions, kind: type[Titans] = Titans) -> Rule:
+def titans(options: RuleOptions, kind: Callable[..., Titans] = Titans) -> Rule:
     """Momentum and forgetting, as the published options ask for them; kind: of what is near to them"""
     orders = options.momentum_order if options.momentum else 0
     num_combined = orders + options.learned_combine_include_zeroth if options.learned_momentum_combine else 0
@@ -82,12 +84,48 @@ def atlas(options: RuleOptions) -> Rule:
     return Orthogonal(titans(options, SteppedByLength))
 
 
+def norm_retention(options: RuleOptions, number: float = 4.0) -> Rule:
+    """Weights that are divided by a power of their norm, as Moneta's."""
+    return titans(options, partial(Retained, QNorm(number)))
+
+
+def kl_retention(options: RuleOptions) -> Rule:
+    """Weights that are shares, as Memora's."""
+    return titans(options, partial(Retained, KullbackLeibler()))
+
+
 RULES: dict[str, MakeRule] = {
     "atlas": atlas,
     "titans": titans,
+    "kl": kl_retention,
+    "lq": norm_retention,
     "gated_delta": partial(titans, kind=GatedDelta),
     "decay_to_start": partial(titans, kind=DecayToStart),
 }
+
+
+NUMBERED: dict[str, Callable[..., Rule]] = {"lq": norm_retention}
+"""Rules with a number behind a colon"""
+
+
+def make_of(name: str, argument: str = "rule") -> MakeRule:
+    """How a rule that is known is made: lq, or lq:2.5 with a number of its own."""
+    if name in RULES:
+        return RULES[name]
+    kind, _, number = name.partition(":")
+    if kind not in NUMBERED:
+        known = ", ".join(map(repr, sorted(RULES)))
+        raise ValueError(f"{argument} must be one of {known}, lq with a number as in 'lq:4', or a Rule, got {name!r}")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not 1 < value < math.inf or value == 3:
+        raise ValueError(
+            f"{argument} 'lq' must have a number above 1 behind its colon, and not 3, where weights forget how long "
+            f"they were, got {name!r}"
+        )
+    return partial(NUMBERED[kind], number=value)
 
 
 def register_rule(name: str, make: MakeRule) -> None:
@@ -100,9 +138,7 @@ def register_rule(name: str, make: MakeRule) -> None:
 def rule_of(rule: str | Rule, options: RuleOptions, defaults: RuleOptions) -> Rule:
     """The rule of a memory: one by name, made as the options ask, or one that is given and needs no options."""
     if isinstance(rule, str):
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(map(repr, sorted(RULES)))} or a Rule, got {rule!r}")
-        return RULES[rule](options)
+        return make_of(rule)(options)
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a name or a Rule, got {type(rule).__name__}")
     if given := [name for name, value in vars(options).items() if value != getattr(defaults, name)]:

@@ -138,6 +138,10 @@ class Rule:
         """The weights after a chunk.  Multiply the old ones by `gates.keep`: it also carries what is not finite."""
         raise NotImplementedError
 
+    def begun(self, weights: Tensor) -> Tensor:
+        """The weights that a learned start stands for.  (r ...)"""
+        return weights
+
     @property
     def is_factored(self) -> bool:
         """Whether weights can be read without building a chunk's step."""
