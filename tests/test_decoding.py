@@ -15,10 +15,11 @@ from tests.mutants.breaking import wrapped
 from tests.support.sequence_modules import READERS
 from tests.support.titans_configurations import CASES, VARIANTS, build, config_of, random_ids
 from tests.test_ragged import model_of
-from titans_pytorch import ConversationPool, RaggedState, TitansMAG, writes_off
+from titans_pytorch import ConversationPool, NeuralMemState, RaggedState, TitansMAG, writes_off
 from titans_pytorch.decoding import Cadence, Due, RowBatch
 from titans_pytorch.decoding import batch as batch_file
 from titans_pytorch.decoding import due as due_file
+from titans_pytorch.decoding import memory as memory_file
 from titans_pytorch.decoding.memory import MemoryByRows
 from titans_pytorch.decoding.window import WindowRows
 from titans_pytorch.titans.mixers.by_rows import ContextByRows
@@ -57,6 +58,35 @@ def test_rows_at_positions_of_their_own_are_each_as_alone(variant: str, name: st
         more, after = model(text[:, length + 20 :], rows.state(row))
         assert_close(more[0], expected[row, 20:], **EXACT)
         assert after.num_tokens == length + 29
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "windows": dict(memory_options=dict(window=3)),
+    "windows, powers, gates of parameters": dict(
+        memory_options=dict(window=2, key_powers=2, per_parameter_gates=True, per_parameter_lr_modulation=True)
+    ),
+    "atlas": dict(memory_rule="atlas", memory_options=dict(window=3)),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@torch.no_grad()
+def test_rows_look_back_at_chunks_of_their_own(name: str) -> None:
+    model, texts = build("lmm", **WINDOWS[name]), texts_of(15)
+    assert model.why_by_groups == ""
+    rows = batch_of(model, [text[:, :length] for text, length in zip(texts, LENGTHS, strict=True)])
+    steps = [torch.cat([text[0, n + i : n + i + 1] for text, n in zip(texts, LENGTHS, strict=True)]) for i in range(9)]
+    found, expected = torch.stack([rows.run(ids) for ids in steps], dim=1), alone(model, texts)
+    assert_close(found, expected[:, :9], **EXACT)
+    for row, (text, length) in enumerate(zip(texts, LENGTHS, strict=True)):
+        assert_close(model(text[:, length + 9 :], rows.state(row))[0][0], expected[row, 9:], **EXACT)
+
+
+def test_rows_know_all_that_a_state_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is new in a state has to be carried by rows, or models that keep it go by groups."""
+    assert set(NeuralMemState._fields) >= memory_file.CARRIED
+    monkeypatch.setattr(memory_file, "CARRIED", memory_file.CARRIED - {"tails"})
+    assert build("lmm").why_by_groups.endswith("TitansLMM has a memory that keeps tails beside its weights")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -245,6 +275,8 @@ def test_a_sentence_says_why_a_model_goes_by_groups() -> None:
             return super().hidden_states(ids, state)
 
     assert Own(11, config_of("plain")).why_by_groups == begins + "Own reads tokens in a way of its own"
+    model.layers[1].mixer.memory = nn.Identity()
+    assert model.why_by_groups == begins + "TitansMAG has a memory of another kind, Identity"
     model.layers[1].mixer = nn.Sequential()
     assert model.why_by_groups == begins + "TitansMAG has a mixer of another kind, Sequential"
     model.layers[1] = nn.Sequential()

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titans_pytorch.decoding.due import TokenStep
 from titans_pytorch.fast_weights.interface import Carry, Weights
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.core import MemoryCore
 from titans_pytorch.memory.projections import StoredTokens
+from titans_pytorch.memory.recent import RecentWrites
+from titans_pytorch.memory.rows import map_rows, selected
 from titans_pytorch.memory.state import NeuralMemState, ReadingGroup, Updates
+from titans_pytorch.neural_memory import NeuralMemory
 
 
 class MemoryRows(NamedTuple):
@@ -23,10 +26,22 @@ class MemoryRows(NamedTuple):
     momenta: tuple[Weights, ...]  # (b h ...)  of every order
     waiting: Tensor  # (b c dim)  tokens of the unfinished chunk, with room for all of it
     tails: Tails
+    recent: RecentWrites | None  # what a window still sees of the chunks before
 
 
-def why_not_memory_by_rows(memory: MemoryCore) -> str:
+CARRIED = frozenset(
+    ["seq_index", "weights", "cache_store_segment", "states", "updates", "cache_store_mask", "group", "tails", "recent"]
+)
+"""The fields of a memory's state that rows know of"""
+
+
+def why_not_memory_by_rows(memory: nn.Module) -> str:
     """What keeps a memory from being decoded by rows, as the end of a sentence; empty: nothing does."""
+    if type(memory) is not NeuralMemory:
+        return f"has a memory of another kind, {type(memory).__name__}"
+    others = [name for name in NeuralMemState._fields if name not in CARRIED]
+    if others and (kept := [name for name in others if getattr(memory.init_state(1), name) is not None]):
+        return f"has a memory that keeps {kept[0]} beside its weights"
     if memory.evolution.mixes_tokens:
         return "has a memory model that mixes the tokens of a chunk"
     if memory.layout.retrieve_chunk != memory.layout.store_chunk:
@@ -63,7 +78,8 @@ class MemoryByRows:
             for weights in (state.base, state.current, *orders)
         )
         tails = Tails(*(None if tail is None else tail.clone() for tail in state.tails))
-        return MemoryRows(base, current, tuple(momenta), waiting, tails)
+        recent = map_rows(lambda _, tensor: tensor.clone(), state.recent)
+        return MemoryRows(base, current, tuple(momenta), waiting, tails, recent)
 
     def leave(self, rows: MemoryRows, row: int, num_seen: int) -> NeuralMemState:
         """The state of a row whose memory has seen so many tokens, as a copy."""
@@ -81,6 +97,7 @@ class MemoryByRows:
             updates=Updates(num_seen // chunk, 0, current, []),
             group=ReadingGroup(None, None),
             tails=Tails(*(None if tail is None else tail[row : row + 1].clone() for tail in rows.tails)),
+            recent=selected(rows.recent, [row], len(rows.waiting)),
         )
 
     def advance(self, x: Tensor, rows: MemoryRows, step: TokenStep) -> Tensor:
@@ -117,6 +134,8 @@ class MemoryByRows:
         tails = Tails(None, *(None if tail is None else tail[chunks] for tail in rows.tails[1:]))
         chunk = StoredTokens(waiting, waiting, None)
         writes, _, _, tails = memory.project_writes(chunk, waiting.shape[1], memory.weight_dtype, tails)
+        older = selected(rows.recent, chunks, len(rows.waiting))
+        writes = writes if older is None else older.before(writes)
         block, _ = memory.evolution.store(carry, writes)
         after = block.finish()
         if renewals is not None:
@@ -128,6 +147,10 @@ class MemoryByRows:
         for kept, new in zip(rows.tails[1:], tails[1:], strict=True):
             if kept is not None and new is not None:
                 kept.index_copy_(0, chunks, new)
+        if rows.recent is not None and older is not None:
+            heads = torch.arange(memory.heads, device=chunks.device)
+            where = (chunks[:, None] * memory.heads + heads).flatten()
+            map_rows(lambda axis, kept, new: kept.index_copy_(axis, where, new), rows.recent, older.after(writes))
 
     def renewed(self, carry: Carry, renewals: Tensor) -> Carry:
         """The weights of some rows become their base, within limits.  renewals: (k)"""

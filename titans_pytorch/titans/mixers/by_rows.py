@@ -37,7 +37,8 @@ class MixerByRows(ABC, Generic[Kind]):
 
     def __init__(self, mixer: Kind, cadence: Cadence) -> None:
         self.mixer, self.cadence = mixer, cadence
-        self.memory = None if mixer.memory is None else MemoryByRows(mixer.memory)
+        memory: Any = mixer.memory
+        self.memory = None if memory is None else MemoryByRows(memory)
 
     def enter(self, state: Any, position: int, batch: int) -> MixerRows:
         """The rows of a state of sequences that have read so many tokens, as copies."""
