@@ -41,8 +41,8 @@ ROWS_AT_ONCE = 2048
 class Settings:
     """Everything that decides a run beside data, model and seed.
 
-    lookback: steps that are seen, in patches; batch: series of windows; linear_steps: of DLinear, whose steps are
-    forty times as fast
+    lookback: steps that are seen, in patches; batch: series of windows; linear_steps: of DLinear, whose steps
+    cost little
     """
 
     lookback: int = 336
