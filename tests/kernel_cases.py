@@ -20,7 +20,7 @@ from titans_pytorch.fast_weights.renewal import MAX_CARRIED_GRADIENT
 from titans_pytorch.kernels import epilogues
 from titans_pytorch.kernels.renewals import Precision, Renewals, renewal_loop, run_loop
 from titans_pytorch.losses import summed_squared_error
-from titans_pytorch.memory.projections import StoredTokens
+from titans_pytorch.memory.pieces import StoredTokens
 from titans_pytorch.memory_models import NORM_GAIN
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,6 +11,7 @@ from tests.mutants import (  # noqa: F401  (each registers its own)
     miras,
     papers,
     recurrences,
+    shards,
     solved,
     streams,
     surprises,

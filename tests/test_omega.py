@@ -18,7 +18,7 @@ from tests.support.streams import disturbed, in_pieces, randn
 from tests.test_exactness import check
 from titans_pytorch import NeuralMemory, TitansConfig, TitansLMM, audit, load_state, save_state
 from titans_pytorch.memory.key_powers import KeyPowers
-from titans_pytorch.memory.projections import StoredTokens
+from titans_pytorch.memory.pieces import StoredTokens
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 NEVER, ALWAYS = -80.0, 80.0

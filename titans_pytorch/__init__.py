@@ -31,6 +31,7 @@ from titans_pytorch.titans import (
     TitansMAL,
     TitansState,
 )
+from titans_pytorch.tnt_memory import TNTMemory, TNTState
 
 try:
     __version__ = version("titans-pytorch")
@@ -54,6 +55,8 @@ __all__ = [
     "RaggedState",
     "ResidualNorm",
     "SegmentedAttention",
+    "TNTMemory",
+    "TNTState",
     "TitansBackbone",
     "TitansConfig",
     "TitansLMM",

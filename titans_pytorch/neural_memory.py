@@ -16,30 +16,32 @@ from titans_pytorch.fast_weights.rules.registry import RuleOptions, rule_of
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.losses import HuberOfTokens, mean_squared_error
-from titans_pytorch.memory.call import PreviousWeights, advance, plan_of
+from titans_pytorch.memory.call import PreviousWeights
 from titans_pytorch.memory.core import MemoryOptions
-from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.options import (
     GateOptions,
     ModelOptions,
     ProjectionOptions,
     RenewalOptions,
+    ShardOptions,
+    SpanKind,
     check_scan,
+    layout_of,
     loss_of,
+    model_arguments,
     without_effect,
 )
+from titans_pytorch.memory.pieces import StoredTokens
 from titans_pytorch.memory.plan import CallPlan
 from titans_pytorch.memory.presets import PresetMemory
-from titans_pytorch.memory.projections import StoredTokens
 from titans_pytorch.memory.ragged_call import advance_ragged, check_for_each_row
 from titans_pytorch.memory.results import LossAndRates
+from titans_pytorch.memory.shards import advance_in_shards, plan_in_shards
 from titans_pytorch.memory.state import NeuralMemState, Updates, mem_state_detach
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.ragged import Marks, RaggedState, marks_of
 
 __all__ = ["AssocScan", "NeuralMemState", "NeuralMemory", "mem_state_detach"]
-
-DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
 
 
 class NeuralMemory(Pretrained, PresetMemory):
@@ -110,6 +112,9 @@ class NeuralMemory(Pretrained, PresetMemory):
             a is learned for every head, and starts as 1/i!
         keep_lengths: where the base is renewed, the weights of every output of a matrix are made as long again as they
             were in the initial memory
+        shard: tokens after which the memory restarts from its learned start (TNT, docs/rules.md); None: never. Whole
+            shards of a call are read side by side; `updates` of a state are of the shard that it is in
+        qk_projection: queries are projected on the keys of their "chunk" or "shard" up to them; None: they are not
     """
 
     def __init__(
@@ -163,16 +168,14 @@ class NeuralMemory(Pretrained, PresetMemory):
         window: int = 1,
         key_powers: int = 1,
         keep_lengths: bool = False,
+        shard: int | None = None,
+        qk_projection: SpanKind | None = None,
     ) -> None:
-        retrieve_chunk, store_chunk = value_checks.check_chunk_size(chunk_size)
-        value_checks.check_whole(dim=dim, batch_size=batch_size)
-        value_checks.check_multiple("batch_size", batch_size, store_chunk)
+        value_checks.check_whole(dim=dim)
         value_checks.check_positive(max_grad_norm=max_grad_norm)
         value_checks.check_switches(qkv_receives_diff_views=qkv_receives_diff_views)
         check_scan(use_accelerated_scan)
-        if attn_pool_chunks and store_chunk == 1:
-            raise ValueError("attn_pool_chunks needs a store chunk size of at least 2 tokens, got 1")
-        layout = Layout(retrieve_chunk, store_chunk, batch_size)
+        layout = layout_of(chunk_size, batch_size, attn_pool_chunks)
         projections = ProjectionOptions(
             dim=dim,
             heads=heads,
@@ -228,6 +231,7 @@ class NeuralMemory(Pretrained, PresetMemory):
                 rule=rule_of(rule, rules, DEFAULT_RULE),
                 loss_fn=loss_fn,
                 renewal=renewal,
+                sharding=ShardOptions(shard, qk_projection),
                 layout=layout,
                 num_views=3 if qkv_receives_diff_views else None,
                 engine=engine,
@@ -334,7 +338,7 @@ class NeuralMemory(Pretrained, PresetMemory):
             check_for_each_row(prev_weights=prev_weights is not None, return_surprises=return_surprises)
             found, after = advance_ragged(self, queries, new, marks or Marks(None, None), state, layout)
             return found, after.detach() if detach_mem_state else after
-        retrieved, state, surprises = advance(self, queries, new, state, prev_weights, layout)
+        retrieved, state, surprises = advance_in_shards(self, queries, new, state, prev_weights, layout)
         retrieved = cast(Tensor, retrieved)  # something was read
         state = state.detach() if detach_mem_state else state
         return (retrieved, state, surprises) if return_surprises else (retrieved, state)
@@ -372,20 +376,13 @@ class NeuralMemory(Pretrained, PresetMemory):
             tensor_checks.check_past_state(past_state)
             state = state._replace(states=past_state)
         new = StoredTokens(keys, values, mask)
-        _, state, surprises = advance(self, None, new, state, prev_weights, self.layout)
+        _, state, surprises = advance_in_shards(self, None, new, state, prev_weights, self.layout)
         return (state.updates, state, surprises) if return_surprises else (state.updates, state)
 
     def plan(self, batch: int, num_tokens: int, state: NeuralMemState | None = None) -> CallPlan:
         """How a call with so many tokens will be run; `explain()` says it in words."""
         first_token, first_chunk = (1, 0) if state is None else (state.num_seen + 1, state.seq_index)
-        return plan_of(self, self.layout, batch, first_token, num_tokens, first_chunk // self.layout.store_chunk)
-
-
-def model_arguments(model: nn.Module | str | None, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The arguments of the memory model, where it is made here."""
-    if given is not None and not isinstance(model, nn.Module):
-        return given
-    return DEFAULT_MODEL if model in (None, "mlp") else {}
+        return plan_in_shards(self, self.layout, batch, first_token, num_tokens, first_chunk // self.layout.store_chunk)
 
 
 def _default_of(name: str) -> Any:

@@ -19,12 +19,13 @@ from titans_pytorch.memory.state import NeuralMemState, Updates
 from titans_pytorch.public_names import public_name, state_kind
 from titans_pytorch.ragged.state import RaggedState
 from titans_pytorch.titans.state import TitansState
+from titans_pytorch.tnt_memory import TNTState
 
 FORMAT, VERSION = "titans_pytorch.state", 2  # 1: the blocks of all Titans models had one kind of state
-State = NeuralMemState | MACCache | TitansState | RaggedState
+State = NeuralMemState | TNTState | MACCache | TitansState | RaggedState
 SAMPLED = 64
 """Values of each parameter that a fingerprint looks at: training changes nearly all"""
-KINDS = "a NeuralMemState, a MACCache, a TitansState or a RaggedState"
+KINDS = "a NeuralMemState, a TNTState, a MACCache, a TitansState or a RaggedState"
 
 
 def save_state(state: State, path: str | Path, model: nn.Module | None = None) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from tests.support.configurations import DIM_HEAD, OPTIONS, Case, with_rule
 from tests.support.rules_by_the_book import ATLAS, DECAY_TO_START, GATED_DELTA, GATED_DELTA_WINDOW, MEMORA, MONETA
+from tests.support.shards_by_the_book import ShardsUnderTest
 
 PLAIN = {name: values[0] for name, values in OPTIONS.items() if name not in ("mask", "store_seq", "batches")} | {
     "dim": 4,
@@ -65,6 +67,15 @@ LINEAR = PLAIN | {
 WINDOW = PLAIN | {"batch_size": 4, "window": 4, "key_powers": 3, "per_parameter_lr_modulation": True}
 
 
+IN_SHARDS = PLAIN | {"dim": 6, "heads": 2, "batch_size": 2, "conv_size": 3}
+
+
+def in_shards(qk_projection: Literal["chunk", "shard"]) -> Case:
+    """Parts of a shard, whole ones side by side, and a border between calls."""
+    drawn = case(IN_SHARDS, split=(5, 3, 16, 1, 9), mask=True)
+    return replace(drawn, shards=ShardsUnderTest(8, qk_projection))
+
+
 def case(
     chosen: dict[str, Any],
     split: tuple[int, ...] = (5, 1, 7),
@@ -121,6 +132,8 @@ CASES = {
     "moneta": with_rule(case(PLAIN | {"batch_size": 4, "loss": "lp:3"}, engine="dense"), MONETA),
     "memora": with_rule(case(PLAIN | {"batch_size": 2}, engine="dense", mask=True), MEMORA),
     "lengths": case(PLAIN | {"batch_size": 4, "keep_lengths": True, "max_weight_growth": None}),
+    "shards": in_shards("shard"),
+    "shards, keys of chunks": in_shards("chunk"),
     "huber": case(PLAIN | {"loss": "huber:0.3"}),
     "lp": case(PLAIN | {"loss": "lp:3"}),
     "cosine": case(PLAIN | {"loss": "cosine"}),

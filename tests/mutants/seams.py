@@ -96,17 +96,17 @@ def keywords_are_identifiers(patcher: pytest.MonkeyPatch) -> None:
 
 
 def a_memory_that_is_off_begins_anew(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, memory: Any, seq: Tensor, state: Any, num_chunks: int) -> Any:
+    def change(original: Any, memory: Any, seq: Tensor, state: Any, num_chunks: int, told: Any) -> Any:
         fresh = memory.init_state(state.batch)
-        return original(memory, seq, state._replace(weights=fresh.weights, states=fresh.states), num_chunks)
+        return original(memory, seq, state._replace(weights=fresh.weights, states=fresh.states), num_chunks, told)
 
     wrapped(patcher, call, "only_read", change)
 
 
 def a_memory_that_is_off_forgets_its_tail(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, memory: Any, seq: Tensor, state: Any, num_chunks: int) -> Any:
+    def change(original: Any, memory: Any, seq: Tensor, state: Any, num_chunks: int, told: Any) -> Any:
         fresh = memory.fresh_tails(state.batch)
-        return original(memory, seq, state._replace(tails=fresh), num_chunks)
+        return original(memory, seq, state._replace(tails=fresh), num_chunks, told)
 
     wrapped(patcher, call, "only_read", change)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support.oracle import Layer, OracleOutput, oracle
+from tests.support.shards_by_the_book import ShardsUnderTest
 from tests.support.streams import disturbed
 from titans_pytorch import NeuralMemory, memory_models
 from titans_pytorch.fast_weights.rules.registry import RuleOptions
@@ -132,6 +133,7 @@ class Case:
     has_store_seq: bool
     engine: str | None = field(default=None)
     rule: RuleUnderTest | None = field(default=None)
+    shards: ShardsUnderTest = field(default=ShardsUnderTest(None))
 
 
 @st.composite
@@ -205,6 +207,7 @@ def build(case: Case, **changes: Any) -> NeuralMemory:
     activation = None if options["activation"] is None else nn.SiLU()
     if case.rule is not None:
         options["rule"] = case.rule.make()
+    options |= case.shards._asdict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         memory = NeuralMemory(
@@ -247,6 +250,7 @@ def by_oracle(
     if case.rule is not None:
         options |= {"momentum": case.rule.orders > 0, "momentum_order": max(case.rule.orders, 1)}
         options |= {"window": case.rule.window}
+    layer = None if case.shards == ShardsUnderTest(None) else case.shards.layer
     parameters = dict(memory.named_parameters())
     return oracle(
         parameters,
@@ -255,7 +259,7 @@ def by_oracle(
         store_seq=fed.store_seq,
         store_mask=fed.mask,
         prev_updates=prev_updates,
-        layer_kind=None if case.rule is None else case.rule.layer,
+        layer_kind=layer if case.rule is None else case.rule.layer,
         **options,
     )
 

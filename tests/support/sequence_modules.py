@@ -35,6 +35,7 @@ from titans_pytorch import (
     TitansMAC,
     TitansMAG,
     TitansMAL,
+    TNTMemory,
 )
 from titans_pytorch.attention_transformer import AttentionTransformer
 
@@ -112,6 +113,7 @@ MEMORY_OPTIONS: dict[str, dict[str, Any]] = {
     "yaad": dict(dim=DIM, chunk_size=4, batch_size=4, loss="yaad"),
     "moneta": dict(dim=DIM, chunk_size=4, batch_size=4, loss="lp:3", rule="lq:4", momentum=False),
     "memora": dict(dim=DIM, chunk_size=4, batch_size=4, rule="kl", momentum=False),
+    "in shards": dict(dim=DIM, chunk_size=2, batch_size=2, shard=4, qk_projection="shard", conv_size=3),
     "a chunk is a token": dict(dim=DIM, chunk_size=1, batch_size=5, default_step_transform_max_lr=0.1),
 }
 MEMORY_MODELS = {
@@ -176,6 +178,12 @@ def readers() -> dict[str, Reader]:
         )
     found["NeuralMemory, the paper's"] = Reader(
         NeuralMemory, lambda: NeuralMemory.paper(DIM, heads=2, chunk_size=4), "features", with_state
+    )
+    found["TNTMemory"] = Reader(
+        TNTMemory,
+        lambda: TNTMemory(DIM, heads=2, global_chunk=4, local_chunks=(2, 1), shard=4),
+        "features",
+        with_state,
     )
     for kind, build in MEMORY_MODELS.items():
         found[kind.__name__] = Reader(kind, build, "features", None)

@@ -82,6 +82,16 @@ def check_widths(name: str, given: Any) -> tuple[int, ...]:
     return widths
 
 
+def check_sizes(name: str, given: Any) -> tuple[int, ...]:
+    """At least one whole number above zero."""
+    if isinstance(given, (int, str)) or not hasattr(given, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of whole numbers, got {given!r}")
+    if not (sizes := tuple(given)):
+        raise ValueError(f"{name} must have at least one number, got {sizes}")
+    check_whole(**{f"{name}[{i}]": size for i, size in enumerate(sizes)})
+    return sizes
+
+
 def check_layers(name: str, given: Any, depth: int) -> tuple[int, ...]:
     """Numbers of layers, from 1; None: all of them."""
     if given is None:

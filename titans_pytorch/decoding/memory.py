@@ -11,7 +11,7 @@ from titans_pytorch.decoding.due import TokenStep
 from titans_pytorch.fast_weights.interface import Carry, Weights
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.core import MemoryCore
-from titans_pytorch.memory.projections import StoredTokens
+from titans_pytorch.memory.pieces import StoredTokens
 from titans_pytorch.memory.recent import RecentWrites
 from titans_pytorch.memory.rows import map_rows, selected
 from titans_pytorch.memory.state import NeuralMemState, ReadingGroup, Updates
@@ -48,6 +48,8 @@ def why_not_memory_by_rows(memory: nn.Module) -> str:
         return "has a memory that reads in other chunks than it stores in"
     if memory.num_views is not None or memory.to_learned_weight_residual_mix is not None:
         return "has a memory that is given more than its tokens"
+    if memory.sharding.shard is not None:
+        return "has a memory that restarts with every shard"
     return "" if memory.writes_are_on else "has a memory whose writes are off"
 
 

@@ -93,6 +93,9 @@ class TitansModelConfig(LibraryConfig):
     memory_loss: str | None = None
     memory_rule: str = "titans"
     token_gates: bool = False
+    memory_local_chunks: list[int] | tuple[int, ...] = ()
+    memory_shard: int = 512
+    memory_qk_projection: str | None = "shard"
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.memory_options = self.memory_options or {}
@@ -103,8 +106,8 @@ class TitansModelConfig(LibraryConfig):
     def titans_config(self) -> TitansConfig:
         """The library's configuration with these sizes and settings."""
         settings = self.settings(TitansConfig.__dataclass_fields__)
-        if settings["memory_layers"] is not None:
-            settings["memory_layers"] = tuple(settings["memory_layers"])
+        for name in ("memory_layers", "memory_local_chunks"):
+            settings[name] = None if settings[name] is None else tuple(settings[name])
         return TitansConfig(**settings)
 
     @classmethod

@@ -30,6 +30,7 @@ class AskedMemory(MemoryCore):
         weights = dict(tensor_checks.checked_trajectory("weights", weights, self.parameter_names))
         if weights[name].ndim < form.ndim + 2:
             return self.ask(seq, weights)[0]
+        self.check_not_projected()
         seq, num_chunks = self.checked_tokens(seq), weights[name].shape[1] - 1
         self.check_weights(weights, seq.shape[0], num_chunks + 1)
         last_group = seq.shape[1] // self.layout.retrieve_chunk
@@ -48,10 +49,16 @@ class AskedMemory(MemoryCore):
             tail: what the call before returned, so that pieces of any length give what one call gives; None: the first
                 tokens of a stream
         """
+        self.check_not_projected()
         tokens = self.checked_tokens(tokens)
         self.check_weights(dict(weights), tokens.shape[0])
         weights = {name: outside_inference(weight) for name, weight in weights.items()}
         return read_block(self, tokens, StillBlock(Carry(weights, weights, {}, {})), tail)
+
+    def check_not_projected(self) -> None:
+        """Refuse a memory whose queries are projected on the keys of what is stored meanwhile."""
+        if self.sharding.key_span is not None:
+            raise ValueError(f"what is only read must have qk_projection=None, got {self.sharding.key_span!r}")
 
     def checked_tokens(self, seq: Tensor) -> Tensor:
         """Tokens to be read, (b n dim) or one (b dim).  -> (b n dim)"""

@@ -11,9 +11,8 @@ from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works, wri
 from titans_pytorch.fast_weights.interface import Carry
 from titans_pytorch.memory.core import MemoryCore
 from titans_pytorch.memory.layout import Layout
-from titans_pytorch.memory.pieces import Stored
+from titans_pytorch.memory.pieces import Stored, StoredTokens
 from titans_pytorch.memory.plan import CallPlan, plan_call
-from titans_pytorch.memory.projections import StoredTokens
 from titans_pytorch.memory.results import CallResult, LossAndRates, Moment, by_head
 from titans_pytorch.memory.state import NeuralMemState, Updates
 from titans_pytorch.memory.still import only_read
@@ -31,19 +30,21 @@ def advance(
     layout: Layout,
 ) -> tuple[Tensor | None, NeuralMemState, LossAndRates]:
     """Go on from a state; None: a stream begins.  seq: (b n dim), what is read; None: only store"""
-    batch, chunk, is_fresh = new.keys.shape[0], layout.store_chunk, state is None
+    batch, chunk, is_fresh = new.keys.shape[0], layout.store_chunk, memory.begins(state)
     state = memory.init_state(batch) if state is None else memory.checked_state(state, batch)
-    new = new if memory.writes_are_on else new.without_trace()
+    told, new = new, new if memory.writes_are_on else new.without_trace()
     stored = Stored(memory.waiting_tokens(state), new)
     num_chunks, first_chunk = stored.num_tokens // chunk, state.seq_index // chunk
     if memory.writes_are_on:
         residual = memory.checked_residual(prev_weights, first_chunk, num_chunks, batch)
         first_token = state.num_seen + 1
-        stream = Stream(memory, memory.evolution, memory.renewal, layout, residual, first_token, first_chunk)
+        stream = Stream(
+            memory, memory.evolution, memory.renewal, layout, residual, first_token, first_chunk, memory.told
+        )
         plan = plan_of(memory, layout, batch, first_token, new.keys.shape[1], first_chunk, residual is None)
         result = stream.run(plan, moment_of(memory, state, is_fresh), seq, stored)
     else:
-        result = only_read(memory, seq, state, num_chunks)
+        result = only_read(memory, seq, state, num_chunks, told)
     rest = stored.select(num_chunks * chunk, stored.num_tokens)
     after = state_after(state, result, rest, first_chunk, num_chunks, chunk)
     return result.reads, after, by_head(memory, result.reports, batch)
@@ -53,7 +54,7 @@ def moment_of(memory: MemoryCore, state: NeuralMemState, is_fresh: bool) -> Mome
     """Where the call begins."""
     moved = {} if is_fresh else {name: momenta.unbind(0) for name, momenta in state.momenta.items()}
     start = memory.init_weights(state.batch) if memory.rule.uses_start else {}
-    return Moment(Carry(state.base, state.current, moved, start), state.group, state.tails, state.recent)
+    return Moment(Carry(state.base, state.current, moved, start), state.group, state.tails, state.recent, state.span)
 
 
 def state_after(
@@ -74,6 +75,7 @@ def state_after(
         group=result.moment.group,
         tails=result.moment.tails,
         recent=result.moment.recent,
+        span=result.moment.span,
     )
 
 

@@ -21,9 +21,11 @@ from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.initialization import reset_parameters, write
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.costs import Representation, Sizes
+from titans_pytorch.memory.key_span import KeySpan, Told
 from titans_pytorch.memory.layout import Layout
-from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions
-from titans_pytorch.memory.projections import Projections, StoredTokens
+from titans_pytorch.memory.options import GateOptions, ModelOptions, ProjectionOptions, RenewalOptions, ShardOptions
+from titans_pytorch.memory.pieces import StoredTokens
+from titans_pytorch.memory.projections import Projections
 from titans_pytorch.memory.recent import check_recent, fresh_recent
 from titans_pytorch.memory.state import AnyState, NeuralMemState, Updates, restarted
 from titans_pytorch.memory_models import NORM_GAIN, LayerwiseMemory, ResidualNorm, memory_model_by_name
@@ -42,6 +44,7 @@ class MemoryOptions(NamedTuple):
     rule: Rule
     loss_fn: LossFn
     renewal: RenewalOptions
+    sharding: ShardOptions
     layout: Layout
     num_views: int | None  # of the input; None: it has no axis for them
     engine: EngineName | None
@@ -97,6 +100,8 @@ class MemoryCore(Projections):
                 "window must be 1 with accept_weight_residual=True, where every chunk is surprised at another memory, "
                 f"got {options.rule.window}"
             )
+        self.sharding = options.sharding
+        self.sharding.check(options.projections, self.layout, options.gates.accept_weight_residual)
         self.has_learned_gain, self.max_weight_growth = model.has_learned_gain, options.renewal.max_weight_growth
         self.keeps_lengths = options.renewal.keeps_lengths
 
@@ -207,8 +212,24 @@ class MemoryCore(Projections):
         waiting = self.memory_model_parameters[0].new_zeros(*views, batch, 0, self.dim)
         updates, tails = Updates(0, 0, weights, []), self.fresh_tails(batch)
         recent = fresh_recent(self, batch, self.layout.store_chunk, next(iter(weights.values())))
-        momenta = self.init_momentum(batch)
-        return NeuralMemState(0, weights, waiting, (weights, momenta), updates, tails=tails, recent=recent)
+        span = None if self.sharding.key_span is None else self.fresh_span(batch, tails)
+        current = (weights, self.init_momentum(batch))
+        return NeuralMemState(0, weights, waiting, current, updates, tails=tails, recent=recent, span=span)
+
+    def fresh_span(self, batch: int, tails: Tails) -> KeySpan:
+        """No keys yet."""
+        like, d = self.memory_model_parameters[0], self.dim_head
+        return KeySpan(like.new_zeros(batch * self.heads, d, d, dtype=self.weight_dtype), tails.keys)
+
+    def told(self, tokens: StoredTokens, span: KeySpan | None, first: int) -> Told | None:
+        """Tokens as what queries are projected on; None: they are not.  first: the position of the first, from 0"""
+        if span is None:
+            return None
+        return Told(tokens, span, first, self.layout.store_chunk if self.sharding.key_span == "chunk" else None)
+
+    def begins(self, state: NeuralMemState | None) -> bool:
+        """Whether the memory of a state is its learned start."""
+        return state is None or (self.sharding.shard is not None and state.num_seen % self.sharding.shard == 0)
 
     def reset(self, state: AnyState, rows: Tensor | None = None) -> AnyState:
         """Let some sequences of a batch forget everything, waiting tokens included, as where a new document begins.
@@ -299,10 +320,20 @@ class MemoryCore(Projections):
         tensor_checks.check_weights("state.states[1]", state.momenta, of_momenta, self.weight_dtype)
         views = None if self.num_views is None else 2
         tensor_checks.check_waiting(state.waiting, views=views, dim=self.dim, chunk=self.layout.store_chunk)
+        self.check_span(state.span, batch)
         for name, tail, fresh in zip(Tails._fields, state.tails, self.fresh_tails(batch), strict=True):
             tensor_checks.check_tail(f"state.tails.{name}", tail, None if fresh is None else fresh.shape)
         check_recent(state.recent, fresh_recent(self, batch, self.layout.store_chunk, next(iter(state.base.values()))))
         return state.outside_inference()
+
+    def check_span(self, span: KeySpan | None, batch: int) -> None:
+        """The keys of a span that this module could have seen."""
+        expected, d = self.sharding.key_span, self.dim_head
+        if (span is None) != (expected is None):
+            got = "without" if span is None else "with"
+            raise ValueError(f"state must be of a memory with qk_projection={expected!r}, got one {got} a span of keys")
+        if span is not None and span.total.shape != (shape := (batch * self.heads, d, d)):
+            raise ValueError(f"state.span.total must have the shape {shape}, got {tuple(span.total.shape)}")
 
     def checked_residual(
         self, prev_weights: NeuralMemState | Mapping[str, Tensor] | None, first_chunk: int, num_chunks: int, batch: int
@@ -355,6 +386,8 @@ class MemoryCore(Projections):
         value_checks.check_multiple("ttt_batch_size", ttt_batch_size, self.layout.store_chunk)
         layout = self.layout._replace(batch=ttt_batch_size)
         check_renewed(self.rule, layout, "ttt_batch_size")
+        if self.sharding.shard is not None and self.sharding.shard % ttt_batch_size:
+            raise ValueError(f"ttt_batch_size must divide the shard ({self.sharding.shard}), got {ttt_batch_size}")
         return layout
 
     # ---- as a module

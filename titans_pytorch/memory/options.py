@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ from titans_pytorch.fast_weights.interface import LossFn
 from titans_pytorch.fast_weights.rules.registry import RuleOptions
 from titans_pytorch.losses import loss_by_name, mean_squared_error, summed_squared_error
 from titans_pytorch.memory.layout import Layout
+
+DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
+
+SpanKind = Literal["chunk", "shard"]
+"""The tokens on whose keys a query is projected: those of its chunk or its shard, up to it"""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,30 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class ShardOptions:
+    """Where a memory restarts, and which keys its queries are projected on."""
+
+    shard: int | None  # tokens after which the memory is its start again
+    key_span: SpanKind | None
+
+    def check(self, projections: ProjectionOptions, layout: Layout, has_residual: bool) -> None:
+        """Whole chunks and batches in a shard, which begins as a stream does."""
+        value_checks.check_whole(shard=self.shard)
+        value_checks.check_choice("qk_projection", self.key_span, (None, *get_args(SpanKind)))
+        if self.shard is None and self.key_span == "shard":
+            raise ValueError("qk_projection='shard' needs a shard, got shard=None")
+        if self.shard is None:
+            return
+        for what, size in (("read", layout.retrieve_chunk), ("store", layout.store_chunk), ("batch", layout.batch)):
+            if size is not None and self.shard % size:
+                name = "batch size" if what == "batch" else f"chunk size to {what}"
+                raise ValueError(f"shard must be a multiple of the {name} ({size}), got {self.shard}")
+        if self.shard < (lookback := (projections.conv_size or 1) - 1):
+            raise ValueError(f"shard must be at least conv_size - 1 ({lookback}), got {self.shard}")
+        value_checks.check_exclusive(shard=True, accept_weight_residual=has_residual)
+
+
+@dataclass(frozen=True)
 class RenewalOptions:
     """What happens where the base is renewed."""
 
@@ -140,6 +169,23 @@ class RenewalOptions:
             raise ValueError(
                 f"max_weight_growth must be at least 1 (times the initial memory), got {self.max_weight_growth}"
             )
+
+
+def model_arguments(model: nn.Module | str | None, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The arguments of the memory model, where it is made here."""
+    if given is not None and not isinstance(model, nn.Module):
+        return given
+    return DEFAULT_MODEL if model in (None, "mlp") else {}
+
+
+def layout_of(chunk_size: int | tuple[int, int], batch_size: int | None, attn_pool_chunks: bool) -> Layout:
+    """How time is cut, in whole chunks."""
+    retrieve_chunk, store_chunk = value_checks.check_chunk_size(chunk_size)
+    value_checks.check_whole(batch_size=batch_size)
+    value_checks.check_multiple("batch_size", batch_size, store_chunk)
+    if attn_pool_chunks and store_chunk == 1:
+        raise ValueError("attn_pool_chunks needs a store chunk size of at least 2 tokens, got 1")
+    return Layout(retrieve_chunk, store_chunk, batch_size)
 
 
 def loss_of(store_memory_loss_fn: LossFn, summed_loss: bool, loss: str | None) -> LossFn:

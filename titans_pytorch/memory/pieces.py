@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from titans_pytorch.memory.projections import StoredTokens
+
+class StoredTokens(NamedTuple):
+    """Whole chunks of tokens, as they come."""
+
+    keys: Tensor  # (b t dim)    view that keys and gates are made of
+    values: Tensor  # (b t dim)    view that values are made of; the same tensor unless views differ
+    is_stored: Tensor | None  # (b t)  None: all
+
+    def without_trace(self) -> StoredTokens:
+        """The tokens, none of which is to be stored."""
+        return self._replace(is_stored=torch.zeros(self.keys.shape[:2], dtype=torch.bool, device=self.keys.device))
+
+    def map(self, change: Callable[..., Tensor], *args: Any) -> StoredTokens:
+        """What a change of (b t ...) makes of all of them; one view stays one."""
+        keys = change(self.keys, *args)
+        values = keys if self.values is self.keys else change(self.values, *args)
+        return StoredTokens(keys, values, None if self.is_stored is None else change(self.is_stored, *args))
+
+    def between(self, start: int, stop: int) -> StoredTokens:
+        """The tokens start..stop."""
+        return self.map(lambda x: x[:, start:stop])
 
 
 class Stored(NamedTuple):

@@ -25,19 +25,8 @@ from titans_pytorch.memory.gates import GateLayers, finite
 from titans_pytorch.memory.head_norms import MultiheadRMSNorm, head_norm
 from titans_pytorch.memory.key_powers import KeyPowers
 from titans_pytorch.memory.options import GateOptions, ProjectionOptions
+from titans_pytorch.memory.pieces import StoredTokens
 from titans_pytorch.memory_models import NORM_GAIN
-
-
-class StoredTokens(NamedTuple):
-    """Whole chunks of tokens, as they come."""
-
-    keys: Tensor  # (b t dim)    view that keys and gates are made of
-    values: Tensor  # (b t dim)    view that values are made of; the same tensor unless views differ
-    is_stored: Tensor | None  # (b t)  None: all
-
-    def without_trace(self) -> StoredTokens:
-        """The tokens, none of which is to be stored."""
-        return self._replace(is_stored=torch.zeros(self.keys.shape[:2], dtype=torch.bool, device=self.keys.device))
 
 
 class ProjectedWrites(NamedTuple):

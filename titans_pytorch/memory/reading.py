@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from titans_pytorch.fast_weights.blocks.series import ListedBlock, ReadBlock
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.interface import Block, Carry, Entries
+from titans_pytorch.memory.key_span import KeySpan, Told, on_keys
 from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.plan import BlockPlan
 from titans_pytorch.memory.projections import Projections
@@ -19,7 +20,8 @@ class SpanReader:
     """Reads the tokens of a span (b t dim).  Positions are as in `memory.plan`.
 
     first_token: the position of the first of them; group: what was before them in its reading group;
-    tail: what the convolution of queries still sees of the tokens before; afterwards, of these
+    tail: what the convolution of queries still sees of the tokens before; afterwards, of these;
+    told: whose keys queries are projected on; None: they are not
     """
 
     def __init__(
@@ -32,12 +34,16 @@ class SpanReader:
         group: ReadingGroup,
         tail: Tensor | None,
         dtype: torch.dtype,
+        told: Told | None = None,
     ) -> None:
         self.layers, self.engine, self.layout = layers, engine, layout
         self.first_token, self.group = first_token, group
         self.normed = layers.retrieve_norm(tokens)
         queries, self.tail = layers.queries(self.normed, tail)
         self.queries, self.slow = queries.to(dtype), layers.slow_weights(len(tokens), dtype)
+        self.span: KeySpan | None = None
+        if told is not None:
+            self.queries, self.span = on_keys(layers, self.queries, told)
         self.reads: list[Tensor] = []
         self.num_read = 0
         self.last_block: tuple[Block, int] | None = None

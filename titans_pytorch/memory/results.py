@@ -12,6 +12,7 @@ from torch import Tensor
 from titans_pytorch.fast_weights.interface import Block, Carry
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.core import MemoryCore
+from titans_pytorch.memory.key_span import KeySpan
 from titans_pytorch.memory.projections import ProjectedWrites
 from titans_pytorch.memory.recent import RecentWrites
 from titans_pytorch.memory.state import ReadingGroup
@@ -34,6 +35,7 @@ class Moment(NamedTuple):
     group: ReadingGroup
     tails: Tails
     recent: RecentWrites | None  # where a window looks back
+    span: KeySpan | None = None  # of queries on keys
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from titans_pytorch.fast_weights.blocks.dense import DenseBlock
 from titans_pytorch.fast_weights.interface import Block, Carry, Weights
 from titans_pytorch.memory.convolution import Tails
+from titans_pytorch.memory.key_span import KeySpan
 from titans_pytorch.memory.recent import RecentWrites
 from titans_pytorch.memory.rows import (
     Chosen,
@@ -139,6 +140,7 @@ class QueryTail(NamedTuple):
     num_read: int
     convolution: Tensor | None  # (b size-1 channels)  what the convolution of queries still sees
     group: ReadingGroup
+    span: KeySpan | None = None  # the keys that queries are projected on
 
 
 @register_state
@@ -158,6 +160,7 @@ class NeuralMemState(NamedTuple):
     group: ReadingGroup = ReadingGroup(None, None)
     tails: Tails = Tails(None, None, None)  # what convolutions still see of the tokens before
     recent: RecentWrites | None = None  # what a window still sees of the chunks before
+    span: KeySpan | None = None  # the keys that queries are projected on, with qk_projection
 
     @property
     def base(self) -> Weights:

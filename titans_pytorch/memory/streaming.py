@@ -18,8 +18,9 @@ from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, Residual, Writes
 from titans_pytorch.fast_weights.loop.tables import Series
 from titans_pytorch.fast_weights.renewal import Renewal
+from titans_pytorch.memory.key_span import KeySpan, Told
 from titans_pytorch.memory.layout import Layout
-from titans_pytorch.memory.pieces import Pieces, Stored
+from titans_pytorch.memory.pieces import Pieces, Stored, StoredTokens
 from titans_pytorch.memory.plan import BlockPlan, CallPlan
 from titans_pytorch.memory.projections import ProjectedWrites, Projections
 from titans_pytorch.memory.reading import SpanReader
@@ -46,6 +47,7 @@ class Stream:
     residual: Updates | None  # the weights of the previous memory layer
     first_token: int  # position of the first new token
     first_chunk: int  # the first chunk that is not complete
+    told: Callable[[StoredTokens, KeySpan | None, int], Told | None]  # tokens as what queries are projected on
 
     def run(self, plan: CallPlan, moment: Moment, seq: Tensor | None, stored: Stored) -> CallResult:
         """All of a call, as planned.  seq: (b t dim), what is read; None: only store"""
@@ -107,7 +109,7 @@ class Stream:
         carry, first = moment.carry, span[0].first_chunk
         layer = None if self.residual is None or previous is None else self.residual.with_blocks(previous)
         projected = self.project(stored, span, moment)
-        reader = None if seq is None else self.reader(seq, moment, span)
+        reader = None if seq is None else self.reader(seq, moment, span, stored.new)
         writes = None if projected is None else written(projected.writes, moment.recent)
         series = in_series(span, call.choice)
         blocks, losses = [], []
@@ -141,7 +143,8 @@ class Stream:
         tails = tails if reader is None else tails._replace(queries=reader.tail)
         recent = moment.recent
         recent = recent if writes is None or recent is None else recent.after(writes)
-        return SpanResult(reads, Moment(carry, group, tails, recent), report, blocks)
+        keys = moment.span if reader is None else reader.span
+        return SpanResult(reads, Moment(carry, group, tails, recent, keys), report, blocks)
 
     def stored_by_loops(
         self,
@@ -187,7 +190,7 @@ class Stream:
         sizes = [each.num_chunks if each.is_single else -each.num_chunks for each in series]
         return self.engine.shares_of_blocks(projected.writes.gates, sizes)
 
-    def reader(self, seq: Tensor, moment: Moment, span: Sequence[BlockPlan]) -> SpanReader:
+    def reader(self, seq: Tensor, moment: Moment, span: Sequence[BlockPlan], new: StoredTokens) -> SpanReader:
         """Whoever reads the span's tokens; the first span of a call begins with a group that may have begun earlier."""
         chunk, is_first = self.layout.retrieve_chunk, span[0].first_chunk == self.first_chunk
         start = 0 if is_first else max(span[0].first_group * chunk - self.first_token, 0)
@@ -201,6 +204,7 @@ class Stream:
             moment.group,
             moment.tails.queries,
             moment.dtype,
+            self.told(new.between(start, stop), moment.span, self.first_token - 1 + start),
         )
         if is_first:
             reader.read_older(span[0].first_group)

@@ -11,6 +11,7 @@ from titans_pytorch.fast_weights.rules.registry import make_of
 from titans_pytorch.losses import loss_by_name
 from titans_pytorch.memory import atlas, delta
 from titans_pytorch.memory.miras import kind_of_miras
+from titans_pytorch.memory.options import SpanKind
 from titans_pytorch.memory.paper import DECAY_BIAS, MAX_STEP
 from titans_pytorch.memory_models import MODELS
 from titans_pytorch.public_names import register_named
@@ -32,6 +33,8 @@ SET_BY_THE_CONFIG = (
     "qk_l2norm",
     "default_step_transform_max_lr",
     "init_decay_bias",
+    "shard",
+    "qk_projection",
     "default_model_kwargs",
 )
 
@@ -73,6 +76,11 @@ class TitansConfig:
         memory_rule: how the memory follows from surprises, by name
         token_gates: momentum and forgetting of every token, not of every chunk: memory_chunk then only says for how
             many tokens decay_bias is meant, and every token reads what has been stored up to it
+        memory_local_chunks: of local memories beside a global one, the tokens that each of them stores at once (TNT,
+            `TNTMemory`); the chunk of the global memory is memory_chunk, and memory_refresh has to be the same; none:
+            one memory. MAC has no use for them
+        memory_shard: tokens after which local memories restart
+        memory_qk_projection: on the keys of which span their queries are projected: shard, chunk or None
         memory_options: further arguments of `NeuralMemory`, which win over the family's: SiLU, gated_output and
             learned_norm_gain are on
     """
@@ -103,6 +111,9 @@ class TitansConfig:
     memory_loss: str | None = None
     memory_rule: str = "titans"
     token_gates: bool = False
+    memory_local_chunks: tuple[int, ...] = ()
+    memory_shard: int = 512
+    memory_qk_projection: SpanKind | None = "shard"
 
     def __post_init__(self) -> None:
         value_checks.check_whole(
@@ -132,8 +143,24 @@ class TitansConfig:
         value_checks.check_switches(token_gates=self.token_gates)
         if self.memory_loss is not None:
             loss_by_name(self.memory_loss, "memory_loss")
+        self.check_local_memories()
         value_checks.check_layers("memory_layers", self.memory_layers, self.depth)
         value_checks.check_reserved("memory_options", self.memory_options, SET_BY_THE_CONFIG, "config")
+
+    def check_local_memories(self) -> None:
+        """Whole chunks in a shard, and a global memory that is surprised at its newest weights."""
+        value_checks.check_whole(memory_shard=self.memory_shard)
+        value_checks.check_choice("memory_qk_projection", self.memory_qk_projection, (None, *get_args(SpanKind)))
+        if not self.memory_local_chunks:
+            return
+        for chunk in value_checks.check_sizes("memory_local_chunks", self.memory_local_chunks):
+            if self.memory_shard % chunk:
+                raise ValueError(f"memory_local_chunks must divide the shard ({self.memory_shard}), got {chunk}")
+        if self.memory_refresh != self.memory_chunk:
+            raise ValueError(
+                f"memory_refresh must be memory_chunk ({self.memory_chunk}) with memory_local_chunks, "
+                f"got {self.memory_refresh}"
+            )
 
     @property
     def hidden(self) -> int:
@@ -181,6 +208,25 @@ class TitansConfig:
         """Memories of Miras, yaad, moneta or memora, as `NeuralMemory.miras`."""
         own = {f"memory_{name}": value for name, value in kind_of_miras(kind).items()}
         return cls(dim=dim, depth=depth, **dict(momentum=False, memory_refresh=8) | own | overrides)
+
+    @classmethod
+    def tnt(
+        cls,
+        dim: int,
+        depth: int,
+        *,
+        global_chunk: int = 512,
+        local_chunks: tuple[int, ...] = (8,),
+        shard: int = 512,
+        **overrides: Any,
+    ) -> TitansConfig:
+        """A global memory with long chunks and local ones that restart, as `TNTMemory`, for MAG, MAL and LMM.
+
+        There are no persistent tokens, with which sequences would not begin where shards do. The second stage of
+        training is `dataclasses.replace(config, memory_local_chunks=...)` with smaller ones, on the same parameters.
+        """
+        cut = dict(memory_chunk=global_chunk, memory_refresh=global_chunk, memory_shard=shard, num_persistent=0)
+        return cls(dim=dim, depth=depth, **dict(memory_local_chunks=local_chunks) | cut | overrides)
 
     @classmethod
     def preset(cls, size: str, variant: Variant, num_tokens: int = PAPER_TOKENS) -> TitansConfig:

@@ -9,6 +9,7 @@ from titans_pytorch.memory.paper import form_options, of_token
 from titans_pytorch.memory_models import ALONE, arguments_of
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.titans.config import TitansConfig
+from titans_pytorch.tnt_memory import TNTMemory
 
 NEVER = -80.0
 """A logit whose sigmoid is nothing beside 1, in float64 too"""
@@ -28,25 +29,50 @@ def model_options(config: TitansConfig) -> dict[str, Any]:
     return form | LINEAR if config.memory_model in ALONE else form
 
 
-def make_memory(config: TitansConfig) -> NeuralMemory:
+def make_memory(config: TitansConfig) -> NeuralMemory | TNTMemory:
     """Shaped as the paper's (`memory.paper`), with the sizes and switches of the config."""
-    options = form_options(
-        config.dim,
-        config.num_memories,
-        chunk_size=config.gate_chunk,
-        batch_size=config.memory_refresh,
+    memory = make_tnt(config) if config.memory_local_chunks else make_single(config)
+    if not config.decay:  # and it stays so
+        for each in memory.modules():
+            if isinstance(each, NeuralMemory):
+                each.to_decay_factor.requires_grad_(False)
+    return memory
+
+
+def shared_options(config: TitansConfig) -> dict[str, Any]:
+    """What does not depend on how time is cut."""
+    options: dict[str, Any] = dict(
         dim_head=config.dim // config.num_memories,
         conv_size=config.conv_size,
         qk_l2norm=config.qk_l2norm,
         momentum=config.momentum,
         default_step_transform_max_lr=config.max_step,
-        init_decay_bias=decay_bias(config) if config.decay else NEVER,
         rule=config.memory_rule,
         loss=config.memory_loss,
         **model_options(config),
     )
-    memory = NeuralMemory(**options | dict(config.memory_options))
+    return options | dict(config.memory_options)
+
+
+def make_single(config: TitansConfig) -> NeuralMemory:
+    """One memory."""
+    steps: dict[str, Any] = dict(chunk_size=config.gate_chunk, batch_size=config.memory_refresh)
+    steps |= dict(init_decay_bias=decay_bias(config) if config.decay else NEVER)
+    memory = NeuralMemory(**form_options(config.dim, config.num_memories) | steps | shared_options(config))
     memory.init_as_association()
-    if not config.decay:  # and it stays so
-        memory.to_decay_factor.requires_grad_(False)
     return memory
+
+
+def make_tnt(config: TitansConfig) -> TNTMemory:
+    """A memory whose chunks are those of the config, and local ones beside it."""
+    return TNTMemory(
+        config.dim,
+        config.num_memories,
+        global_chunk=config.memory_chunk,
+        local_chunks=config.memory_local_chunks,
+        shard=config.memory_shard,
+        qk_projection=config.memory_qk_projection,
+        token_gates=config.token_gates,
+        decay_bias=config.decay_bias if config.decay else NEVER,
+        options=shared_options(config),
+    )

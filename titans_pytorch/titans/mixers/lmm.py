@@ -12,13 +12,14 @@ from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.public_names import register_state
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.mixers.mixer import Mixer
+from titans_pytorch.tnt_memory import TNTState
 
 
 @register_state
 class LMMState(NamedTuple):
     """What a block of LMM keeps: its memory."""
 
-    memory: NeuralMemState | None = None
+    memory: NeuralMemState | TNTState | None = None
 
 
 class MemoryAlone(Mixer):
@@ -38,6 +39,6 @@ class MemoryAlone(Mixer):
         read, memory = self.memory(x, state=memory)  # eqs. (13-15)
         return read, LMMState(memory)
 
-    def begin(self, x: Tensor) -> NeuralMemState | None:
+    def begin(self, x: Tensor) -> NeuralMemState | TNTState | None:
         persistent = self.persistent_tokens(x.shape[0])
         return None if persistent is None else self.remember(persistent)[1]  # eq. (19)

@@ -14,6 +14,7 @@ from titans_pytorch.attention.windowed import attend
 from titans_pytorch.fast_weights.interface import Weights
 from titans_pytorch.layers.norm import RMSNorm
 from titans_pytorch.memory.state import NeuralMemState, QueryTail
+from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.public_names import register_state
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.gate import Gate
@@ -44,8 +45,13 @@ class MemoryAsContext(AttentionMixer):
     """Attention inside segments, over what the memory knew before the segment and the segment itself."""
 
     State = MACState
+    memory: NeuralMemory | None  # which can be asked alone
 
     def __init__(self, config: TitansConfig) -> None:
+        if config.memory_local_chunks:
+            raise ValueError(
+                "variant must be mag, mal or lmm with memory_local_chunks, whose memories are not asked alone, got mac"
+            )
         super().__init__(config)
         self.context_norm = RMSNorm(config.dim) if config.memory else nn.Identity()
         self.keeps_input = config.layer_residual and config.memory

@@ -12,13 +12,14 @@ from titans_pytorch.public_names import register_state
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.gate import Gate
 from titans_pytorch.titans.mixers.mixer import AttentionMixer
+from titans_pytorch.tnt_memory import TNTState
 
 
 @register_state
 class MAGState(NamedTuple):
     """What a block of MAG keeps: its memory, and what attention may still see."""
 
-    memory: NeuralMemState | None = None
+    memory: NeuralMemState | TNTState | None = None
     prefix: KeyValues | None = None  # of the persistent tokens
     recent: KeyValues | None = None  # of the window before the next token
 

@@ -17,6 +17,7 @@ from titans_pytorch.titans.attention import Attention, attend_sliding
 from titans_pytorch.titans.config import TitansConfig
 from titans_pytorch.titans.memory import make_memory
 from titans_pytorch.titans.state import LayerState
+from titans_pytorch.tnt_memory import TNTState
 
 
 class Mixer(nn.Module):
@@ -63,7 +64,7 @@ class Mixer(nn.Module):
         """(b P dim)"""
         return None if self.persistent is None else self.persistent.expand(batch, -1, -1)
 
-    def remember(self, first: Tensor) -> tuple[Tensor, NeuralMemState | None]:
+    def remember(self, first: Tensor) -> tuple[Tensor, NeuralMemState | TNTState | None]:
         """What is read for the first tokens of a sequence, and the memory after them; without one, the tokens."""
         return (first, None) if self.memory is None else self.memory(first)
 
