@@ -15,9 +15,11 @@ from torch.testing import assert_close
 from benchmarks.learning.loop import training
 from benchmarks.machine import CHECKOUT, RESULTS
 from benchmarks.records import add, load
+from benchmarks.speed import conversations
 from benchmarks.speed.measure import Side, Worker
 from benchmarks.speed.worker import direct_form
 from benchmarks.speed.workloads import Case
+from titans_pytorch.attention_transformer import AttentionTransformer
 from titans_pytorch.fast_weights.rules.orthogonal import COEFFICIENTS, NUM_ITERATIONS, orthogonalised
 
 PROGRAMS = [
@@ -66,6 +68,24 @@ def test_the_loop_scales_rates_and_skips_what_is_not_finite() -> None:
     assert [step.is_taken for step in found] == [True, False, True]
     assert found[0].norm == pytest.approx(1.0)
     assert weights == pytest.approx([-1.0, -1.0, -1.25])
+
+
+@torch.inference_mode()
+def test_conversations_of_all_ways_are_the_same() -> None:
+    found = conversations.decoding("lmm", conversations.QUICK)
+    assert list(found) == ["rows", "groups", "one by one"]
+    assert all(each["apart"] < 1e-5 and each["tokens_per_second"] > 0 for each in found.values())
+    served = conversations.serving("lmm", conversations.QUICK)
+    assert all(each["per_second"] > 0 for each in served.values())
+    first, second = conversations.bytes_held("mal", conversations.QUICK)
+    assert (first["tokens"], second["tokens"]) == (50, 100)
+    assert abs(second["state_bytes"] - first["state_bytes"]) < 50 * 16 * 4  # a part of a chunk waits
+
+
+def test_a_cache_of_keys_and_values_takes_what_is_said() -> None:
+    plain = AttentionTransformer(num_tokens=11, dim=16, depth=3, attention="full", heads=2, dim_head=8)
+    cache = plain(torch.zeros(1, 7, dtype=torch.long), return_cache=True)[1]
+    assert sum(tensor.nbytes for each in cache for tensor in each) == conversations.cache_bytes(16, 3, 7)
 
 
 def test_both_forms_of_the_products_are_one_function() -> None:

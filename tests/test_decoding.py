@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from tests.mutants.breaking import wrapped
@@ -16,7 +17,7 @@ from tests.support.sequence_modules import READERS
 from tests.support.titans_configurations import CASES, VARIANTS, build, config_of, random_ids
 from tests.test_ragged import model_of
 from titans_pytorch import ConversationPool, NeuralMemState, RaggedState, TitansMAG, writes_off
-from titans_pytorch.decoding import Cadence, Due, RowBatch
+from titans_pytorch.decoding import Cadence, Due, RowBatch, compiled
 from titans_pytorch.decoding import batch as batch_file
 from titans_pytorch.decoding import due as due_file
 from titans_pytorch.decoding import memory as memory_file
@@ -60,7 +61,11 @@ def test_rows_at_positions_of_their_own_are_each_as_alone(variant: str, name: st
         assert after.num_tokens == length + 29
 
 
-WINDOWS: dict[str, dict[str, Any]] = {
+OTHERS: dict[str, dict[str, Any]] = {
+    "yaad": dict(memory_loss="yaad", momentum=False),
+    "moneta": dict(memory_loss="lp:3", memory_rule="lq:4", momentum=False),
+    "memora, lengths kept": dict(memory_rule="kl", momentum=False, memory_options=dict(keep_lengths=True)),
+    "windows, thresholds": dict(memory_loss="yaad", memory_options=dict(window=2)),
     "windows": dict(memory_options=dict(window=3)),
     "windows, powers, gates of parameters": dict(
         memory_options=dict(window=2, key_powers=2, per_parameter_gates=True, per_parameter_lr_modulation=True)
@@ -69,10 +74,11 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_rows_look_back_at_chunks_of_their_own(name: str) -> None:
-    model, texts = build("lmm", **WINDOWS[name]), texts_of(15)
+def test_rows_of_other_rules_are_each_as_alone(name: str) -> None:
+    """Some of which look back at chunks of a row's own."""
+    model, texts = build("lmm", **OTHERS[name]), texts_of(15)
     assert model.why_by_groups == ""
     rows = batch_of(model, [text[:, :length] for text, length in zip(texts, LENGTHS, strict=True)])
     steps = [torch.cat([text[0, n + i : n + i + 1] for text, n in zip(texts, LENGTHS, strict=True)]) for i in range(9)]
@@ -115,8 +121,8 @@ def test_states_of_several_sequences_become_rows() -> None:
 class Talk:
     """A pool with every token that its conversations have read, and the logits that they were answered with."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.pool = model, ConversationPool(model)
+    def __init__(self, model: Any, **options: Any) -> None:
+        self.model, self.pool = model, ConversationPool(model, **options)
         self.texts: dict[int, list[int]] = {}
         self.answers: dict[int, dict[int, Tensor]] = {}
         self.random = Random(0)
@@ -237,7 +243,7 @@ def test_padded_prompts_are_sampled_as_one_batch(variant: str, monkeypatch: pyte
     for row in range(3):
         own = prompt[row : row + 1, mask[row]]
         assert torch.equal(found[row : row + 1], model.sample(own, own.shape[1] + 13, temperature=0))
-    monkeypatch.setattr(type(model), "by_rows", lambda self: None)
+    monkeypatch.setattr(type(model), "by_rows", lambda self, compiles=False: None)
     assert torch.equal(found, model.sample(prompt, 22, temperature=0, attention_mask=mask))
     assert len(runs) == 12
 
@@ -250,6 +256,67 @@ def test_a_ragged_state_keeps_the_order_of_its_rows() -> None:
     found = model.sample(first, 4, temperature=0, state=RaggedState.join(states))
     for row, state in enumerate(states):
         assert torch.equal(found[row : row + 1], model.sample(first[row : row + 1], 4, temperature=0, state=state))
+
+
+# ---- compiled steps
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many graphs were made, which nothing compiles: they run as they were captured."""
+    torch._dynamo.reset()
+    captured = torch.compile(compiled.logits_of, fullgraph=True, backend="eager")
+    monkeypatch.setattr(compiled, "compiled_step", lambda: captured)
+    before = counters["stats"]["unique_graphs"]
+    return lambda: int(counters["stats"]["unique_graphs"] - before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["mag", "mac"])
+@torch.no_grad()
+def test_no_token_and_no_pool_captures_a_graph_again(variant: str, graphs: Callable[[], int]) -> None:
+    """One where no chunk ends and one where some do; with segments two more, where some of those end."""
+    sizes = dict(depth=1, window=6, memory_chunk=4, memory_refresh=8)
+    talk = Talk(build(variant, **sizes), compile=True)
+    talk.say({talk.open(): length for length in LENGTHS})
+    for _ in range(13):
+        talk.say(dict.fromkeys(talk.texts, 1))
+    assert graphs() == (4 if variant == "mac" else 2)
+    talk.check()
+    other = Talk(build(variant, **sizes), compile=True)
+    other.say({other.open(): length + 1 for length in LENGTHS})
+    other.say(dict.fromkeys(other.texts, 1))
+    assert graphs() == (4 if variant == "mac" else 2)
+    other.check()
+
+
+def test_samples_of_compiled_steps_are_samples(graphs: Callable[[], int]) -> None:
+    model, prompt = build("mag", depth=1, memory_refresh=None), random_ids(3, 5)
+    found = model.sample(prompt, 21, temperature=0, compile=True)
+    assert torch.equal(found, model.sample(prompt, 21, temperature=0))
+    assert graphs() == 2
+    assert torch.equal(found, model.sample(prompt, 21, temperature=0, compile=True))
+    assert graphs() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_compiled_samples_are_samples(variant: str) -> None:
+    model, prompt = build(variant), random_ids(3, 9)
+    mask = torch.arange(9) >= torch.tensor([[4], [0], [7]])
+    found = model.sample(prompt, 22, temperature=0, attention_mask=mask, compile=True)
+    assert torch.equal(found, model.sample(prompt, 22, temperature=0, attention_mask=mask))
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    model = TitansMAG(11, config_of("plain", memory_model="attention"))
+    with pytest.raises(ValueError, match="compile needs a model whose rows are decoded as one batch, but rows are"):
+        model.sample(random_ids(1, 3), 5, compile=True)
+    with pytest.raises(ValueError, match="compile needs a model whose rows are decoded as one batch, but rows are"):
+        ConversationPool(model, compile=True)
+    with pytest.raises(ValueError, match="compile needs the states of use_cache=True, got use_cache=False"):
+        build("mag").sample(random_ids(1, 3), 5, compile=True, use_cache=False)
 
 
 # ---- what goes by groups

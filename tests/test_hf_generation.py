@@ -16,6 +16,7 @@ from transformers import DynamicCache, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from tests.support.hf_models import NAMES, PAD, both, ids, left_padded, library_greedy, library_logits
+from titans_pytorch.decoding import RowBatch
 from titans_pytorch.hf import TitansCache
 
 COUNT = 9
@@ -45,6 +46,34 @@ def test_prompts_of_different_lengths_are_continued_as_each_alone(name: str) -> 
     batch = left_padded(rows)
     expected = torch.cat([library_greedy(library, row[None], COUNT) for row in rows])
     assert torch.equal(continued(model, batch.pop("input_ids"), **batch), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_different_lengths_are_one_batch_until_a_state_is_needed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model can; then a copy of the cache goes on from a state, with tokens of any number."""
+    library, model = both(name)
+    rows, runs, original = [ids(length, seed=length) for length in (9, 4, 1, 4)], [], RowBatch.read
+
+    def read(self: RowBatch, x: Tensor) -> Tensor:
+        runs.append(x.shape)
+        return original(self, x)
+
+    monkeypatch.setattr(RowBatch, "read", read)
+    batch = left_padded(rows)
+    mask = batch["attention_mask"]
+    how: dict[str, Any] = dict(
+        max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False, return_dict_in_generate=True
+    )
+    first = model.generate(**batch, **how)
+    assert len(runs) == (0 if library.why_by_groups else COUNT - 1)
+    more = torch.cat((first.sequences, ids(4, 3, seed=1)), dim=1)
+    mask = torch.cat((mask, mask.new_ones(4, COUNT + 3)), dim=1)
+    kept = copy.deepcopy(first.past_key_values)
+    got = continued(model, more, past_key_values=kept, attention_mask=mask)
+    own = [each[is_real.bool()] for each, is_real in zip(more, mask, strict=True)]
+    assert torch.equal(got, torch.cat([library_greedy(library, each[None], COUNT) for each in own]))
 
 
 def best_continuations(library: Any, prompt: Tensor, count: int, num_beams: int) -> Tensor:

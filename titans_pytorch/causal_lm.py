@@ -16,6 +16,7 @@ from titans_pytorch.fast_weights.precision import at_least_float32
 from titans_pytorch.neural_memory import NeuralMemory
 from titans_pytorch.ragged import Marks, RaggedState, marks_of, read_marked, read_without_state
 from titans_pytorch.ragged.packing import RealFirst, to_the_right
+from titans_pytorch.ragged.state import groups_of
 from titans_pytorch.sampling import evaluating, generate
 
 State = TypeVar("State")
@@ -238,16 +239,28 @@ class CausalLM(nn.Module, Generic[State]):
             if isinstance(memory, NeuralMemory) and memory.sizes.has_loop:
                 memory.compile_loop()
 
-    def decoder(self, state: State | None, *, uses_state: bool = True, num_tokens: int | None = None) -> Decoder[State]:
+    def decoder(
+        self,
+        state: State | None,
+        *,
+        uses_state: bool = True,
+        num_tokens: int | None = None,
+        compiles: bool = False,
+    ) -> Decoder[State]:
         """What sampling asks for the next token, after the tokens of `state`.
 
-        uses_state: False reads everything again for each token, to the same end; num_tokens: will be read at most
+        uses_state: False reads everything again for each token, to the same end; num_tokens: will be read at most;
+        compiles: decode by compiled steps
         """
-        return Decoder(
-            self.reader(state, num_tokens), self.logits, state, uses_state=uses_state, by_rows=self.by_rows()
-        )
+        value_checks.check_switches(compile=compiles)
+        if compiles and not uses_state:
+            raise ValueError("compile needs the states of use_cache=True, got use_cache=False")
+        if compiles and (why := self.why_by_groups):
+            raise ValueError(f"compile needs a model whose rows are decoded as one batch, but {why}")
+        by_rows = self.by_rows(compiles)
+        return Decoder(self.reader(state, num_tokens), self.logits, state, uses_state=uses_state, by_rows=by_rows)
 
-    def by_rows(self) -> RowModel | None:
+    def by_rows(self, compiles: bool = False) -> RowModel | None:
         """What decodes rows at positions of their own as one batch; None: `why_by_groups` says why not."""
         return None
 
@@ -268,12 +281,13 @@ class CausalLM(nn.Module, Generic[State]):
         *,
         uses_state: bool,
         attention_mask: Tensor | None = None,
+        compiles: bool = False,
         **how: Any,
     ) -> Tensor:
         """The tokens after a prompt (b n), up to `seq_len` with it.  -> (b seq_len-n)
 
         state: of tokens that were read before the prompt (and do not count); attention_mask: (b n), False or 0 for
-        padding of the prompt, wherever it is; how: further arguments of `draw`
+        padding of the prompt, wherever it is; compiles: decode by compiled steps; how: further arguments of `draw`
         """
         count = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.ndim > 1 else 0
         mask = None
@@ -284,7 +298,7 @@ class CausalLM(nn.Module, Generic[State]):
             prompt, mask = to_the_right(prompt, mask)  # type: ignore[arg-type]
         value_checks.check_at_least("seq_len", seq_len, count, "the length of the prompt")
         with evaluating(self):
-            decoder = self.decoder(state, uses_state=uses_state, num_tokens=seq_len)
+            decoder = self.decoder(state, uses_state=uses_state, num_tokens=seq_len, compiles=compiles)
             decoder.mask = mask
             return generate(decoder, prompt, seq_len - count, **how)
 
@@ -332,10 +346,11 @@ class Decoder(Generic[State]):
     def go_by_rows(self) -> None:
         """Rows at positions of their own become one batch, if the model can decode that."""
         state, model = self.state, self.by_rows
-        if model is not None and isinstance(state, RaggedState) and all(map(model.fits, state.states)):
-            batch = RowBatch.of(model, state.states)
-            order = [row for rows in state.rows for row in rows]
-            self.batch, self.state = batch.select(sorted(range(len(order)), key=order.__getitem__)), None
+        if model is None or state is None or not (model.compiles or isinstance(state, RaggedState)):
+            return
+        groups = groups_of(state)
+        if all(model.fits(group.state) for group in groups):
+            self.batch, self.state = RowBatch.of_groups(model, groups), None
 
     def hidden(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
         """All layers, with padding and states of whatever kind."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.checks.value_checks import check_switches
 from titans_pytorch.decoding import RowBatch, RowModel
 from titans_pytorch.ragged.reading import with_ends
 from titans_pytorch.ragged.state import Group, RaggedState, position
@@ -71,12 +72,20 @@ class ConversationPool:
     Conversations that are given one token each at different positions become rows of one batch, and stay so as long as
     they go on together (`why_by_groups` says why not, where a model cannot); then to keep or fork one copies its state.
     Every answer is what the conversation alone would get. No gradients; for one thread.
+
+    Args:
+        model: of this library
+        compile: read single tokens with steps that `torch.compile` makes, in graphs that serve every token; another
+            number of conversations that go on together makes others, at most twice
     """
 
-    def __init__(self, model: CausalLM[Any]) -> None:
+    def __init__(self, model: CausalLM[Any], *, compile: bool = False) -> None:
         if not isinstance(model, CausalLM):
             raise TypeError(f"model must be a language model of this library, got {type(model).__name__}")
-        self.model = model
+        check_switches(compile=compile)
+        if compile and (why := model.why_by_groups):
+            raise ValueError(f"compile needs a model whose rows are decoded as one batch, but {why}")
+        self.model, self.compiles = model, compile
         self.points: dict[int, ConversationPoint | LiveRow] = {}
         self.num_opened = 0
 
@@ -120,7 +129,7 @@ class ConversationPool:
                 raise ValueError(f"tokens of a conversation must be ids (n), at least one, got {got}")
             self.model.check_ids("tokens", ids[None])
         with evaluating(self.model):
-            model = self.model.by_rows()
+            model = self.model.by_rows(self.compiles)
             together = [] if model is None else self.spread(tokens, model)
             found = {} if model is None or not together else self.advance_rows(model, together, tokens)
             if rest := [each for each in tokens if each not in found]:
@@ -203,14 +212,17 @@ class ConversationPool:
         return self.num_opened
 
     def spread(self, tokens: Mapping[int, Tensor], model: RowModel) -> list[int]:
-        """Those that become rows: they have one token to read and are at different positions, or were rows before."""
+        """Those that become rows: they have one token to read and are at different positions, or were rows before.
+
+        With compiled steps they are rows at once.
+        """
         single = [
             each
             for each, ids in tokens.items()
             if len(ids) == 1 and (isinstance(point := self.points[each], LiveRow) or model.fits(point.state))
         ]
         is_live = any(isinstance(self.points[each], LiveRow) for each in single)
-        return single if is_live or len({self.points[each].num_tokens for each in single}) > 1 else []
+        return single if is_live or model.compiles or len({self.points[each].num_tokens for each in single}) > 1 else []
 
     def batch_of(self, model: RowModel, some: list[int]) -> tuple[RowBatch, list[int]]:
         """Conversations as one batch, and in which order: the one that they are already, or a new one."""

@@ -140,7 +140,7 @@ class MemoryByRows:
         writes = writes if older is None else older.before(writes)
         block, _ = memory.evolution.store(carry, writes)
         after = block.finish()
-        if renewals is not None:
+        if renewals is not None and memory.layout.batch is not None:
             after = self.renewed(after, renewals)
             self.put(rows.base, after.base, chunks)
         self.put(rows.current, after.weights, chunks)

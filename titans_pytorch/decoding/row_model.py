@@ -18,6 +18,8 @@ class RowModel(ABC):
     first axis, whatever the row's position is. A step writes them in place.
     """
 
+    compiles = False  # whether steps are compiled
+
     @abstractmethod
     def fits(self, state: Any) -> bool:
         """Whether a state of the model can become rows."""
@@ -35,5 +37,9 @@ class RowModel(ABC):
         """What is due at the next token of rows that have read so many."""
 
     @abstractmethod
+    def hidden(self, x: Tensor, buffers: Any, step: TokenStep) -> Tensor:
+        """All layers, for the next token of each row; a function of tensors alone.  x: (b 1 dim) -> same, normed"""
+
+    @abstractmethod
     def logits(self, ids: Tensor, buffers: Any, step: TokenStep) -> Tensor:
-        """Logits of the token after each; a function of tensors alone.  ids: (b) -> (b num_tokens)"""
+        """Logits of the token after the next one of each row.  ids: (b) -> (b num_tokens)"""

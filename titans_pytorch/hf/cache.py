@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.ragged import Marks, read_marked
+from titans_pytorch.decoding import RowBatch, RowModel
+from titans_pytorch.ragged import Marks, RaggedState, read_marked
 from titans_pytorch.ragged.reading import Read
+from titans_pytorch.ragged.state import settled
 
 MAX_PAST_CALLS = 64
 """An assistant model drafts a token per call, 20 by default, and takes several calls back at once"""
@@ -82,7 +84,8 @@ class TitansCache:
 
     def reset(self) -> None:
         """Forget all that was read."""
-        self.state: Any = None  # of the library, a RaggedState where rows differ; None: nothing was read
+        self.state: Any = None  # of the library, a RaggedState where rows differ; None: nothing was read, or `rows` did
+        self.rows: RowBatch | None = None  # rows at positions of their own, while they are decoded token by token
         self.batch_size = -1  # rows; -1: nothing was read
         self.num_read = 0  # columns that the state has read, padding included
         self.pending: Fed | None = None  # columns after them, to be read with the next call
@@ -91,11 +94,11 @@ class TitansCache:
 
     # ---- reading
 
-    def advance(self, read: Read, fed: Fed, num_asked: int = 0) -> Tensor:
+    def advance(self, read: Read, fed: Fed, num_asked: int = 0, by_rows: RowModel | None = None) -> Tensor:
         """Read the next columns of all rows.  -> (b n ...), 0 at padding
 
         num_asked: of so many last columns logits will be computed, which may be taken back: while the past is recorded
-        a checkpoint is made before them; 0: all
+        a checkpoint is made before them; 0: all; by_rows: what decodes rows at positions of their own as one batch
         """
         num_new, batch = fed.num_columns, len(fed.embeddings)
         if self.batch_size not in (-1, batch):
@@ -105,6 +108,11 @@ class TitansCache:
         outputs = []
         for part in fed.split(split):
             if part.num_columns:
+                if self.goes_by_rows(part, by_rows):
+                    outputs.append(self.rows.read(part.embeddings).unsqueeze(2))  # type: ignore[union-attr]
+                    self.batch_size, self.num_read, self.pending = batch, self.num_read + 1, None
+                    continue
+                self.settle()
                 before = Before(self.state, self.num_read, part)
                 outputs.append(self.read_part(read, part))
                 if self.records_past:
@@ -120,6 +128,26 @@ class TitansCache:
             return like.new_zeros(*x.shape[:2], *like.shape[2:])
         outputs, self.state = read_marked(read, x, Marks(mask, None), self.state)
         return outputs
+
+    def goes_by_rows(self, part: Fed, model: RowModel | None) -> bool:
+        """Whether columns are one token of each row, at positions of their own; the state becomes rows then."""
+        if model is None or self.records_past or part.mask is not None or part.num_columns > 1:
+            return False
+        state = self.state
+        if isinstance(state, RaggedState) and state.documents is None and all(map(model.fits, state.states)):
+            self.rows, self.state = RowBatch.of_groups(model, state.groups), None
+        return self.rows is not None
+
+    def settle(self) -> None:
+        """Rows become a state again, which is a value."""
+        if self.rows is not None:
+            self.state = settled(RaggedState.join([self.rows.state(row) for row in range(self.rows.batch)]))
+            self.rows = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made of: no rows, which know the model."""
+        self.settle()
+        return self.__dict__
 
     # ---- taking back, for assisted decoding and prompt lookup
 
@@ -153,6 +181,8 @@ class TitansCache:
             self.pending = self.pending.of_rows(indices)
         if self.state is not None:
             self.state = self.state.select(indices)
+        if self.rows is not None:
+            self.rows = self.rows.select(indices.tolist())
         if self.batch_size >= 0:
             self.batch_size = len(indices)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from titans_pytorch.decoding import RowModel
 from titans_pytorch.hf.cache import Fed, TitansCache
 from titans_pytorch.hf.config import LibraryConfig, MACTransformerConfig, TitansModelConfig
 from titans_pytorch.hf.documents import marks_of_call
@@ -16,6 +17,7 @@ from titans_pytorch.hf.pretrained_model import TitansPreTrainedModel
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
 from titans_pytorch.ragged import read_without_state
 from titans_pytorch.titans.backbone import TitansBackbone
+from titans_pytorch.titans.by_rows import TitansByRows, why_not_by_rows
 from titans_pytorch.titans.state import TitansState
 
 
@@ -43,6 +45,10 @@ class StreamingModel(TitansPreTrainedModel):
         notes_layers: before the features, also what each layer is given, (b n layers+1 dim)
         """
         raise NotImplementedError
+
+    def by_rows(self) -> RowModel | None:
+        """What decodes rows at positions of their own as one batch; None: they are read by groups of equal length."""
+        return None
 
     @can_return_tuple
     def forward(
@@ -89,7 +95,8 @@ class StreamingModel(TitansPreTrainedModel):
         else:
             cache = checked_cache(past_key_values)
             mask = None if marks is None or marks.mask is None or bool(marks.mask.all()) else marks.mask
-            outputs = cache.advance(read, Fed(x, mask), num_asked)
+            by_rows = None if notes_layers or torch.is_grad_enabled() else self.by_rows()
+            outputs = cache.advance(read, Fed(x, mask), num_asked, by_rows)
         of_layers = outputs.unbind(dim=2)
         return BaseModelOutputWithPast(
             last_hidden_state=of_layers[-1],
@@ -131,6 +138,9 @@ class TitansModel(StreamingModel):
 
         outputs, state = self.backbone.read(x, state, call=call)
         return torch.stack((*given, outputs) if notes_layers else (outputs,), dim=2), state
+
+    def by_rows(self) -> RowModel | None:
+        return None if why_not_by_rows(self.backbone) else TitansByRows(self.backbone, self.embed_tokens, nn.Identity())
 
 
 class MACTransformerModel(StreamingModel):

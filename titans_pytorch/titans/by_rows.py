@@ -22,8 +22,14 @@ Buffers = tuple[MixerRows, ...]
 class TitansByRows(RowModel):
     """A model of the family that reads one token of every row, wherever each of them is."""
 
-    def __init__(self, backbone: TitansBackbone, token_emb: nn.Module, logits: Callable[[Tensor], Tensor]) -> None:
-        self.backbone, self.token_emb, self.to_logits = backbone, token_emb, logits
+    def __init__(
+        self,
+        backbone: TitansBackbone,
+        token_emb: nn.Module,
+        logits: Callable[[Tensor], Tensor],
+        compiles: bool = False,
+    ) -> None:
+        self.backbone, self.token_emb, self.to_logits, self.compiles = backbone, token_emb, logits, compiles
         self.cadence = cadence_of(backbone)
         self.mixers: list[MixerByRows[Any]] = [
             ROWS[type(block.mixer)](block.mixer, self.cadence) for block in blocks_of(backbone)
@@ -52,12 +58,14 @@ class TitansByRows(RowModel):
     def step(self, positions: Sequence[int]) -> TokenStep:
         return TokenStep.of(self.cadence, positions, self.rotary, self.backbone.norm.weight)
 
-    def logits(self, ids: Tensor, buffers: Buffers, step: TokenStep) -> Tensor:
-        x = self.token_emb(ids[:, None])
+    def hidden(self, x: Tensor, buffers: Buffers, step: TokenStep) -> Tensor:
         for block, by_rows, rows in zip(blocks_of(self.backbone), self.mixers, buffers, strict=True):
             x = x + by_rows.advance(block.mixer_norm(x), rows, step)
             x = x + block.ff(block.ff_norm(x))
-        return self.to_logits(self.backbone.norm(x))[:, 0]
+        return self.backbone.norm(x)
+
+    def logits(self, ids: Tensor, buffers: Buffers, step: TokenStep) -> Tensor:
+        return self.to_logits(self.hidden(self.token_emb(ids[:, None]), buffers, step))[:, 0]
 
 
 def cadence_of(backbone: TitansBackbone) -> Cadence:
@@ -82,7 +90,7 @@ def why_not_by_rows(backbone: TitansBackbone) -> str:
         if type(mixer) not in ROWS:
             return f"has a mixer of another kind, {type(mixer).__name__}"
         parts = [each for each in (block, mixer, mixer.memory) if each is not None]
-        if any(each._forward_hooks or each._forward_pre_hooks for each in parts):
+        if any(each._forward_hooks or each._forward_pre_hooks or hasattr(each, "_hf_hook") for each in parts):
             return "has hooks around its blocks, which would not be called"
         if mixer.memory is not None and (why := why_not_memory_by_rows(mixer.memory)):
             return why

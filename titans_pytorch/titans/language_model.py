@@ -91,9 +91,9 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
         """`hidden_states` of tokens that are embedded.  x: (b n dim)"""
         return self.backbone.read(x, state)
 
-    def by_rows(self) -> RowModel | None:
+    def by_rows(self, compiles: bool = False) -> RowModel | None:
         """What decodes rows at positions of their own as one batch; None: `why_by_groups` says why not."""
-        return None if self.why_by_groups else TitansByRows(self.backbone, self.token_emb, self.logits)
+        return None if self.why_by_groups else TitansByRows(self.backbone, self.token_emb, self.logits, compiles)
 
     @property
     def why_by_groups(self) -> str:
@@ -118,6 +118,7 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
         stop_token: int | None = None,
         generator: Generator | None = None,
         show_progress: bool = False,
+        compile: bool = False,
     ) -> Tensor:
         """Continue a batch of prompts (b n) to `seq_len` tokens, prompt included.  -> the tokens after it (b seq_len-n)
 
@@ -133,12 +134,14 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
             stop_token: after which a row only repeats it; where all rows have it sampling ends
             generator: makes samples reproducible
             show_progress: show a bar
+            compile: decode with steps that `torch.compile` makes, in graphs that serve every token, and later calls
         """
         return self.continued(
             prompt,
             seq_len,
             state,
             uses_state=use_cache,
+            compiles=compile,
             attention_mask=attention_mask,
             temperature=temperature,
             filter_fn=filter_fn,

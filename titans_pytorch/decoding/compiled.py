@@ -1,0 +1,54 @@
+"""A step of rows under `torch.compile`: one graph where nobody's chunk ends and one where some do, at any positions.
+
+The same graphs serve every token, every state and models of one shape; with segments there are two more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans_pytorch.decoding.due import TokenStep
+from titans_pytorch.decoding.row_model import RowModel
+
+MAX_GRAPHS = 64
+"""Models and numbers of rows that one process may compile graphs for; torch gives up after 8 of a function"""
+
+
+def logits_of(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep) -> Tensor:
+    """What is compiled."""
+    return model.logits(ids, buffers, step)
+
+
+@cache
+def compiled_step() -> Callable[..., Tensor]:
+    """`logits_of`, compiled where it is first called."""
+    return torch.compile(logits_of, fullgraph=True)
+
+
+def compiled_logits(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep) -> Tensor:
+    """`RowModel.logits` by a graph."""
+    with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+        return compiled_step()(model, ids, buffers, of_few_forms(step))
+
+
+def of_few_forms(step: TokenStep) -> TokenStep:
+    """The step, in which somebody's base may always be renewed, and as many rows as one likes end a chunk."""
+    chunks, renewals = step.chunks, step.renewals
+    if chunks is not None and renewals is None:
+        renewals = torch.zeros_like(chunks, dtype=torch.bool)
+    chunks, renewals, segments = map(of_any_length, (chunks, renewals, step.segments))
+    return step._replace(chunks=chunks, renewals=renewals, segments=segments)
+
+
+def of_any_length(of_rows: Tensor | None) -> Tensor | None:
+    """Two at least, since graphs for one are others; the only row is named twice, and written twice."""
+    if of_rows is None:
+        return None
+    of_rows = of_rows.repeat(2) if len(of_rows) == 1 else of_rows
+    torch._dynamo.maybe_mark_dynamic(of_rows, 0)
+    return of_rows
