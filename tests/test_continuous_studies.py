@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from benchmarks.learning import continuous_report, dna, forecasting
 from benchmarks.learning.fitting import fitted
 from benchmarks.learning.series import borders_of, series_of, synthetic
+from benchmarks.machine import RESULTS
 from titans_pytorch import writes_off
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.settings import Training
@@ -175,6 +176,14 @@ def test_a_study_goes_on_where_it_was_and_its_report_shows_it(tmp_path: Path) ->
     page = (tmp_path / "results.md").read_text()
     for start in ("| some | memory |", "| some | DLinear |", "| bases | memory, frozen |", "| bases | convolutions |"):
         assert start in page
+
+
+def test_recorded_tables_have_three_seeds_of_everything() -> None:
+    tables = {RESULTS / "forecasting.jsonl": forecasting.STUDY, RESULTS / "dna.jsonl": dna.STUDY}
+    for path, study in tables.items():
+        groups = continuous_report.grouped(study.load_results(path))
+        assert all(len(same) == 3 for _, _, same in groups)
+        assert {model for _, model, _ in groups} == (set(study.models) if groups else set())
 
 
 @pytest.mark.parametrize(
