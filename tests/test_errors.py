@@ -368,7 +368,8 @@ def test_memory_models_need_positive_sizes(model: type[nn.Module], dim: int) -> 
     if model.__module__ != memory_models.__name__ or model is memory_models.LayerNorm:
         return
     more = {"model": nn.Identity()} if model is memory_models.ResidualNorm else {}
-    more |= {} if "Attention" in model.__name__ or more else {"depth": 1}
+    has_no_depth = "Attention" in model.__name__ or model is memory_models.MemoryGLU
+    more |= {} if has_no_depth or more else {"depth": 1}
     with refused(ValueError, "dim", str(dim), "positive"):
         model(dim, **more)
 

@@ -13,7 +13,7 @@ from tests.support.configurations import Case, cases
 from tests.support.streams import disturbed, in_pieces, randn
 from tests.test_exactness import check
 from titans_pytorch import NeuralMemory, audit
-from titans_pytorch.fast_weights.renewal import lengths_of, with_length
+from titans_pytorch.fast_weights.norms import lengths_of, with_length
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -9,6 +9,7 @@ import pytest
 from tests.mutants import (  # noqa: F401  (each registers its own)
     loops,
     miras,
+    norms,
     papers,
     recurrences,
     shards,

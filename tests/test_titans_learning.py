@@ -48,6 +48,21 @@ def test_delta_rules_learn_to_recall_in_75_steps(model: str) -> None:
     assert accuracy(lmm, task, torch.Generator().manual_seed(1)) >= 0.99
 
 
+RESTARTING = TitansConfig.tnt(64, 2, global_chunk=32, shard=32, window=8, heads=2, memory_heads=1)
+LONG_CHUNKS = TitansConfig.lact(64, 2, chunk=16, window=8, heads=2, memory_heads=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [RESTARTING, LONG_CHUNKS], ids=["tnt", "lact"])
+def test_memories_that_restart_or_keep_norms_learn_to_recall(config: TitansConfig) -> None:
+    """Without attention, over more tokens than a shard or a chunk has."""
+    task = MQAR(pairs=8, keys=64, tokens=96, gap=16)
+    torch.manual_seed(0)
+    lmm = MODELS["lmm"](task.num_tokens, config)
+    train(lmm, task, Namespace(seed=0, lr=4e-3, steps=75, rows=16, minutes=10.0))
+    assert accuracy(lmm, task, torch.Generator().manual_seed(1)) >= 0.99
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recall_beyond_the_window_is_learned(variant: str) -> None:

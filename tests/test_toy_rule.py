@@ -88,7 +88,7 @@ def test_a_rule_with_a_name_is_chosen_and_saved_by_it(tmp_path: Any, monkeypatch
         (
             {"rule": "delta"},
             ValueError,
-            "rule must be one of 'atlas', 'decay_to_start', 'gated_delta', 'kl', 'lq', 'titans', lq with a number",
+            "rule must be one of 'atlas', 'decay_to_start', 'gated_delta', 'kl', 'lact', 'lq', 'titans', lq with",
         ),
         ({"rule": 3}, TypeError, "rule must be a name or a Rule, got int"),
         (

@@ -136,6 +136,24 @@ class FactorizedMemoryMLP(Described, nn.Module):
         return x
 
 
+class MemoryGLU(Described, nn.Module):
+    """`(silu(x W1) * (x W3)) W2`, the memory of LaCT (arXiv 2505.23884).  x: (... n d)"""
+
+    def __init__(self, dim: int, expansion_factor: float = 2.0) -> None:
+        super().__init__()
+        check_positive(dim=dim, expansion_factor=expansion_factor)
+        hidden = int(dim * expansion_factor)
+        self.weights = weights_of(((dim, hidden), (dim, hidden), (hidden, dim)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        begin(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        to_gate, to_hidden, to_out = self.weights
+        return (F.silu(x @ to_gate) * (x @ to_hidden)) @ to_out
+
+
 class MemorySwiGluMLP(Described, nn.Module):
     """Residual gated feed-forwards with a norm at the end, two thirds as wide for equal parameters.  x: (... n d)"""
 
@@ -217,14 +235,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "gated": GatedResidualMemoryMLP,
     "factorized": FactorizedMemoryMLP,
     "swiglu": MemorySwiGluMLP,
+    "glu": MemoryGLU,
     "attention": MemoryAttention,
     "layerwise": LayerwiseMemory,
 }
 """Memory models by name, each made from a width and arguments of its own"""
 
 
-ALONE = ("linear", "layerwise")
-"""Those that models of the family use without a norm around them, as they are linear in their matrices"""
+ALONE = ("linear", "layerwise", "glu")
+"""Those that models of the family use without a norm around them, as the papers that they are from do"""
 
 
 def register_memory_model(name: str, make: Callable[..., nn.Module]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pytorch.checks import tensor_checks, value_checks
+from titans_pytorch.fast_weights.rules.registry import forgets
 from titans_pytorch.memory.options import SpanKind
 from titans_pytorch.memory.paper import DECAY_BIAS, MAX_STEP, form_options, of_token, width_of_heads
 from titans_pytorch.memory.rows import Chosen, check_joinable, detached, moved, selected
@@ -113,9 +114,14 @@ class TNTMemory(Pretrained, nn.Module):
         width = width_of_heads(dim, heads, given.get("dim_head"))
         shared = form_options(dim, heads, dim_head=width, default_step_transform_max_lr=MAX_STEP) | given
 
+        rule = given.get("rule", "titans")
+        rule_forgets = isinstance(rule, str) and forgets(rule)
+
         def made(chunk: int, **of_shards: Any) -> NeuralMemory:
             gate_chunk, bias = (1, of_token(decay_bias, chunk)) if token_gates else (chunk, decay_bias)
-            steps = dict(chunk_size=gate_chunk, batch_size=chunk, init_decay_bias=bias)
+            steps: dict[str, Any] = dict(chunk_size=gate_chunk, batch_size=chunk)
+            if rule_forgets:
+                steps |= dict(init_decay_bias=bias)
             return NeuralMemory(**shared | steps | of_shards)
 
         self.global_memory = made(global_chunk)

@@ -6,7 +6,16 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from tests.support.configurations import DIM_HEAD, OPTIONS, Case, with_rule
-from tests.support.rules_by_the_book import ATLAS, DECAY_TO_START, GATED_DELTA, GATED_DELTA_WINDOW, MEMORA, MONETA
+from tests.support.rules_by_the_book import (
+    ATLAS,
+    DECAY_TO_START,
+    GATED_DELTA,
+    GATED_DELTA_WINDOW,
+    LACT,
+    LACT_ORTHOGONAL,
+    MEMORA,
+    MONETA,
+)
 from tests.support.shards_by_the_book import ShardsUnderTest
 
 PLAIN = {name: values[0] for name, values in OPTIONS.items() if name not in ("mask", "store_seq", "batches")} | {
@@ -68,6 +77,9 @@ WINDOW = PLAIN | {"batch_size": 4, "window": 4, "key_powers": 3, "per_parameter_
 
 
 IN_SHARDS = PLAIN | {"dim": 6, "heads": 2, "batch_size": 2, "conv_size": 3}
+
+
+LACT_OPTIONS = PLAIN | {"model": "glu", "mem_model_norm_add_residual": False, "loss": "dot", "batch_size": 2}
 
 
 def in_shards(qk_projection: Literal["chunk", "shard"]) -> Case:
@@ -132,6 +144,8 @@ CASES = {
     "moneta": with_rule(case(PLAIN | {"batch_size": 4, "loss": "lp:3"}, engine="dense"), MONETA),
     "memora": with_rule(case(PLAIN | {"batch_size": 2}, engine="dense", mask=True), MEMORA),
     "lengths": case(PLAIN | {"batch_size": 4, "keep_lengths": True, "max_weight_growth": None}),
+    "lact": with_rule(case(LACT_OPTIONS, engine="dense"), LACT),
+    "lact, orthogonal": with_rule(case(LACT_OPTIONS, engine="dense"), LACT_ORTHOGONAL),
     "shards": in_shards("shard"),
     "shards, keys of chunks": in_shards("chunk"),
     "huber": case(PLAIN | {"loss": "huber:0.3"}),

@@ -62,6 +62,7 @@ MODELS = {
     "gated": lambda: memory_models.GatedResidualMemoryMLP(DIM_HEAD, depth=1, expansion_factor=1.5),
     "factorized": lambda: memory_models.FactorizedMemoryMLP(DIM_HEAD, depth=2, k=2),
     "swiglu": lambda: memory_models.MemorySwiGluMLP(DIM_HEAD, depth=1, expansion_factor=3.0),
+    "glu": lambda: memory_models.MemoryGLU(DIM_HEAD, expansion_factor=1.5),
     "attention": lambda: memory_models.MemoryAttention(DIM_HEAD, expansion_factor=1.0),
     "layerwise": lambda: memory_models.LayerwiseMemory(DIM_HEAD),
     "nn.Linear": lambda: LinearNet(DIM_HEAD),

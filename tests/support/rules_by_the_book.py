@@ -11,6 +11,7 @@ from tests.support.oracle import Layer, Row, Weights, orthogonalise
 from titans_pytorch.fast_weights.rules.atlas import SteppedByLength
 from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
 from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
+from titans_pytorch.fast_weights.rules.lact import LaCT
 from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
 from titans_pytorch.fast_weights.rules.retention import KullbackLeibler, QNorm, Retained
 
@@ -91,3 +92,34 @@ class MemoraByTheBook(Layer):
 MONETA = RuleUnderTest(lambda: Retained(QNorm(4.0), 0), MonetaByTheBook)
 MEMORA = RuleUnderTest(lambda: Retained(KullbackLeibler(), 0), MemoraByTheBook)
 MEMORA_MOVING = RuleUnderTest(lambda: Retained(KullbackLeibler(), 2, window=2), MemoraByTheBook, orders=2, window=2)
+
+
+class LaCTByTheBook(Layer):
+    """Nothing is forgotten; after a step, what every output sums over is as long as in the start."""
+
+    def forget(self, w: Weights, pooled: Tensor, head: int) -> Weights:
+        return w
+
+    def store_chunk(
+        self, row: Row, head: int, s_k: Tensor, keys: Tensor, values: Tensor, stored: Any, prev: Any
+    ) -> None:
+        super().store_chunk(row, head, s_k, keys, values, stored, prev)
+        if not any(stored):
+            return
+        normed = {}
+        for name, w in row.current.items():
+            start = self.initial(head)[name]
+            normed[name] = w if w.ndim < 2 else w * (start.norm(dim=0) / w.norm(dim=0))
+        row.current = normed
+
+
+class OrthogonalLaCTByTheBook(LaCTByTheBook):
+    """The same with steps by Newton-Schulz."""
+
+    def step(self, row: Row, u: Weights, pooled: Tensor, head: int) -> Weights:
+        return {name: orthogonalise(s) for name, s in super().step(row, u, pooled, head).items()}
+
+
+LACT = RuleUnderTest(lambda: LaCT(True), LaCTByTheBook, orders=1)
+LACT_WITHOUT_MOMENTUM = RuleUnderTest(lambda: LaCT(False), LaCTByTheBook)
+LACT_ORTHOGONAL = RuleUnderTest(lambda: Orthogonal(LaCT(True)), OrthogonalLaCTByTheBook, orders=1)

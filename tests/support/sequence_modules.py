@@ -23,6 +23,7 @@ from titans_pytorch import (
     LayerwiseMemory,
     MemoryAsContextTransformer,
     MemoryAttention,
+    MemoryGLU,
     MemoryMLP,
     MemorySwiGluMLP,
     NestedAttention,
@@ -113,6 +114,9 @@ MEMORY_OPTIONS: dict[str, dict[str, Any]] = {
     "yaad": dict(dim=DIM, chunk_size=4, batch_size=4, loss="yaad"),
     "moneta": dict(dim=DIM, chunk_size=4, batch_size=4, loss="lp:3", rule="lq:4", momentum=False),
     "memora": dict(dim=DIM, chunk_size=4, batch_size=4, rule="kl", momentum=False),
+    "norms that stay": dict(
+        dim=DIM, chunk_size=4, batch_size=4, rule="lact", loss="dot", model="glu", mem_model_norm_add_residual=False
+    ),
     "in shards": dict(dim=DIM, chunk_size=2, batch_size=2, shard=4, qk_projection="shard", conv_size=3),
     "a chunk is a token": dict(dim=DIM, chunk_size=1, batch_size=5, default_step_transform_max_lr=0.1),
 }
@@ -120,6 +124,7 @@ MEMORY_MODELS = {
     MemoryMLP: lambda: MemoryMLP(DIM, depth=2),
     GatedResidualMemoryMLP: lambda: GatedResidualMemoryMLP(DIM, depth=1),
     FactorizedMemoryMLP: lambda: FactorizedMemoryMLP(DIM, depth=2, k=2),
+    MemoryGLU: lambda: MemoryGLU(DIM),
     MemorySwiGluMLP: lambda: MemorySwiGluMLP(DIM, depth=1),
     LayerwiseMemory: lambda: LayerwiseMemory(DIM),
     MemoryAttention: lambda: MemoryAttention(DIM),

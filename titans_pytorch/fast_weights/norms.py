@@ -30,6 +30,19 @@ def total_norm(weights: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
+def lengths_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How long the weights of every output are, of every matrix.  (r i j) -> (r 1 j)"""
+    return {name: safe_norm(w.square().sum(dim=-2, keepdim=True)) for name, w in weights.items() if w.ndim > 2}
+
+
+def with_length(weight: Tensor, length: Tensor | None) -> Tensor:
+    """A matrix with the weights of every output as long as they are to be; those of nothing stay nothing.  (r i j)"""
+    if length is None:
+        return weight
+    own = safe_norm(weight.square().sum(dim=-2, keepdim=True))
+    return weight * (length / torch.where(own > 0, own, 1.0))
+
+
 def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """norm(x) over the last axis, with the mean and the inverse deviation that its gradient needs."""
     return torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)

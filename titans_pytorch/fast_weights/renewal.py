@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.interface import Carry, Weights
-from titans_pytorch.fast_weights.norms import safe_norm, total_norm
+from titans_pytorch.fast_weights.norms import total_norm, with_length
 
 MAX_CARRIED_GRADIENT = 1e12
 """Largest norm of the gradient of a row's weights that passes from one batch back to the one before it"""
@@ -19,19 +19,6 @@ def limit_growth(weights: Weights, limit: Tensor) -> Weights:
     norm = total_norm(weights)
     scale = torch.where(norm > limit, limit / torch.where(norm > limit, norm, 1.0), 1.0)
     return {name: weight * scale.reshape(-1, *[1] * (weight.ndim - 1)) for name, weight in weights.items()}
-
-
-def lengths_of(weights: Weights) -> Weights:
-    """How long the weights of every output are, of every matrix.  (r i j) -> (r 1 j)"""
-    return {name: safe_norm(w.square().sum(dim=-2, keepdim=True)) for name, w in weights.items() if w.ndim > 2}
-
-
-def with_length(weight: Tensor, length: Tensor | None) -> Tensor:
-    """A matrix with the weights of every output as long as they are to be; those of nothing stay nothing.  (r i j)"""
-    if length is None:
-        return weight
-    own = safe_norm(weight.square().sum(dim=-2, keepdim=True))
-    return weight * (length / torch.where(own > 0, own, 1.0))
 
 
 class LimitGradient(torch.autograd.Function):

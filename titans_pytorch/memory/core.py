@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from titans_pytorch.checks import tensor_checks, value_checks
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.interface import LossFn, Weights
-from titans_pytorch.fast_weights.norms import total_norm
+from titans_pytorch.fast_weights.norms import lengths_of, total_norm
 from titans_pytorch.fast_weights.precision import at_least_float32
 from titans_pytorch.fast_weights.probe import can_be_looked_at, check_contents, inspect_model, learns_from
-from titans_pytorch.fast_weights.renewal import Renewal, lengths_of
+from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.initialization import reset_parameters, write

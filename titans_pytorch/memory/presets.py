@@ -9,6 +9,7 @@ from typing_extensions import Self
 from titans_pytorch.memory.asking import AskedMemory
 from titans_pytorch.memory.atlas import KEY_POWERS, WINDOW, atlas_options, omeganet_options
 from titans_pytorch.memory.delta import delta_options
+from titans_pytorch.memory.lact import CHUNK, lact_options
 from titans_pytorch.memory.miras import miras_options
 from titans_pytorch.memory.paper import paper_options
 
@@ -101,3 +102,11 @@ class PresetMemory(AskedMemory):
         Every argument can be overridden; projections, output and gates are as in `paper`.
         """
         return cls.made(miras_options(kind, dim, heads, chunk_size, overrides))
+
+    @classmethod
+    def lact(cls, dim: int, heads: int = 1, chunk_size: int = CHUNK, **overrides: Any) -> Self:
+        """The memory of LaCT: a gated network that stores long chunks, and whose norms stay (`docs/rules.md`).
+
+        Every argument can be overridden; spectral_norm_surprises=True makes steps orthogonal.
+        """
+        return cls.made(lact_options(dim, heads, chunk_size, overrides))

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from titans_pytorch.checks import value_checks
 from titans_pytorch.fast_weights.rules.registry import make_of
 from titans_pytorch.losses import loss_by_name
-from titans_pytorch.memory import atlas, delta
+from titans_pytorch.memory import atlas, delta, lact
 from titans_pytorch.memory.miras import kind_of_miras
 from titans_pytorch.memory.options import SpanKind
 from titans_pytorch.memory.paper import DECAY_BIAS, MAX_STEP
@@ -208,6 +208,17 @@ class TitansConfig:
         """Memories of Miras, yaad, moneta or memora, as `NeuralMemory.miras`."""
         own = {f"memory_{name}": value for name, value in kind_of_miras(kind).items()}
         return cls(dim=dim, depth=depth, **dict(momentum=False, memory_refresh=8) | own | overrides)
+
+    @classmethod
+    def lact(cls, dim: int, depth: int, *, chunk: int = lact.CHUNK, **overrides: Any) -> TitansConfig:
+        """Memories of LaCT (arXiv 2505.23884), for MAG: long chunks, a window as long, gated networks, norms that stay.
+
+        As `NeuralMemory.lact`. With memory_options=dict(spectral_norm_surprises=True) steps are orthogonal.
+        """
+        form: dict[str, Any] = dict(memory_model="glu", memory_rule="lact", memory_loss="dot", memory_expansion=2.0)
+        value_checks.check_whole(chunk=chunk)
+        cut = dict(memory_chunk=chunk, memory_refresh=chunk, window=chunk, max_step=lact.STEPS_OF_A_CHUNK / chunk)
+        return cls(dim=dim, depth=depth, **form | cut | overrides)
 
     @classmethod
     def tnt(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from titans_pytorch.fast_weights.rules.registry import forgets
 from titans_pytorch.memory.delta import LINEAR
 from titans_pytorch.memory.paper import form_options, of_token
 from titans_pytorch.memory_models import ALONE, arguments_of
@@ -32,7 +33,7 @@ def model_options(config: TitansConfig) -> dict[str, Any]:
 def make_memory(config: TitansConfig) -> NeuralMemory | TNTMemory:
     """Shaped as the paper's (`memory.paper`), with the sizes and switches of the config."""
     memory = make_tnt(config) if config.memory_local_chunks else make_single(config)
-    if not config.decay:  # and it stays so
+    if not config.decay and forgets(config.memory_rule):  # and it stays so
         for each in memory.modules():
             if isinstance(each, NeuralMemory):
                 each.to_decay_factor.requires_grad_(False)
@@ -57,7 +58,8 @@ def shared_options(config: TitansConfig) -> dict[str, Any]:
 def make_single(config: TitansConfig) -> NeuralMemory:
     """One memory."""
     steps: dict[str, Any] = dict(chunk_size=config.gate_chunk, batch_size=config.memory_refresh)
-    steps |= dict(init_decay_bias=decay_bias(config) if config.decay else NEVER)
+    if forgets(config.memory_rule):
+        steps |= dict(init_decay_bias=decay_bias(config) if config.decay else NEVER)
     memory = NeuralMemory(**form_options(config.dim, config.num_memories) | steps | shared_options(config))
     memory.init_as_association()
     return memory

@@ -11,6 +11,7 @@ from titans_pytorch.checks import value_checks
 from titans_pytorch.fast_weights.rules.atlas import SteppedByLength
 from titans_pytorch.fast_weights.rules.decay_to_start import DecayToStart
 from titans_pytorch.fast_weights.rules.gated_delta import GatedDelta
+from titans_pytorch.fast_weights.rules.lact import LaCT
 from titans_pytorch.fast_weights.rules.orthogonal import Orthogonal
 from titans_pytorch.fast_weights.rules.retention import KullbackLeibler, QNorm, Retained
 from titans_pytorch.fast_weights.rules.rule import Rule
@@ -57,6 +58,9 @@ SWITCHES = (
     "channelwise_decay",
 )
 
+PLAIN = RuleOptions(True, 1, False, False, False, False, False, None, None, None, 1)
+"""Momentum of one order, and nothing else"""
+
 MakeRule = Callable[[RuleOptions], Rule]
 
 
@@ -94,6 +98,28 @@ def kl_retention(options: RuleOptions) -> Rule:
     return titans(options, partial(Retained, KullbackLeibler()))
 
 
+def lact(options: RuleOptions) -> Rule:
+    """Momentum and norms that stay, which leaves nothing to be forgotten."""
+    given = dict(
+        momentum_order=options.momentum and options.momentum_order > 1,
+        channelwise_decay=options.channelwise_decay,
+        init_decay_bias=options.init_decay_bias is not None,
+        window=options.window > 1,
+    )
+    if wrong := [name for name, is_given in given.items() if is_given]:
+        raise ValueError(
+            f"{wrong[0]} must be left out with rule='lact', which has one order of momentum, no window and no "
+            f"forgetting, got {getattr(options, wrong[0])}"
+        )
+    rule = LaCT(
+        options.momentum,
+        per_parameter=options.per_parameter_gates,
+        rate_bias=options.init_adaptive_step_bias,
+        momentum_bias=options.init_momentum_bias,
+    )
+    return Orthogonal(rule) if options.spectral_norm_surprises else rule
+
+
 RULES: dict[str, MakeRule] = {
     "atlas": atlas,
     "titans": titans,
@@ -101,6 +127,7 @@ RULES: dict[str, MakeRule] = {
     "lq": norm_retention,
     "gated_delta": partial(titans, kind=GatedDelta),
     "decay_to_start": partial(titans, kind=DecayToStart),
+    "lact": lact,
 }
 
 
@@ -133,6 +160,11 @@ def register_rule(name: str, make: MakeRule) -> None:
     if name in RULES:
         raise ValueError(f"a rule's name must be new, got {name!r}, which is taken; taken are {sorted(RULES)}")
     RULES[name] = make
+
+
+def forgets(name: str) -> bool:
+    """Whether a rule with this name has a gate of what is forgotten."""
+    return make_of(name)(PLAIN).forgets
 
 
 def rule_of(rule: str | Rule, options: RuleOptions, defaults: RuleOptions) -> Rule:

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.rules.gates import ChunkGates, Gates
+from titans_pytorch.fast_weights.rules.gates import KEEP, ChunkGates, Gates
 from titans_pytorch.fast_weights.scale import ZERO, Sum, Zero, summed
 
 Term = Tensor | Sum | Zero
@@ -141,6 +141,11 @@ class Rule:
     def begun(self, weights: Tensor) -> Tensor:
         """The weights that a learned start stands for.  (r ...)"""
         return weights
+
+    @property
+    def forgets(self) -> bool:
+        """Whether it asks for a gate of what is forgotten."""
+        return any(gate.name == KEEP for gate in self.gates)
 
     @property
     def is_factored(self) -> bool:
