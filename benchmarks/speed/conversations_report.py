@@ -32,9 +32,19 @@ def decoding(record: Record) -> str:
     about = (
         f"{sizes['conversations']} conversations of {sizes['longest'] // 10} to {sizes['longest']:,} tokens, dim "
         f"{sizes['dim']}, depth {sizes['depth']}, window {sizes['window']}, float32, CPU time of 1 thread; medians of "
-        f"{sizes['rounds']} turns of {sizes['tokens']} tokens each (slowest–fastest); {place(record)}."
+        f"{sizes['rounds']} turns of {sizes['tokens']} tokens each (slowest–fastest); {places(record)}."
     )
     return f"{about}\n\n{markdown(table)}"
+
+
+def places(record: Record) -> str:
+    """Where and when the models were measured, those that were measured together in one breath."""
+    found: dict[str, list[str]] = {}
+    for variant, run in record["runs"].items():
+        found.setdefault(place(run), []).append(variant.upper())
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{', '.join(variants)}: {where}" for where, variants in found.items())
 
 
 def serving(record: Record) -> str:
