@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,10 +89,22 @@ def test_a_loop_over_modules_sets_everything_in_any_order(name: str, order: str)
         assert_same(module, expected)
     for (key, got), wanted in zip(module.named_parameters(), expected.parameters(), strict=True):
         assert_alike(key, got, wanted)
-    for memory in module.modules():
-        if isinstance(memory, NeuralMemory) and memory.to_keys.__class__.__name__ == "ConvolvedLinear":
-            assert torch.equal(memory.to_queries.linear.weight, memory.to_keys.linear.weight)
+    for memory, ordinary in zip(module.modules(), expected.modules(), strict=True):
+        if isinstance(memory, NeuralMemory) and begins_as_association(ordinary):
+            assert begins_as_association(memory)
             assert memory.to_keys.convolution.weight.argmax(0).eq(1).all()
+
+
+def begins_as_association(memory: Any) -> bool:
+    """Whether queries start as keys, behind convolutions."""
+    if type(memory.to_keys).__name__ != "ConvolvedLinear":
+        return False
+    return torch.equal(memory.to_queries.linear.weight, memory.to_keys.linear.weight)
+
+
+def test_memories_of_the_paper_begin_as_associations() -> None:
+    memories = [each for name in READERS for each in READERS[name].made(3).modules() if isinstance(each, NeuralMemory)]
+    assert sum(map(begins_as_association, memories)) >= 4
 
 
 def test_a_memory_that_was_reset_learns() -> None:
