@@ -141,6 +141,8 @@ def test_one_sentence_says_what_is_wrong() -> None:
     with pytest.raises(TypeError, match="point must be what keep returned, got int"):
         pool.rollback(one, 3)  # type: ignore[arg-type]
     assert pool.advance({}) == {}
+    with pytest.raises(TypeError, match="state must be one of the model, got Tensor; tokens are for advance"):
+        pool.open(torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="state must be of one sequence, got 2"):
         pool.open(model(tokens_of("TitansMAG, plain", 2, 3))[1])
     pool.close(one)

@@ -40,6 +40,13 @@ def test_every_task_at_every_length(run: Path, capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()[-4:]
     assert lines[0].split() == ["400", "1,024"]
     assert [line.split()[0] for line in lines[1:]] == ["passkey", "babilong_qa1", "text"]
+    assert [line.split(maxsplit=3)[3] for line in lines[1:]] == ["exact match", "exact match", "bits per byte"]
+
+
+def test_a_heading_says_what_was_asked_of_what(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated(run, "--tasks", "passkey", "--lengths", "400", "--rows", "3", "--writes", "off")
+    heading, *_ = capsys.readouterr().out.splitlines()[-3:]
+    assert heading == "checkpoint best (step 2), writes off, 3 sequence(s) of each"
 
 
 def test_writes_can_be_off(run: Path) -> None:

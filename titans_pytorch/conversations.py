@@ -102,6 +102,8 @@ class ConversationPool:
 
     def open(self, state: Any = None) -> int:
         """A new conversation, which has read nothing, or what a state of a single sequence has.  -> its number"""
+        if state is not None and not hasattr(state, "batch"):
+            raise TypeError(f"state must be one of the model, got {type(state).__name__}; tokens are for advance")
         if state is not None and state.batch != 1:
             raise ValueError(f"state must be of one sequence, got {state.batch}")
         if isinstance(state, RaggedState):

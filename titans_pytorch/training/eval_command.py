@@ -66,6 +66,7 @@ def evaluate(parsed: Namespace, device: str) -> int:
     model.to(device)
     asked = list(tasks(names, lengths, parsed, run, model.num_tokens))
     table: dict[str, list[str]] = {name: [] for name in names}
+    metrics: dict[str, str] = {}
     with nullcontext() if parsed.writes else writes_off(model):
         for name, tokens, task in tqdm(asked, unit="task", disable=len(asked) == 1):
             score, count = built(partial(scored, model, task, rows=parsed.rows, batch=parsed.batch, seed=parsed.seed))
@@ -74,7 +75,9 @@ def evaluate(parsed: Namespace, device: str) -> int:
             record |= dict(rows=parsed.rows, seed=parsed.seed, data=name_of(parsed.data), babi=name_of(parsed.babi))
             keep(run, record)
             table[name].append(f"{score:.3f}")
-    show(lengths, table)
+            metrics[name] = task.metric
+    print(heading(parsed, checkpoint.progress.step))
+    show(lengths, table, metrics)
     return 0
 
 
@@ -129,9 +132,15 @@ def keep(run: Run, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def show(lengths: list[int], table: dict[str, list[str]]) -> None:
-    """A line for each task, a column for each length."""
+def heading(parsed: Namespace, step: int) -> str:
+    """What was asked of what."""
+    writes = "on" if parsed.writes else "off"
+    return f"checkpoint {parsed.checkpoint} (step {step}), writes {writes}, {parsed.rows} sequence(s) of each"
+
+
+def show(lengths: list[int], table: dict[str, list[str]], metrics: dict[str, str]) -> None:
+    """A line for each task, a column for each length, and what its numbers are."""
     width = max(map(len, table))
     print(" ".join([" " * width, *(f"{length:>9,}" for length in lengths)]))
     for name, cells in table.items():
-        print(" ".join([f"{name:<{width}}", *(f"{cell:>9}" for cell in cells)]))
+        print(" ".join([f"{name:<{width}}", *(f"{cell:>9}" for cell in cells), f"  {metrics[name]}"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -35,6 +36,7 @@ from titans_pytorch.training.worth import OFF, OFF_BY_POSITION, ON, ON_BY_POSITI
 
 NUM_BINS = 16  # of a sequence, for bits per byte by position
 MAX_BAD_STEPS = 20  # steps in a row whose gradient is not finite
+STOPPING = b"\nstopping after this step, a validation and a checkpoint; asked again: at once, without them\n"
 
 
 class Trainer:
@@ -136,6 +138,7 @@ class Trainer:
             if self.is_asked_to_stop:
                 raise KeyboardInterrupt
             self.is_asked_to_stop = True
+            os.write(2, STOPPING)  # print may be in the middle of something
 
         before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
