@@ -6,8 +6,8 @@ One training step of an `lmm` of dim 256, 4 blocks and 4 heads on 2 x 4,096 byte
 tokens and is renewed after each, and with a global memory of chunks of 512 beside a local one of chunks of 8 that
 restarts every 512. From seed 0, float32, one thread; both take turns, least CPU time of the process. Operations are
 counted by the plan of this machine and by that of an accelerator, which waits for each of them; views do not count.
-The table goes to docs/rules.md and its numbers to benchmarks/results/tnt.json; with `--count` only operations are
-counted, with `--quick` one turn of a small model is taken, and both go nowhere.
+Numbers go to benchmarks/results/tnt.json, and a table of all that is there to docs/rules.md; with `--count` only
+operations are counted, with `--quick` one turn of a small model is taken, which goes nowhere.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from titans_pytorch.memory.costs import COSTS
 
 DEPTH, DIM, ROWS, TOKENS, TURNS, SHARD, CHUNK = 4, 256, 2, 4096, 2, 512, 8
 HEADER = ["", "Titans", "TNT", "ratio"]
+MEASURED = {
+    "operations, cpu": ("operations, planned for a CPU", ",.0f"),
+    "operations, cuda": ("operations, planned for an accelerator", ",.0f"),
+    "seconds": ("seconds of a CPU, one thread", ".2f"),
+}
 
 
 @contextmanager
@@ -73,8 +78,20 @@ def counted(step: Callable[[], float], device: str) -> int:
     return counting.count
 
 
-def row(what: str, of_each: list[float], form: str) -> list[str]:
+def row(name: str, of_each: list[float]) -> list[str]:
+    what, form = MEASURED[name]
     return [what, *(format(x, form) for x in of_each), f"{of_each[0] / of_each[1]:.2f}"]
+
+
+def keep(found: dict[str, list[float]]) -> None:
+    """Write what was measured, beside what had been before, and the table of all."""
+    where, path = describe_machine(), RESULTS / "tnt.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    records = known | {name: {"of each": numbers, "machine": where} for name, numbers in found.items()}
+    path.write_text(json.dumps(records, indent=2) + "\n")
+    rows = [HEADER] + [row(name, records[name]["of each"]) for name in MEASURED if name in records]
+    about = f"{where['cpu']}, 1 thread of a machine that others used too, {where['date']}, commit {where['commit']}"
+    put(DOCS / "rules.md", "tnt", f"{about}, seed 0.\n\n{markdown(rows)}")
 
 
 def main() -> None:
@@ -86,23 +103,19 @@ def main() -> None:
     dim, depth, tokens, shard = (32, 1, 128, 32) if given.quick else (DIM, DEPTH, TOKENS, SHARD)
     ids = torch.randint(0, 256, (ROWS, tokens + 1), generator=torch.Generator().manual_seed(0))
     steps = [step_of(model, ids) for model in models(dim, depth, shard).values()]
-    rows, record = [HEADER], {}
-    for device, what in (("cpu", "operations, planned for a CPU"), ("cuda", "operations, planned for an accelerator")):
-        record[f"operations {device}"] = [float(counted(step, device)) for step in steps]
-        rows.append(row(what, record[f"operations {device}"], ",.0f"))
-        print(" | ".join(rows[-1]), flush=True)
-    if given.count:
-        return
-    turns = [[step() for step in steps] for _ in range(1 if given.quick else TURNS)]
-    record["seconds"] = [min(each) for each in zip(*turns, strict=True)]
-    rows.append(row("seconds of a CPU, one thread", record["seconds"], ".2f"))
-    print(" | ".join(rows[-1]), flush=True)
-    if given.quick:
-        return
-    where = describe_machine()
-    (RESULTS / "tnt.json").write_text(json.dumps({"machine": where} | record, indent=2) + "\n")
-    about = f"{where['cpu']}, 1 thread of a machine that others used too, {where['date']}, commit {where['commit']}"
-    put(DOCS / "rules.md", "tnt", f"{about}, least of {TURNS} turns, seed 0.\n\n{markdown(rows)}")
+    found: dict[str, list[float]] = {}
+
+    def say(name: str, of_each: list[float]) -> None:
+        found[name] = of_each
+        print(" | ".join(row(name, of_each)), flush=True)
+
+    for device in ("cpu", "cuda"):
+        say(f"operations, {device}", [float(counted(step, device)) for step in steps])
+    if not given.count:
+        turns = [[step() for step in steps] for _ in range(1 if given.quick else TURNS)]
+        say("seconds", [min(each) for each in zip(*turns, strict=True)])
+    if not given.quick:
+        keep(found)
 
 
 if __name__ == "__main__":
