@@ -230,7 +230,7 @@ def test_families_of_them(preset: Any) -> None:
     model = TitansLMM(7, config)
     memory = model.backbone.blocks[0].mixer.memory
     assert memory.rule.window == 2
-    assert memory.key_powers is not None
+    assert isinstance(memory.key_powers, KeyPowers)
     assert memory.layout == (1, 1, 16)
     ids = torch.randint(0, 7, (2, 40))
     model(ids)[0].square().mean().backward()

@@ -152,6 +152,14 @@ def gradient_of(loss: Loss) -> Loss | None:
     return next((gradient for known, gradient in GRADIENTS.items() if known is loss), None)
 
 
+def known_gradient_of(loss: Loss) -> Loss:
+    """The gradient of a loss of this file."""
+    found = gradient_of(loss)
+    if found is None:
+        raise ValueError(f"the gradient of a loss must be known here, got {loss!r}")
+    return found
+
+
 def is_quadratic(loss: Loss) -> bool:
     """Whether the gradient of a loss is a difference times a number."""
     return loss in (mean_squared_error, summed_squared_error)

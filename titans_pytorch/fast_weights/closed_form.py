@@ -11,7 +11,6 @@ whatever surrounds them, and they are fewer than what autograd makes of the mode
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residu
 from titans_pytorch.fast_weights.norms import norm, norm_gradient
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.taps import base_product, base_vectors
-from titans_pytorch.losses import gradient_of, is_quadratic, mean_squared_error
+from titans_pytorch.losses import gradient_of, is_quadratic, known_gradient_of, mean_squared_error
 from titans_pytorch.memory_models import NORM_GAIN, MemoryMLP, ResidualNorm
 
 
@@ -30,11 +29,6 @@ def has_closed_form(model: nn.Module, loss_fn: LossFn) -> bool:
     inner = model.model if type(model) is ResidualNorm else model
     is_plain = type(inner) is MemoryMLP and len(list(inner.parameters())) == len(inner.weights)
     return is_plain and gradient_of(loss_fn) is not None
-
-
-def error_of(loss_fn: LossFn) -> LossFn:
-    """The gradient of a loss, which is known (`has_closed_form`)."""
-    return cast(LossFn, gradient_of(loss_fn))
 
 
 class ClosedMLP:
@@ -98,7 +92,7 @@ class ClosedMLP:
     def loss_and_error(self, prediction: Tensor, values: Tensor, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
         """The loss of every write (r n c), and its gradient with respect to the prediction (r n c d)."""
         if not is_quadratic(loss_fn):
-            return loss_fn(prediction, values), error_of(loss_fn)(prediction, values)
+            return loss_fn(prediction, values), known_gradient_of(loss_fn)(prediction, values)
         difference = prediction - values  # which both are made of
         return self.loss_of(difference), difference * self.slope(difference.shape[-1])
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from titans_pytorch.fast_weights.closed_form import ClosedMLP, error_of
+from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.fast_weights.interface import Block, Entries, LossFn, Residual, Weights, Writes
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.fast_weights.taps import base_product
-from titans_pytorch.losses import gradient_of
+from titans_pytorch.losses import gradient_of, known_gradient_of
 from titans_pytorch.memory_models import hidden_keys
 
 
@@ -37,7 +37,7 @@ class LayerwiseMLP(ClosedMLP):
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
         """Gradients of each layer's own loss in every chunk, and the last layer's loss of every write (r n c)."""
         keys, values, loss_fn = writes.keys, writes.values, writes.held_to(self.loss_fn)
-        error = error_of(loss_fn)
+        error = known_gradient_of(loss_fn)
         factors: dict[str, Factors] = {}
         for name in self.matrices:
             answers = base_product(base, writes, residual, name, keys, False).to(keys.dtype)

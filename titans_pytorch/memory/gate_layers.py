@@ -9,6 +9,10 @@ DECAY_RANK = 32
 """Width between tokens and a forgetting gate of every channel; a full map would have as many weights as projections"""
 
 
+THRESHOLD_BIAS = 0.5413
+"""What thresholds of tokens start with, 1 after softplus: about as far as values of features are from nothing"""
+
+
 class GateLayer(nn.Sequential):
     """A linear layer whose outputs are laid out as the pattern says."""
 
@@ -41,6 +45,11 @@ class ConstantAtFirst(nn.Linear):
 def starting_at(dim: int, num_out: int, bias: float | None) -> nn.Linear:
     """A layer that first gives a constant; None: as torch starts it."""
     return nn.Linear(dim, num_out) if bias is None else ConstantAtFirst(dim, num_out, bias)
+
+
+def threshold_layer(dim: int, heads: int, writes: int) -> GateLayer:
+    """How far off the answer to each write of a token may be, before softplus.  (b n c dim) -> (r n c u)"""
+    return GateLayer(dim, heads * writes, "b n c (h u) -> (b h) n c u", bias=THRESHOLD_BIAS, h=heads)
 
 
 def max_lr_sigmoid(raw: Tensor, max_lr: float) -> Tensor:

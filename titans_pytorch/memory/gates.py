@@ -14,14 +14,11 @@ from torch.nn import functional as F
 from titans_pytorch.fast_weights.interface import PerParameter
 from titans_pytorch.fast_weights.rules.gates import KEEP, Gates
 from titans_pytorch.fast_weights.rules.rule import GateSpec, Rule
-from titans_pytorch.memory.gate_layers import ChannelGateLayer, GateLayer, max_lr_sigmoid
+from titans_pytorch.memory.gate_layers import ChannelGateLayer, GateLayer, max_lr_sigmoid, threshold_layer
 from titans_pytorch.memory.options import GateOptions, ProjectionOptions
 from titans_pytorch.memory.pooling import AttentionPool, AveragePool
 
 T = TypeVar("T")
-
-THRESHOLD_BIAS = 0.5413
-"""What thresholds of tokens start with, 1 after softplus: about as far as values of features are from nothing"""
 
 PUBLISHED = {"to_decay_factor", "to_momentum", "to_learned_momentum_combine"}
 """Layers of gates that a memory of the published package may have; None where the rule does not ask for them"""
@@ -48,10 +45,7 @@ class GateLayers(nn.Module):
         for layer in PUBLISHED - {gate.layer for gate in rule.gates}:
             self.register_module(layer, None)
         of_chunk = partial(GateLayer, dim, pattern="b n (h o) -> o (b h) n", h=heads)
-        self.to_threshold = None
-        if options.has_thresholds:
-            num_out, pattern = heads * sizes.num_kv_per_token, "b n c (h u) -> (b h) n c u"
-            self.to_threshold = GateLayer(dim, num_out, pattern, bias=THRESHOLD_BIAS, h=heads)
+        self.to_threshold = threshold_layer(dim, heads, sizes.num_kv_per_token) if options.has_thresholds else None
         modulates, mixes = options.per_parameter_lr_modulation, options.accept_weight_residual
         self.to_layer_modulation = of_chunk(heads * len(fast)) if modulates else None
         self.to_learned_weight_residual_mix = of_chunk(heads) if mixes else None

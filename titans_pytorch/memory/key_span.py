@@ -59,7 +59,7 @@ def keys_of(layers: Projections, told: Told, like: Tensor) -> tuple[Tensor, Tens
     """Keys as they will be written, zeros where nothing is.  -> (r t u d), the next tail of their convolution"""
     tokens, is_stored, u = told.tokens.keys, told.tokens.is_stored, layers.num_kv_per_token
     found, tail = projected(layers.to_keys, layers.normed(tokens, is_stored), told.before.tail)
-    keys = layers.k_norm(layers.features(rearrange(found, "b t (h u d) -> b h (t u) d", h=layers.heads, u=u)))
+    keys = layers.k_norm(layers.key_powers(rearrange(found, "b t (h u d) -> b h (t u) d", h=layers.heads, u=u)))
     keys = rearrange(keys, "b h (t u) d -> (b h) t u d", u=u).to(like.dtype)
     if is_stored is None:
         return keys, tail

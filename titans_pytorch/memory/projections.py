@@ -70,7 +70,7 @@ class Projections(GateLayers):
         self.retrieve_norm = nn.RMSNorm(dim) if options.pre_rmsnorm else nn.Identity()
         self.store_norm = nn.RMSNorm(dim) if options.pre_rmsnorm else nn.Identity()
         self.q_norm, self.k_norm = head_norm(options), head_norm(options)
-        self.key_powers = KeyPowers(options.key_powers, heads) if options.key_powers > 1 else None
+        self.key_powers = KeyPowers(options.key_powers, heads) if options.key_powers > 1 else nn.Identity()
         norms_reads = options.post_rmsnorm or options.gated_output
         self.multihead_rmsnorm = MultiheadRMSNorm(dim_head, heads) if norms_reads else nn.Identity()
 
@@ -120,7 +120,7 @@ class Projections(GateLayers):
         """tokens: (b t dim), normed -> (r t d), the next tail of the convolution"""
         found, tail = projected(self.to_queries, tokens, tail)
         split = rearrange(found, "b t (h d) -> b h t d", h=self.heads)
-        return rearrange(self.q_norm(self.features(split)), "b h t d -> (b h) t d"), tail
+        return rearrange(self.q_norm(self.key_powers(split)), "b h t d -> (b h) t d"), tail
 
     def merge(self, reads: Tensor, tokens: Tensor) -> Tensor:
         """What was read: normed, gated by the tokens, heads combined.  reads: (r t d), tokens: (b t dim) -> same"""
@@ -165,11 +165,7 @@ class Projections(GateLayers):
     def write_keys(self, tokens: Tensor, chunk: int, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """tokens: (b t dim), normed -> (r n c u d), the next tail of the convolution"""
         found, tail = projected(self.to_keys, tokens, tail)
-        return self.split_chunks(lambda keys: self.k_norm(self.features(keys)), found, chunk), tail
-
-    def features(self, x: Tensor) -> Tensor:
-        """What queries and keys are compared by.  x: (b h t d) -> same"""
-        return x if self.key_powers is None else self.key_powers(x)
+        return self.split_chunks(lambda keys: self.k_norm(self.key_powers(keys)), found, chunk), tail
 
     def write_values(self, tokens: Tensor, chunk: int, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """tokens: (b t dim), normed -> (r n c u d), the next tail of the convolution"""
