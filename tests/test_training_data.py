@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import json
 import lzma
 import threading
 import zipfile
@@ -164,8 +165,8 @@ def test_no_file_is_in_both_parts(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "left_out.py").write_text("left out")
     sources = data.library_sources(tmp_path)
-    assert 4 < len(sources["valid"]) < 20
-    assert sorted(sources["train"] + sources["valid"]) == sorted(f"m{i}\n".encode() for i in range(200))
+    assert 4 < [part for part, _ in sources].count("valid") < 20
+    assert sorted(text for _, text in sources) == sorted(f"m{i}\n".encode() for i in range(200))
 
 
 def test_batches_depend_on_their_numbers_only() -> None:
@@ -192,3 +193,71 @@ def test_every_start_can_be_drawn() -> None:
 
 def test_validation_sequences_are_spread_over_the_text() -> None:
     assert data.evenly(np.zeros(100, dtype=np.uint8), 4, 10).tolist() == [0, 30, 60, 90]
+
+
+# ---- files of documents
+
+
+DOCUMENTS = [f"Document {number}: é{'x' * number}" for number in range(45)]
+LINES = "".join(json.dumps({"text": text, "source": "here"}) + "\n" for text in DOCUMENTS)
+
+
+def parts_of(found: data.Corpus) -> tuple[list[bytes], list[bytes]]:
+    """Documents of training and of validation."""
+    parts = (found.train, found.train_starts), (found.valid, found.valid_starts)
+    train, valid = ([bytes(each) for each in np.split(text, np.asarray(starts)[1:])] for text, starts in parts)
+    return train, valid
+
+
+def held_out_as_told(train: list[bytes], valid: list[bytes]) -> None:
+    assert valid == [DOCUMENTS[number].encode() for number in (1, 21, 41)]
+    assert train == [text.encode() for number, text in enumerate(DOCUMENTS) if number % 20 != 1]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz"])
+def test_every_line_of_json_is_a_document(suffix: str, tmp_path: Path) -> None:
+    path, pack = tmp_path / f"some{suffix}", {".gz": gzip.compress, ".xz": lzma.compress}.get(suffix[-3:], bytes)
+    path.write_bytes(pack((LINES + "\n").encode()))
+    found = data.corpus(str(path), tmp_path / "data")
+    held_out_as_told(*parts_of(found))
+    assert found.about == f"some{suffix} ({len(''.join(DOCUMENTS).encode()):,} bytes, split by document)"
+    assert parts_of(data.corpus(str(path), tmp_path / "data")) == parts_of(found)
+
+
+def test_every_row_of_a_parquet_file_is_a_document(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="files of Parquet need pyarrow")
+    from pyarrow import table
+
+    parquet.write_table(table({"text": DOCUMENTS, "number": list(range(45))}), tmp_path / "some.parquet")
+    held_out_as_told(*parts_of(data.corpus(str(tmp_path / "some.parquet"), tmp_path / "data")))
+    parquet.write_table(table({"number": [1]}), tmp_path / "none.parquet")
+    with pytest.raises(SettingsError, match=r"documents in the column text, got .*none.parquet with number"):
+        data.corpus(str(tmp_path / "none.parquet"), tmp_path / "data")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SettingsError, match=r"must be a whole .parquet file, got .*bad.parquet"):
+        data.corpus(str(tmp_path / "bad.parquet"), tmp_path / "data")
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text(LINES)
+    data.corpus(str(path), tmp_path / "data")
+    path.write_text(LINES[: len(LINES) // 2].rpartition("\n")[0])
+    train, valid = parts_of(data.corpus(str(path), tmp_path / "data"))
+    assert len(train) + len(valid) < 45
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "must have JSON in every line, got .*line 1"),
+        (LINES + "[1]\n", "a text in the field text everywhere, got .*, line 46, without"),
+        ('{"text": 3}\n', "a text in the field text everywhere, got .*, line 1, without"),
+        ('{"text": "alone"}\n{"text": ""}\n', "at least two documents, got 1 in"),
+    ],
+)
+def test_a_file_without_documents_is_refused(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_text(content)
+    with pytest.raises(SettingsError, match=said):
+        data.corpus(str(tmp_path / "some.jsonl"), tmp_path / "data")
+    assert not any((tmp_path / "data").rglob("*.*"))

@@ -54,7 +54,7 @@ def common(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What is the same for all."""
     from titans_pytorch.training import data
 
-    path = data.plain(Path(given.data), folder)
+    path = data.plain(data.existing(Path(given.data)), folder)
     size = path.stat().st_size
     return {
         **dict(text=str(path), train_bytes=int(size * data.TRAIN), valid_bytes=int(size * data.VALID)),

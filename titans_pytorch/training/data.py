@@ -11,6 +11,7 @@ import sysconfig
 import zlib
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from titans_pytorch.tasks.texts import OPENERS, library_files
 from titans_pytorch.training import download
+from titans_pytorch.training.documents import Stored, has_documents, split_documents, stored
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.files import COPY_BYTES, writing
 from titans_pytorch.training.text import ByteText, Ids, Text
@@ -121,7 +123,11 @@ def corpus(data: str, folder: Path) -> Corpus:
         return standard_library(folder)
     if data == "enwik8":
         return split(download.enwik8(folder), "enwik8")
-    return split(plain(Path(data), folder), Path(data).name)
+    path = existing(Path(data))
+    if has_documents(path):
+        name = path.name.partition(".")[0]
+        return of_documents(path.name, "document", stored(made_of(path, folder, name), partial(split_documents, path)))
+    return split(plain(path, folder), path.name)
 
 
 def split(path: Path, about: str) -> Corpus:
@@ -136,16 +142,26 @@ def mapped(path: Path) -> Bytes:
     return np.memmap(path, dtype=np.uint8, mode="r")
 
 
-def plain(path: Path, folder: Path) -> Path:
-    """The file itself, or what a packed one unpacks to, which is kept."""
+def existing(path: Path) -> Path:
+    """A file that is there."""
     if not path.is_file():
         got = "a folder" if path.is_dir() else "nothing"
         raise SettingsError(f"--data must be enwik8, {PYTHON} or a file, got {got} at {path}")
-    if path.suffix not in OPENERS:
-        return path
+    return path
+
+
+def made_of(path: Path, folder: Path, name: str) -> Path:
+    """Where what is made of a file is kept, until the file changes."""
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    unpacked = folder / "unpacked" / f"{path.stem}-{key}"
+    return folder / "unpacked" / f"{name}-{key}"
+
+
+def plain(path: Path, folder: Path) -> Path:
+    """The file itself, or what a packed one unpacks to, which is kept."""
+    if path.suffix not in OPENERS:
+        return path
+    unpacked = made_of(path, folder, path.stem)
     if not unpacked.exists():
         with writing(unpacked) as temporary:
             unpack(path, temporary)
@@ -163,26 +179,22 @@ def unpack(path: Path, to: Path) -> None:
 def standard_library(folder: Path) -> Corpus:
     """The source text of Python's own library, which every machine has, split by file."""
     name = f"python-{'.'.join(map(str, sys.version_info[:3]))}"
-    paths = {part: folder / "standard-library" / f"{name}-{part}.txt" for part in ("train", "valid")}
-    starts = {part: path.with_suffix(".starts.npy") for part, path in paths.items()}
-    if not all(path.exists() for path in (*paths.values(), *starts.values())):
-        sources = library_sources(Path(sysconfig.get_paths()["stdlib"]))
-        for part, path in paths.items():
-            with writing(path) as temporary:
-                temporary.write_bytes(b"".join(sources[part]))
-            with writing(starts[part]) as temporary, temporary.open("wb") as file:
-                np.save(file, starts_of(sources[part]))
-    train, valid = mapped(paths["train"]), mapped(paths["valid"])
-    about = f"Python's own source text ({len(train) + len(valid):,} bytes, split by file)"
-    begin = {part: np.load(path) for part, path in starts.items()}
-    return Corpus(about, train, valid, train_starts=begin["train"], valid_starts=begin["valid"])
+    sources = partial(library_sources, Path(sysconfig.get_paths()["stdlib"]))
+    parts = stored(folder / "standard-library" / name, sources)
+    return of_documents("Python's own source text", "file", parts)
 
 
-def library_sources(root: Path) -> dict[str, list[bytes]]:
-    """Contents of all files, in an order and a split that depend only on their names."""
-    sources: dict[str, list[bytes]] = {"train": [], "valid": []}
-    for part, path in library_files(root):
-        sources[part].append(path.read_bytes())
-    if not all(sources.values()):
+def of_documents(about: str, unit: str, parts: tuple[Stored, Stored]) -> Corpus:
+    """A text in documents, which are of one part or the other."""
+    train, valid = (mapped(part.text) for part in parts)
+    begin = [np.load(part.starts) for part in parts]
+    about = f"{about} ({len(train) + len(valid):,} bytes, split by {unit})"
+    return Corpus(about, train, valid, train_starts=begin[0], valid_starts=begin[1])
+
+
+def library_sources(root: Path) -> list[tuple[str, bytes]]:
+    """Parts and contents of all files, in an order and a split that depend only on their names."""
+    sources = [(part, path.read_bytes()) for part, path in library_files(root)]
+    if {part for part, _ in sources} != {"train", "valid"}:
         raise SettingsError(f"--data must name a file: Python's own source text is not at {root}")
     return sources

@@ -49,7 +49,8 @@ class Training:
 
     data: str | None = setting(
         None,
-        "enwik8, python (its own source text) or a file (.gz and .xz too); default: enwik8, or python without network",
+        "enwik8, python (its own source text) or a file: text, or documents in the field text of a .jsonl or .parquet "
+        "(.gz and .xz too); default: enwik8, or python without network",
     )
     tokenizer: str | None = setting(
         None, "tokenizer.json of the package tokenizers: train on its tokens; default: on bytes"
