@@ -362,7 +362,10 @@ def test_the_report_reads_well_and_can_be_asserted() -> None:
     assert lines[1].startswith("FAIL future")
     assert lines[1].split("later tokens? ")[1].startswith("output 0 changes by ")
     assert lines[4] == "ok   batch     0.0e+00  do outputs depend on other rows of the batch? no, bitwise"
-    assert lines[5] == "-    pieces             does feeding pieces differ from feeding all? not checked"
+    assert (
+        lines[5]
+        == "-    pieces             does feeding pieces differ from feeding all? not checked, which needs stream="
+    )
     with pytest.raises(AssertionError, match="FAIL future"):
         report.check()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -85,7 +85,7 @@ def audit(
             judged("gradient", LATER, gradients(subject, cuts), tolerance),
             judged("prefix", LATER, absent, tolerance),
             judged("batch", ROWS, rows(subject), tolerance),
-            judged("pieces", PIECES, streamed, tolerance),
+            judged("pieces", PIECES, streamed, tolerance, needs="stream"),
             reach(subject, window, tolerance),
         )
         if padded is not None:

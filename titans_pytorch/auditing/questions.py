@@ -129,9 +129,12 @@ def paddings(subject: Subject, padded: Padded) -> Iterator[Trace]:
         yield label, torch.where(mask, subject.changes(outputs, alone), 0.0)
 
 
-def judged(name: str, question: str, traces: Iterable[Trace], tolerance: float) -> Finding:
-    """Nothing may change: the largest change in all traces, and the first output that changes beyond the tolerance."""
-    value, position, detail = None, None, "not checked"
+def judged(name: str, question: str, traces: Iterable[Trace], tolerance: float, needs: str = "") -> Finding:
+    """Nothing may change: the largest change in all traces, and the first output that changes beyond the tolerance.
+
+    needs: the argument without which there are no traces
+    """
+    value, position, detail = None, None, f"not checked, which needs {needs}=" if needs else "not checked"
     for label, change in traces:
         value = max(value or 0.0, change.max().item())
         changed = (change > tolerance).any(0).nonzero().flatten()
@@ -148,7 +151,7 @@ def judged(name: str, question: str, traces: Iterable[Trace], tolerance: float) 
 def reach(subject: Subject, window: int | None, tolerance: float) -> Finding:
     """Something has to change: some token must move an output more than `window` behind it."""
     if window is None:
-        return Finding("memory", REACH, None, None, None, "not checked")
+        return Finding("memory", REACH, None, None, None, "not checked, which needs window=")
     value, furthest, first = 0.0, 0, window + 1
     for token in sample(subject.inputs.shape[1] - first, MOST_POSITIONS, subject.generator):
         mixed = subject.inputs.clone()
