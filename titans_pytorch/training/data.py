@@ -21,7 +21,7 @@ from torch import Tensor
 
 from titans_pytorch.tasks.texts import OPENERS, library_files
 from titans_pytorch.training import download
-from titans_pytorch.training.documents import Stored, has_documents, split_documents, stored
+from titans_pytorch.training.documents import StoredPart, has_documents, split_documents, stored
 from titans_pytorch.training.errors import SettingsError
 from titans_pytorch.training.files import COPY_BYTES, writing
 from titans_pytorch.training.text import ByteText, Ids, Text
@@ -184,7 +184,7 @@ def standard_library(folder: Path) -> Corpus:
     return of_documents("Python's own source text", "file", parts)
 
 
-def of_documents(about: str, unit: str, parts: tuple[Stored, Stored]) -> Corpus:
+def of_documents(about: str, unit: str, parts: tuple[StoredPart, StoredPart]) -> Corpus:
     """A text in documents, which are of one part or the other."""
     train, valid = (mapped(part.text) for part in parts)
     begin = [np.load(part.starts) for part in parts]

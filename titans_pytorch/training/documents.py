@@ -21,7 +21,7 @@ Part = tuple[str, bytes]
 """train or valid, and a document of it"""
 
 
-class Stored(NamedTuple):
+class StoredPart(NamedTuple):
     """One part of a text: its bytes, and where its documents begin."""
 
     text: Path
@@ -38,10 +38,10 @@ def kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
 
 
-def stored(stem: Path, documents: Callable[[], Iterable[Part]]) -> tuple[Stored, Stored]:
+def stored(stem: Path, documents: Callable[[], Iterable[Part]]) -> tuple[StoredPart, StoredPart]:
     """The parts of a text, written where they are not there yet.  -> train, valid"""
     parts = {
-        part: Stored(stem.with_name(f"{stem.name}-{part}.txt"), stem.with_name(f"{stem.name}-{part}.starts.npy"))
+        part: StoredPart(stem.with_name(f"{stem.name}-{part}.txt"), stem.with_name(f"{stem.name}-{part}.starts.npy"))
         for part in ("train", "valid")
     }
     train, valid = parts.values()
@@ -71,7 +71,7 @@ def split_documents(path: Path) -> Iterator[Part]:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Of a JSON Lines file."""
+    """Documents of a JSON Lines file."""
     with OPENERS.get(path.suffix, open)(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -86,7 +86,7 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def rows(path: Path) -> Iterator[str]:
-    """Of a Parquet file."""
+    """Documents of a Parquet file."""
     try:
         from pyarrow import ArrowInvalid, parquet
     except ModuleNotFoundError:
