@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.operations import operations
 from tests.support.configurations import Case, cases
-from tests.support.operations import operations
 from tests.test_exactness import check
 from titans_pytorch import MemoryAsContextTransformer, NeuralMemory
 from titans_pytorch.fast_weights.loop.storing import SeriesStore

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks.operations import operations
 from tests.support.mac_configurations import NUM_TOKENS, build, choices, splits, window_of
-from tests.support.operations import operations
 from tests.support.streams import in_pieces
 from titans_pytorch.mac import ahead
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer

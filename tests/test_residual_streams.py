@@ -9,7 +9,7 @@ from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import nn
 from torch.testing import assert_close
 
-from tests.support.operations import operations
+from benchmarks.operations import operations
 from tests.support.streams import disturbed
 from titans_pytorch.mac.residual_streams import (
     SINKHORN_ITERATIONS,

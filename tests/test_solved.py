@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.operations import operations
 from tests.support.configurations import Case, RuleUnderTest, cases, with_rule
-from tests.support.operations import operations
 from tests.support.rules_by_the_book import GATED_DELTA, GATED_DELTA_RULE
 from tests.support.streams import in_pieces, randn
 from tests.test_exactness import check

@@ -27,7 +27,7 @@ from benchmarks import records
 from benchmarks.learning.loop import training
 from benchmarks.machine import DOCS, describe_machine, place
 from benchmarks.pages import markdown, put
-from titans_pytorch import writes_off
+from titans_pytorch import NeuralMemory, writes_off
 from titans_pytorch.hf import AddedMemory
 from titans_pytorch.tasks import MQAR
 
@@ -116,8 +116,9 @@ def run(seed: int, budget: Budget) -> dict[str, Any]:
     weights: dict[str, Tensor] = {name: weight.clone() for name, weight in model.state_dict().items()}
     found = {"alone": accuracies(model, budget, seed)}
     added = AddedMemory(SIZES["hidden_size"], BESIDE, OPTIONS)
-    for memory in added.memories:
-        memory.init_as_association()  # type: ignore[operator]
+    for memory in added.modules():
+        if isinstance(memory, NeuralMemory):
+            memory.init_as_association()
     added.attach_to(model)
     found["at first"] = accuracies(model, budget, seed)
     train(model, added.parameters(), FAR, budget.memory, lr=4e-3, rows=16, seed=seed)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from benchmarks import records
 from benchmarks.machine import describe_machine
 from titans_pytorch.training.errors import SettingsError, report_errors
-from titans_pytorch.training.options import built
+from titans_pytorch.training.options import built, separated
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Study:
         )
         parser.add_argument("--data", nargs="*", default=[None], help="CSV files (.gz and .xz too)")
         parser.add_argument("--out", type=Path, required=True, help="results, one line a run")
-        parser.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="0,1,... [0,1,2]")
+        parser.add_argument("--seeds", type=separated(int), default=(0, 1, 2), help="0,1,... [0,1,2]")
         parser.add_argument("--only", nargs="*", choices=self.models, default=self.models, help="models [all]")
         parser.add_argument("--threads", type=int, help="of torch; default: as torch has it")
         for name, default in asdict(self.settings()).items():
@@ -81,7 +81,3 @@ class Study:
 def key(record: records.Record) -> tuple[Any, ...]:
     """What one run is told by."""
     return (record["data"], record["model"], record["seed"], str(record["settings"]))
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(each) for each in text.split(","))

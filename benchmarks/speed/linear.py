@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import DOCS, describe_machine
+from benchmarks.machine import DOCS
 from benchmarks.pages import markdown, put
+from benchmarks.speed.turns import told
 from titans_pytorch import TitansConfig
 from titans_pytorch.memory.costs import COSTS, Costs
 from titans_pytorch.titans.backbone import TitansBlock
@@ -107,11 +108,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = table(1 if quick else TURNS)
     if not quick:
-        where = describe_machine()
-        about = (
-            f"{where['cpu']}, 1 thread of a machine that others used too, {where['date']}, commit {where['commit']}, "
-        )
-        put(DOCS / "benchmarks.md", "linear", f"{about}least of {TURNS} turns, seed 0.\n\n{markdown(rows)}")
+        put(DOCS / "benchmarks.md", "linear", f"{told(TURNS)}\n\n{markdown(rows)}")
 
 
 if __name__ == "__main__":

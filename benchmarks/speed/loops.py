@@ -9,7 +9,6 @@ and the table has the least of each; it goes to docs/performance.md, with `--qui
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks.machine import DOCS, describe_machine
 from benchmarks.pages import markdown, put
+from benchmarks.speed.turns import least
 from titans_pytorch import NeuralMemory
 from titans_pytorch.memory.costs import COSTS, Costs
 
@@ -59,26 +59,29 @@ def calls(memory: NeuralMemory, seq: torch.Tensor) -> tuple[Callable[[], None], 
     return forward, training
 
 
-def least(case: str, turns: int) -> dict[str, list[float]]:
-    """Seconds of each way, forward and in training."""
+def steps(case: str) -> dict[tuple[str, int], Callable[[], None]]:
+    """Each way, forward (0) and in training (1)."""
     options, batch = CASES[case]
-    ways, found = {}, {}
+    found = {}
     for name, way in WAYS.items():
         torch.manual_seed(0)
         memory, seq = NeuralMemory(**options), torch.randn(batch, TOKENS, options["dim"])
         if way.is_compiled:
             memory.compile_loop()
-        ways[name], found[name] = calls(memory, seq), [float("inf"), float("inf")]
-    for turn in range(1 + turns):  # the first warms up, and compiles
-        for name, way in WAYS.items():
-            COSTS["cpu"] = way.costs
-            for mode, call in enumerate(ways[name]):
-                start = time.process_time()
-                call()
-                if turn:
-                    found[name][mode] = min(found[name][mode], time.process_time() - start)
-    COSTS["cpu"] = CPU
+        for mode, call in enumerate(calls(memory, seq)):
+            found[name, mode] = planned(call, way.costs)
     return found
+
+
+def planned(call: Callable[[], None], costs: Costs) -> Callable[[], None]:
+    """A call with other costs to plan by."""
+
+    def run() -> None:
+        COSTS["cpu"] = costs
+        call()
+        COSTS["cpu"] = CPU
+
+    return run
 
 
 def main() -> None:
@@ -88,8 +91,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [HEADER]
     for case in CASES:
-        for name, seconds in least(case, 1 if arguments.quick else TURNS).items():
-            rows.append([case, name, *(f"{1e3 * each:.0f}" for each in seconds)])
+        found = least(steps(case), 1 if arguments.quick else TURNS)
+        for name in WAYS:
+            rows.append([case, name, *(f"{1e3 * found[name, mode]:.0f}" for mode in (0, 1))])
             print(" | ".join(rows[-1]), flush=True)
     if not arguments.quick:
         where = describe_machine()

@@ -12,14 +12,15 @@ one thread, CPU time of the process. All take turns; the table, which goes to do
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.machine import DOCS, describe_machine
+from benchmarks.machine import DOCS
 from benchmarks.pages import markdown, put
+from benchmarks.speed.turns import least, told, training_step
 from titans_pytorch import TitansConfig
 from titans_pytorch.titans.backbone import TitansBlock
 
@@ -51,25 +52,13 @@ def mixer(config: TitansConfig) -> nn.Module:
     return TitansBlock("lmm" if config.memory else "mag", config).mixer
 
 
-def step(module: nn.Module, x: Tensor) -> float:
-    """CPU seconds of forward and backward."""
-    module.zero_grad(set_to_none=True)
-    x = x.detach().requires_grad_()
-    start = time.process_time()
-    module(x, 0, None)[0].square().mean().backward()
-    return time.process_time() - start
-
-
-def least(turns: int) -> dict[str, float]:
-    """Seconds by rule."""
+def steps() -> dict[str, Callable[[], None]]:
+    """A training step by each rule."""
     mixers, x = {name: mixer(config) for name, config in RULES.items()}, torch.randn(1, TOKENS, DIM)
-    found = dict.fromkeys(mixers, float("inf"))
-    for turn in range(1 + turns):  # the first warms up
-        for name, module in mixers.items():
-            seconds = step(module, x)
-            if turn:
-                found[name] = min(found[name], seconds)
-    return found
+    return {
+        name: training_step(module, lambda x, module=module: module(x, 0, None)[0], x)
+        for name, module in mixers.items()
+    }
 
 
 def main() -> None:
@@ -77,16 +66,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one turn, to see that everything works")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    found = least(1 if quick else TURNS)
+    found = least(steps(), 1 if quick else TURNS)
     rows = [HEADER]
     for name, seconds in found.items():
         others = (f"{float(f'{seconds / found[other]:.2g}'):g}" for other in (TITANS, ATTENTION))
         rows.append([name, f"{1e3 * seconds:.0f}", *others])
         print(" | ".join(rows[-1]), flush=True)
     if not quick:
-        where = describe_machine()
-        about = f"{where['cpu']}, 1 thread of a machine that others used too, {where['date']}, commit {where['commit']}"
-        put(DOCS / "rules.md", "steps of rules", f"{about}, least of {TURNS} turns, seed 0.\n\n{markdown(rows)}")
+        put(DOCS / "rules.md", "steps of rules", f"{told(TURNS)}\n\n{markdown(rows)}")
 
 
 if __name__ == "__main__":

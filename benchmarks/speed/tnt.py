@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from torch import Tensor
 from benchmarks.machine import DOCS, RESULTS, describe_machine
 from benchmarks.operations import Counting
 from benchmarks.pages import markdown, put
+from benchmarks.speed.turns import least, told
 from titans_pytorch import TitansConfig, TitansLMM
 from titans_pytorch.memory.costs import COSTS
 
@@ -59,19 +59,17 @@ def models(dim: int, depth: int, shard: int) -> dict[str, TitansLMM]:
     return found
 
 
-def step_of(model: TitansLMM, ids: Tensor) -> Callable[[], float]:
-    """A training step; it says how many seconds of the CPU it took."""
+def step_of(model: TitansLMM, ids: Tensor) -> Callable[[], None]:
+    """A training step."""
 
-    def step() -> float:
+    def step() -> None:
         model.zero_grad(set_to_none=True)
-        start = time.process_time()
         model.loss(ids).backward()
-        return time.process_time() - start
 
     return step
 
 
-def counted(step: Callable[[], float], device: str) -> int:
+def counted(step: Callable[[], None], device: str) -> int:
     """Operations of a step, as planned for a kind of device."""
     with planned_for(device), Counting() as counting:
         step()
@@ -90,8 +88,7 @@ def keep(found: dict[str, list[float]]) -> None:
     records = known | {name: {"of each": numbers, "machine": where} for name, numbers in found.items()}
     path.write_text(json.dumps(records, indent=2) + "\n")
     rows = [HEADER] + [row(name, records[name]["of each"]) for name in MEASURED if name in records]
-    about = f"{where['cpu']}, 1 thread of a machine that others used too, {where['date']}, commit {where['commit']}"
-    put(DOCS / "rules.md", "tnt", f"{about}, seed 0.\n\n{markdown(rows)}")
+    put(DOCS / "rules.md", "tnt", f"{told(TURNS)}\n\n{markdown(rows)}")
 
 
 def main() -> None:
@@ -112,8 +109,7 @@ def main() -> None:
     for device in ("cpu", "cuda"):
         say(f"operations, {device}", [float(counted(step, device)) for step in steps])
     if not given.count:
-        turns = [[step() for step in steps] for _ in range(1 if given.quick else TURNS)]
-        say("seconds", [min(each) for each in zip(*turns, strict=True)])
+        say("seconds", [*least(dict(enumerate(steps)), 1 if given.quick else TURNS).values()])
     if not given.quick:
         keep(found)
 

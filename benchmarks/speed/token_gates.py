@@ -10,13 +10,13 @@ table, which goes to docs/rules.md, has the least of each. With `--quick` it goe
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from benchmarks.machine import DOCS, describe_machine
+from benchmarks.machine import DOCS
 from benchmarks.pages import markdown, put
+from benchmarks.speed.turns import least, told, training_step
 from titans_pytorch import NeuralMemory
 
 DIM, HEADS, ROWS, TOKENS, TURNS = 256, 4, 2, 1024, 6
@@ -32,24 +32,11 @@ def memory(chunk: int, refresh: int) -> NeuralMemory:
     )
 
 
-def step(memory: NeuralMemory, seq: Tensor) -> float:
-    memory.zero_grad(set_to_none=True)
-    start = time.process_time()
-    memory(seq)[0].square().mean().backward()
-    return time.process_time() - start
-
-
-def least(turns: int) -> dict[tuple[int, int], float]:
-    """Seconds by (chunk, refresh)."""
+def steps() -> dict[tuple[int, int], Callable[[], None]]:
+    """A training step by (chunk, refresh)."""
     memories = {(chunk, refresh): memory(chunk, refresh) for refresh in REFRESH for chunk in (refresh, 1)}
     seq = torch.randn(ROWS, TOKENS, DIM)
-    found = dict.fromkeys(memories, float("inf"))
-    for turn in range(1 + turns):  # the first warms up
-        for key, each in memories.items():
-            seconds = step(each, seq)
-            if turn:
-                found[key] = min(found[key], seconds)
-    return found
+    return {key: training_step(each, lambda x, each=each: each(x)[0], seq) for key, each in memories.items()}
 
 
 def main() -> None:
@@ -57,16 +44,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one turn, to see that everything works")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    found = least(1 if quick else TURNS)
+    found = least(steps(), 1 if quick else TURNS)
     rows = [HEADER]
     for refresh in REFRESH:
         chunks, tokens = found[refresh, refresh], found[1, refresh]
         rows.append([f"{refresh} tokens", f"{1e3 * chunks:.0f}", f"{1e3 * tokens:.0f}", f"{tokens / chunks:.2f}"])
         print(" | ".join(rows[-1]), flush=True)
     if not quick:
-        where = describe_machine()
-        about = f"{where['cpu']}, 1 thread of a machine that others used too, {where['date']}, commit {where['commit']}"
-        put(DOCS / "rules.md", "token gates", f"{about}, least of {TURNS} turns, seed 0.\n\n{markdown(rows)}")
+        put(DOCS / "rules.md", "token gates", f"{told(TURNS)}\n\n{markdown(rows)}")
 
 
 if __name__ == "__main__":

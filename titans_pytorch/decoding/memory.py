@@ -29,19 +29,12 @@ class MemoryRows(NamedTuple):
     recent: RecentWrites | None  # what a window still sees of the chunks before
 
 
-CARRIED = frozenset(
-    ["seq_index", "weights", "cache_store_segment", "states", "updates", "cache_store_mask", "group", "tails", "recent"]
-)
-"""The fields of a memory's state that rows know of"""
-
-
 def why_not_memory_by_rows(memory: nn.Module) -> str:
     """What keeps a memory from being decoded by rows, as the end of a sentence; empty: nothing does."""
     if type(memory) is not NeuralMemory:
         return f"has a memory of another kind, {type(memory).__name__}"
-    others = [name for name in NeuralMemState._fields if name not in CARRIED]
-    if others and (kept := [name for name in others if getattr(memory.init_state(1), name) is not None]):
-        return f"has a memory that keeps {kept[0]} beside its weights"
+    if memory.sharding.key_span is not None:
+        return "has a memory whose queries are projected on keys"
     if memory.evolution.mixes_tokens:
         return "has a memory model that mixes the tokens of a chunk"
     if memory.layout.retrieve_chunk != memory.layout.store_chunk:

@@ -30,16 +30,21 @@ def total_norm(weights: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
+def length_of(weight: Tensor) -> Tensor | None:
+    """How long the weights of every output of a matrix are.  (r i j) -> (r 1 j); None: it is no matrix"""
+    return safe_norm(weight.square().sum(dim=-2, keepdim=True)) if weight.ndim > 2 else None
+
+
 def lengths_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How long the weights of every output are, of every matrix.  (r i j) -> (r 1 j)"""
-    return {name: safe_norm(w.square().sum(dim=-2, keepdim=True)) for name, w in weights.items() if w.ndim > 2}
+    """That of every matrix."""
+    return {name: length for name, weight in weights.items() if (length := length_of(weight)) is not None}
 
 
 def with_length(weight: Tensor, length: Tensor | None) -> Tensor:
     """A matrix with the weights of every output as long as they are to be; those of nothing stay nothing.  (r i j)"""
-    if length is None:
+    own = length_of(weight)
+    if length is None or own is None:
         return weight
-    own = safe_norm(weight.square().sum(dim=-2, keepdim=True))
     return weight * (length / torch.where(own > 0, own, 1.0))
 
 

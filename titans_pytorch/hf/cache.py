@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from titans_pytorch.decoding import RowBatch, RowModel
 from titans_pytorch.ragged import Marks, RaggedState, read_marked
 from titans_pytorch.ragged.reading import Read
 from titans_pytorch.ragged.state import settled
+
+MakeRows = Callable[[], RowModel | None]
+"""What decodes rows at positions of their own as one batch, asked for where there are some; None: nothing does"""
 
 MAX_PAST_CALLS = 64
 """An assistant model drafts a token per call, 20 by default, and takes several calls back at once"""
@@ -94,11 +98,11 @@ class TitansCache:
 
     # ---- reading
 
-    def advance(self, read: Read, fed: Fed, num_asked: int = 0, by_rows: RowModel | None = None) -> Tensor:
+    def advance(self, read: Read, fed: Fed, num_asked: int = 0, by_rows: MakeRows | None = None) -> Tensor:
         """Read the next columns of all rows.  -> (b n ...), 0 at padding
 
         num_asked: of so many last columns logits will be computed, which may be taken back: while the past is recorded
-        a checkpoint is made before them; 0: all; by_rows: what decodes rows at positions of their own as one batch
+        a checkpoint is made before them; 0: all; by_rows: None: rows are read by groups of equal length
         """
         num_new, batch = fed.num_columns, len(fed.embeddings)
         if self.batch_size not in (-1, batch):
@@ -129,12 +133,15 @@ class TitansCache:
         outputs, self.state = read_marked(read, x, Marks(mask, None), self.state)
         return outputs
 
-    def goes_by_rows(self, part: Fed, model: RowModel | None) -> bool:
+    def goes_by_rows(self, part: Fed, by_rows: MakeRows | None) -> bool:
         """Whether columns are one token of each row, at positions of their own; the state becomes rows then."""
-        if model is None or self.records_past or part.mask is not None or part.num_columns > 1:
+        if by_rows is None or self.records_past or part.mask is not None or part.num_columns > 1:
             return False
         state = self.state
-        if isinstance(state, RaggedState) and state.documents is None and all(map(model.fits, state.states)):
+        differs = isinstance(state, RaggedState) and state.documents is None
+        if not (differs or self.rows) or (model := by_rows()) is None:
+            return False
+        if differs and all(map(model.fits, state.states)):
             self.rows, self.state = RowBatch.of_groups(model, state.groups), None
         return self.rows is not None
 

@@ -95,7 +95,7 @@ class StreamingModel(TitansPreTrainedModel):
         else:
             cache = checked_cache(past_key_values)
             mask = None if marks is None or marks.mask is None or bool(marks.mask.all()) else marks.mask
-            by_rows = None if notes_layers or torch.is_grad_enabled() else self.by_rows()
+            by_rows = None if notes_layers or torch.is_grad_enabled() else self.by_rows
             outputs = cache.advance(read, Fed(x, mask), num_asked, by_rows)
         of_layers = outputs.unbind(dim=2)
         return BaseModelOutputWithPast(

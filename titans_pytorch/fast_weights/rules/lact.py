@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from titans_pytorch.fast_weights.norms import lengths_of, with_length
+from titans_pytorch.fast_weights.norms import length_of, with_length
 from titans_pytorch.fast_weights.rules.gates import ChunkGates
 from titans_pytorch.fast_weights.rules.rule import GateSpec, Rule, Term
 from titans_pytorch.fast_weights.scale import summed
@@ -63,5 +63,4 @@ class LaCT(Rule):
 
 def as_long_as(weights: Tensor, start: Tensor) -> Tensor:
     """Columns with the lengths of others; vectors are no columns.  (r i j) or (r j) each"""
-    length = lengths_of({"start": start}).get("start")
-    return with_length(weights, length)
+    return with_length(weights, length_of(start))
