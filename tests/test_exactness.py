@@ -101,7 +101,7 @@ def test_any_split_of_any_configuration_equals_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_many_more_configurations_equal_the_oracle(case: Case) -> None:
     check(case)

@@ -38,7 +38,7 @@ def test_any_pieces_of_any_configuration_equal_the_equations(case: Case) -> None
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=of_lact())
 def test_many_more_configurations_equal_the_equations(case: Case) -> None:
     check(case)

@@ -51,7 +51,7 @@ def test_loops_equal_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=looped())
 def test_many_more_loops_equal_the_oracle(case: Case) -> None:
     check(case)

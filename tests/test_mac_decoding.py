@@ -130,7 +130,7 @@ def test_any_configuration_in_any_pieces(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_many_more_configurations_in_any_pieces(data: st.DataObject) -> None:
     check(data)

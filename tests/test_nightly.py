@@ -17,11 +17,29 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from tests import test_exactness, test_mac_decoding, test_titans
+from tests import (
+    test_exactness,
+    test_lact,
+    test_loop,
+    test_mac_decoding,
+    test_omega,
+    test_ragged,
+    test_shards,
+    test_solved,
+    test_titans,
+)
 from tests.support.configurations import cases
 
 LAWS: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]] = {
     "the memory equals the oracle": (test_exactness.check, cases()),
+    "loops over renewals equal the oracle": (test_exactness.check, test_loop.looped()),
+    "memories that are solved for equal the oracle": (test_exactness.check, test_solved.linear()),
+    "windows of surprises equal the oracle": (test_exactness.check, cases().map(test_omega.looking_back)),
+    "shards equal the equations": (test_exactness.check, test_shards.in_shards()),
+    "LaCT equals the equations": (test_exactness.check, test_lact.of_lact()),
+    "padded rows are the rows alone": (test_ragged.check_padding, st.data()),
+    "documents in a row are the documents alone": (test_ragged.check_documents, st.data()),
+    "losses are those of the sequences alone": (test_ragged.check_loss, st.data()),
     "MemoryAsContextTransformer in any pieces": (test_mac_decoding.check, st.data()),
     "the family in any pieces": (test_titans.check_pieces, st.data()),
 }

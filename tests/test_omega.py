@@ -36,7 +36,7 @@ def test_any_window_in_any_pieces_equals_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases().map(looking_back))
 def test_many_more_windows_equal_the_oracle(case: Case) -> None:
     check(case)

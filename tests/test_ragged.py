@@ -101,8 +101,7 @@ def test_a_padded_row_is_the_row_alone(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-@settings(max_examples=1000, **QUICK)
+@settings(max_examples=150, **QUICK)
 @given(data=st.data())
 def test_many_more_padded_rows(data: st.DataObject) -> None:
     check_padding(data)
@@ -157,8 +156,7 @@ def test_a_document_in_a_row_is_the_document_alone(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-@settings(max_examples=1000, **QUICK)
+@settings(max_examples=150, **QUICK)
 @given(data=st.data())
 def test_many_more_documents(data: st.DataObject) -> None:
     check_documents(data)
@@ -224,8 +222,7 @@ def test_a_loss_is_that_of_the_sequences_alone(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-@settings(max_examples=500, **QUICK)
+@settings(max_examples=100, **QUICK)
 @given(data=st.data())
 def test_many_more_losses(data: st.DataObject) -> None:
     check_loss(data)

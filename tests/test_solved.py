@@ -79,7 +79,7 @@ def test_any_pieces_of_any_configuration_equal_the_oracle(small_blocks: None, ca
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=linear())
 def test_many_more_configurations_equal_the_oracle(small_blocks: None, case: Case) -> None:
     check(case)

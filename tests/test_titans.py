@@ -97,7 +97,7 @@ def test_any_configuration_in_any_pieces(data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_many_more_configurations_in_any_pieces(data: st.DataObject) -> None:
     check_pieces(data)
