@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.mutants import (  # noqa: F401  (each registers its own)
+    capacities,
     loops,
     miras,
     norms,

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests import (
+    test_capacity,
     test_exactness,
     test_lact,
     test_loop,
@@ -36,6 +37,7 @@ LAWS: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]] = {
     "memories that are solved for equal the oracle": (test_exactness.check, test_solved.linear()),
     "windows of surprises equal the oracle": (test_exactness.check, cases().map(test_omega.looking_back)),
     "shards equal the equations": (test_exactness.check, test_shards.in_shards()),
+    "memories that grow equal the equations": (test_exactness.check, test_capacity.growing()),
     "LaCT equals the equations": (test_exactness.check, test_lact.of_lact()),
     "padded rows are the rows alone": (test_ragged.check_padding, st.data()),
     "documents in a row are the documents alone": (test_ragged.check_documents, st.data()),

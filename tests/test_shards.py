@@ -32,7 +32,7 @@ def in_shards(draw: st.DrawFn) -> Case:
     shard = shortest * max(draw(st.integers(1, 2)), -(-((options["conv_size"] or 1) - 1) // shortest))
     split = tuple(draw(st.lists(st.integers(1, 3 * shard), min_size=1, max_size=3)))
     shards = ShardsUnderTest(shard, draw(st.sampled_from(SPANS)))
-    return replace(case, options=options, num_tokens=sum(split), split=split, shards=shards)
+    return replace(case, options=options, num_tokens=sum(split), split=split, borders=shards)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -91,6 +91,12 @@ class MemoryMLP(Described, nn.Module):
             x = (F.gelu(x) if layer > 0 else x) @ weight
         return x
 
+    @property
+    def hidden_axes(self) -> dict[str, tuple[int, ...]]:
+        """Which axes of each weight are hidden units, as a memory that grows has to know."""
+        last = len(self.weights) - 1
+        return {f"weights.{i}": (0,) * (i > 0) + (1,) * (i < last) for i in range(last + 1)}
+
 
 class GatedResidualMemoryMLP(Described, nn.Module):
     """Residual MLP layers that gate between their input and their output, then a projection.  x: (... n d)"""
@@ -152,6 +158,11 @@ class MemoryGLU(Described, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         to_gate, to_hidden, to_out = self.weights
         return (F.silu(x @ to_gate) * (x @ to_hidden)) @ to_out
+
+    @property
+    def hidden_axes(self) -> dict[str, tuple[int, ...]]:
+        """Which axes of each weight are hidden units, as a memory that grows has to know."""
+        return {"weights.0": (1,), "weights.1": (1,), "weights.2": (0,)}
 
 
 class MemorySwiGluMLP(Described, nn.Module):

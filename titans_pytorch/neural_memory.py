@@ -17,7 +17,9 @@ from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.losses import HuberOfTokens, mean_squared_error
 from titans_pytorch.memory.call import PreviousWeights
+from titans_pytorch.memory.capacity import capacity_of
 from titans_pytorch.memory.core import MemoryOptions
+from titans_pytorch.memory.growing import advance_growing, plan_growing
 from titans_pytorch.memory.options import (
     GateOptions,
     ModelOptions,
@@ -36,7 +38,6 @@ from titans_pytorch.memory.plan import CallPlan
 from titans_pytorch.memory.presets import PresetMemory
 from titans_pytorch.memory.ragged_call import advance_ragged, check_for_each_row
 from titans_pytorch.memory.results import LossAndRates
-from titans_pytorch.memory.shards import advance_in_shards, plan_in_shards
 from titans_pytorch.memory.state import NeuralMemState, Updates, mem_state_detach
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.ragged import Marks, RaggedState, marks_of
@@ -115,6 +116,8 @@ class NeuralMemory(Pretrained, PresetMemory):
         shard: tokens after which the memory restarts from its learned start (TNT, docs/rules.md); None: never. Whole
             shards of a call are read side by side; `updates` of a state are of the shard that it is in
         qk_projection: queries are projected on the keys of their "chunk" or "shard" up to them; None: they are not
+        capacity: (blocks, tokens): the memory begins with one of so many blocks of its hidden units, and another is
+            opened after every so many tokens (Proteus); None: all are open
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class NeuralMemory(Pretrained, PresetMemory):
         keep_lengths: bool = False,
         shard: int | None = None,
         qk_projection: SpanKind | None = None,
+        capacity: tuple[int, int] | None = None,
     ) -> None:
         value_checks.check_whole(dim=dim)
         value_checks.check_positive(max_grad_norm=max_grad_norm)
@@ -232,6 +236,7 @@ class NeuralMemory(Pretrained, PresetMemory):
                 loss_fn=loss_fn,
                 renewal=renewal,
                 sharding=ShardOptions(shard, qk_projection),
+                capacity=capacity_of(capacity),
                 layout=layout,
                 num_views=3 if qkv_receives_diff_views else None,
                 engine=engine,
@@ -338,7 +343,7 @@ class NeuralMemory(Pretrained, PresetMemory):
             check_for_each_row(prev_weights=prev_weights is not None, return_surprises=return_surprises)
             found, after = advance_ragged(self, queries, new, marks or Marks(None, None), state, layout)
             return found, after.detach() if detach_mem_state else after
-        retrieved, state, surprises = advance_in_shards(self, queries, new, state, prev_weights, layout)
+        retrieved, state, surprises = advance_growing(self, queries, new, state, prev_weights, layout)
         retrieved = cast(Tensor, retrieved)  # something was read
         state = state.detach() if detach_mem_state else state
         return (retrieved, state, surprises) if return_surprises else (retrieved, state)
@@ -376,13 +381,13 @@ class NeuralMemory(Pretrained, PresetMemory):
             tensor_checks.check_past_state(past_state)
             state = state._replace(states=past_state)
         new = StoredTokens(keys, values, mask)
-        _, state, surprises = advance_in_shards(self, None, new, state, prev_weights, self.layout)
+        _, state, surprises = advance_growing(self, None, new, state, prev_weights, self.layout)
         return (state.updates, state, surprises) if return_surprises else (state.updates, state)
 
     def plan(self, batch: int, num_tokens: int, state: NeuralMemState | None = None) -> CallPlan:
         """How a call with so many tokens will be run; `explain()` says it in words."""
         first_token, first_chunk = (1, 0) if state is None else (state.num_seen + 1, state.seq_index)
-        return plan_in_shards(self, self.layout, batch, first_token, num_tokens, first_chunk // self.layout.store_chunk)
+        return plan_growing(self, self.layout, batch, first_token, num_tokens, first_chunk // self.layout.store_chunk)
 
 
 def _default_of(name: str) -> Any:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class Comparison:
     models: settings that differ from `model`, by name, each of which is a model with memory; the first one is what
         floor and ceiling have as many parameters as
     budgets: of steps, or of seconds of training; several are several runs of everything
+    widened: feed-forward networks of all models are widened until they have the parameters of the largest
     """
 
     name: str
@@ -66,6 +68,7 @@ class Comparison:
     seeds: tuple[int, ...] = (0, 1, 2)
     evaluation: dict[str, Any] | None = None
     within: float = WITHIN
+    widened: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.roles) - set(ROLES):
@@ -96,6 +99,20 @@ class Comparison:
 
     def settings(self, name: str) -> Any:
         """The model with memory of this name."""
+        given = self.given_settings(name)
+        if not self.widened:
+            return given
+        return of_equal_size(self.largest, given, self.make_task().num_tokens, self.within)
+
+    @cached_property
+    def largest(self) -> Any:
+        """The model with memory that has the most parameters, as it is given."""
+        num_tokens = self.make_task().num_tokens
+        given = [self.given_settings(name) for name in self.models or {"memory": {}}]
+        return max(given, key=lambda settings: parameters(settings, num_tokens))
+
+    def given_settings(self, name: str) -> Any:
+        """Those of the file."""
         own = (self.models or {"memory": {}})[name]
         kind, merged = KINDS[self.model["kind"]], self.model | own
         if unknown := set(merged) - {"kind", *(each.name for each in fields(kind))}:
@@ -162,7 +179,7 @@ def of_equal_size(wanted: Any, bare: Any, num_tokens: int, within: float) -> Any
     got = parameters(bare, num_tokens)  # MACModel widens itself
     if abs(got / target - 1) > within:
         raise ValueError(
-            f"a model without memory must come within {within:.3%} of {target:,} parameters, got {got:,} at best: "
+            f"models that are compared must come within {within:.3%} of {target:,} parameters, got {got:,} at best: "
             "take a wider model, or allow more with `within`"
         )
     return bare

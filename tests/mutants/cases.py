@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+from tests.support.capacity_by_the_book import CapacityUnderTest
 from tests.support.configurations import DIM_HEAD, OPTIONS, Case, with_rule
 from tests.support.rules_by_the_book import (
     ATLAS,
@@ -85,7 +86,7 @@ LACT_OPTIONS = PLAIN | {"model": "glu", "mem_model_norm_add_residual": False, "l
 def in_shards(qk_projection: Literal["chunk", "shard"]) -> Case:
     """Parts of a shard, whole ones side by side, and a border between calls."""
     drawn = case(IN_SHARDS, split=(5, 3, 16, 1, 9), mask=True)
-    return replace(drawn, shards=ShardsUnderTest(8, qk_projection))
+    return replace(drawn, borders=ShardsUnderTest(8, qk_projection))
 
 
 def case(
@@ -146,6 +147,7 @@ CASES = {
     "lengths": case(PLAIN | {"batch_size": 4, "keep_lengths": True, "max_weight_growth": None}),
     "lact": with_rule(case(LACT_OPTIONS, engine="dense"), LACT),
     "lact, orthogonal": with_rule(case(LACT_OPTIONS, engine="dense"), LACT_ORTHOGONAL),
+    "capacity": replace(case(PLAIN, split=(5, 1, 9), mask=True), borders=CapacityUnderTest((3, 4))),
     "shards": in_shards("shard"),
     "shards, keys of chunks": in_shards("chunk"),
     "huber": case(PLAIN | {"loss": "huber:0.3"}),

@@ -12,6 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.support.capacity_by_the_book import CapacityUnderTest
 from tests.support.oracle import Layer, OracleOutput, oracle
 from tests.support.shards_by_the_book import ShardsUnderTest
 from tests.support.streams import disturbed
@@ -134,7 +135,7 @@ class Case:
     has_store_seq: bool
     engine: str | None = field(default=None)
     rule: RuleUnderTest | None = field(default=None)
-    shards: ShardsUnderTest = field(default=ShardsUnderTest(None))
+    borders: ShardsUnderTest | CapacityUnderTest = field(default=ShardsUnderTest(None))
 
 
 @st.composite
@@ -208,7 +209,7 @@ def build(case: Case, **changes: Any) -> NeuralMemory:
     activation = None if options["activation"] is None else nn.SiLU()
     if case.rule is not None:
         options["rule"] = case.rule.make()
-    options |= case.shards._asdict()
+    options |= case.borders._asdict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         memory = NeuralMemory(
@@ -251,7 +252,7 @@ def by_oracle(
     if case.rule is not None:
         options |= {"momentum": case.rule.orders > 0, "momentum_order": max(case.rule.orders, 1)}
         options |= {"window": case.rule.window}
-    layer = None if case.shards == ShardsUnderTest(None) else case.shards.layer
+    layer = None if case.borders == ShardsUnderTest(None) else case.borders.layer
     parameters = dict(memory.named_parameters())
     return oracle(
         parameters,

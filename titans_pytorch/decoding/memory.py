@@ -43,6 +43,8 @@ def why_not_memory_by_rows(memory: nn.Module) -> str:
         return "has a memory that is given more than its tokens"
     if memory.sharding.shard is not None:
         return "has a memory that restarts with every shard"
+    if memory.capacity is not None:
+        return "has a memory whose capacity grows"
     return "" if memory.writes_are_on else "has a memory whose writes are off"
 
 

@@ -19,6 +19,7 @@ from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.rule import Rule
 from titans_pytorch.fast_weights.ways import EngineName
 from titans_pytorch.initialization import reset_parameters, write
+from titans_pytorch.memory.capacity import Capacity
 from titans_pytorch.memory.convolution import Tails
 from titans_pytorch.memory.costs import Representation, Sizes
 from titans_pytorch.memory.key_span import KeySpan, Told
@@ -45,6 +46,7 @@ class MemoryOptions(NamedTuple):
     loss_fn: LossFn
     renewal: RenewalOptions
     sharding: ShardOptions
+    capacity: Capacity | None
     layout: Layout
     num_views: int | None  # of the input; None: it has no axis for them
     engine: EngineName | None
@@ -103,7 +105,10 @@ class MemoryCore(Projections):
         self.sharding = options.sharding
         self.sharding.check(options.projections, self.layout, options.gates.accept_weight_residual)
         self.has_learned_gain, self.max_weight_growth = model.has_learned_gain, options.renewal.max_weight_growth
-        self.keeps_lengths = options.renewal.keeps_lengths
+        self.keeps_lengths, self.capacity = options.renewal.keeps_lengths, options.capacity
+        if self.capacity is not None:
+            excluded = (self.sharding.shard is not None, self.keeps_lengths, options.gates.accept_weight_residual)
+            self.capacity.check(form, options.rule, self.layout, *excluded)
 
         # The model is only a form: its weights are lent by the memory while it runs, so it is no submodule.
         self.loss_fn = options.loss_fn
@@ -192,10 +197,13 @@ class MemoryCore(Projections):
             for (name, form), p in zip(forms.items(), self.memory_model_parameters, strict=True)
         }
 
-    def init_weights(self, batch: int) -> Weights:
-        """What a memory that has seen nothing consists of.  name -> (b·h ...)"""
+    def init_weights(self, batch: int, num_seen: int = 0) -> Weights:
+        """What a memory that has stored nothing consists of, after so many tokens.  name -> (b·h ...)"""
         value_checks.check_whole(batch=batch)
-        return {name: w.repeat(batch, *[1] * (w.ndim - 1)) for name, w in self.initial_weights().items()}
+        weights = self.initial_weights()
+        if self.capacity is not None:
+            weights = self.capacity.of(weights, self.memory_model, num_seen)
+        return {name: w.repeat(batch, *[1] * (w.ndim - 1)) for name, w in weights.items()}
 
     def init_momentum(self, batch: int) -> Weights:
         """The momenta of a memory that has seen nothing.  name -> (o b·h ...); empty without momentum"""
@@ -204,10 +212,10 @@ class MemoryCore(Projections):
             return {}
         return {name: w.new_zeros(self.rule.num_momenta, *w.shape) for name, w in weights.items()}
 
-    def init_state(self, batch: int) -> NeuralMemState:
-        """A memory that has seen nothing."""
+    def init_state(self, batch: int, num_seen: int = 0) -> NeuralMemState:
+        """A memory that has seen nothing.  num_seen: tokens before, which open its capacity, though it knows nothing"""
         self.check_can_learn()
-        weights = self.init_weights(batch)
+        weights = self.init_weights(batch, num_seen)
         views = () if self.num_views is None else (2,)
         waiting = self.memory_model_parameters[0].new_zeros(*views, batch, 0, self.dim)
         updates, tails = Updates(0, 0, weights, []), self.fresh_tails(batch)
@@ -242,7 +250,7 @@ class MemoryCore(Projections):
             return state.restart([True] * batch if rows is None else rows)
         rows = torch.ones(batch, dtype=torch.bool, device=state.waiting.device) if rows is None else rows
         tensor_checks.check_mask("rows", rows, (batch,))
-        return restarted(state, self.init_state(batch), rows)
+        return restarted(state, self.init_state(batch, state.num_seen), rows)
 
     def waiting_tokens(self, state: NeuralMemState) -> StoredTokens:
         """Tokens that wait for their chunk to be complete."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from titans_pytorch.memory.core import MemoryCore
+from titans_pytorch.memory.growing import advance_growing
 from titans_pytorch.memory.layout import Layout
 from titans_pytorch.memory.pieces import StoredTokens
-from titans_pytorch.memory.shards import advance_in_shards
 from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.ragged import Marks, read_marked
 
@@ -32,7 +32,7 @@ def advance_ragged(
         parts = dict(zip(views, piece.split(memory.dim, dim=-1), strict=False))
         is_stored = piece[..., -1] > 0 if masks else None
         stored = StoredTokens(parts[new.keys], parts[new.values], is_stored)
-        retrieved, after, _ = advance_in_shards(memory, parts[queries], stored, before, None, layout)
+        retrieved, after, _ = advance_growing(memory, parts[queries], stored, before, None, layout)
         return cast(Tensor, retrieved), after.at_rest()
 
     return read_marked(read, torch.cat([*views, *masks], dim=-1), marks, state)

@@ -31,6 +31,8 @@ SMALL = 1e-30
 class Retention(ABC):
     """Where weights are moved, and back.  (... i j) -> same, every matrix by itself"""
 
+    zeros_stay = True  # whether a weight that is zero and is not moved stays zero
+
     @abstractmethod
     def moved_from(self, weights: Tensor) -> Tensor:
         """D, where steps are added."""
@@ -67,6 +69,8 @@ class QNorm(Retention):
 class KullbackLeibler(Retention):
     """Columns of shares, all above zero, of the root of their length each."""
 
+    zeros_stay = False
+
     def moved_from(self, weights: Tensor) -> Tensor:
         """Logarithms; a common number in a column means nothing."""
         return weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
@@ -88,7 +92,7 @@ class Retained(Titans):
 
     def __init__(self, retention: Retention, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.retention = retention
+        self.retention, self.zeros_stay = retention, retention.zeros_stay
 
     def retain(self, weights: Term, step: Term, gates: ChunkGates, start: Term) -> Term:
         """The weights after a chunk: moved where the retention says, and what that stands for."""

@@ -118,6 +118,7 @@ class Rule:
         uses_start: whether `retain` looks at the learned start
         forgets_first: whether surprises are taken at what a chunk's forgetting leaves of the base, which has to be
             renewed after every chunk then
+        zeros_stay: whether a weight that is zero and is not surprised stays zero, as where a capacity is closed
         window: chunks whose surprises a step adds up; more than one needs the gate of `omega.window_gate`
     """
 
@@ -127,6 +128,7 @@ class Rule:
     is_linear: bool = True
     uses_start: bool = False
     forgets_first: bool = False
+    zeros_stay: bool = True
     window: int = 1
     why_built: ClassVar[str] = "a rule that is not linear in surprises"
 
