@@ -47,7 +47,8 @@ def test_many_more_configurations_equal_the_equations(case: Case) -> None:
 def lact(**options: Any) -> NeuralMemory:
     torch.manual_seed(0)
     given: dict[str, Any] = dict(rule="lact", loss="dot", model="glu", mem_model_norm_add_residual=False)
-    return disturbed(NeuralMemory(6, 4, 4, heads=2, dim_head=3, **given | options).double())
+    given |= dict(chunk_size=4, batch_size=4)
+    return disturbed(NeuralMemory(6, heads=2, dim_head=3, **given | options).double())
 
 
 @pytest.mark.parametrize("options", [{}, dict(spectral_norm_surprises=True), dict(momentum=False)])
@@ -69,12 +70,29 @@ def test_the_memory_is_a_gated_network_without_norm_or_residual() -> None:
 
 def test_the_preset() -> None:
     memory, x = NeuralMemory.lact(8, heads=2, chunk_size=4), torch.randn(2, 21, 8)
-    assert memory.layout == (4, 4, 4)
+    assert memory.layout == (4, 4, 4, 0)
     assert type(memory.rule).__name__ == "LaCT"
     assert isinstance(memory.memory_model, MemoryGLU)
     memory(x)[0].square().mean().backward()
     assert all(p.grad is not None for p in memory.parameters())
-    assert NeuralMemory.lact(8, heads=2).layout == (2048, 2048, 2048)
+    assert NeuralMemory.lact(8, heads=2).layout == (2048, 2048, 2048, 0)
+    assert TitansConfig.lact(8, 1, memory_options=dict(window=2)).memory_options == dict(
+        apply_then_update=True, window=2
+    )
+
+
+@pytest.mark.parametrize("chunks", [4, (2, 4), (4, 2)])
+def test_a_chunk_is_read_by_no_token_of_its_own(chunks: Any) -> None:
+    """Apply, then update: with another value of its last token nothing that was read in a chunk is different."""
+    memory = lact(chunk_size=chunks, apply_then_update=True, qkv_receives_diff_views=True)
+    usual, x = lact(chunk_size=chunks, qkv_receives_diff_views=True), randn(3, 1, 8, 6)
+    changed = x.clone()
+    changed[1:, :, 3] += 1.0
+    read, other = memory(x)[0], memory(changed)[0]
+    assert torch.equal(read[:, :4], other[:, :4])
+    assert (read[:, 4] - other[:, 4]).abs().max() > 1e-6
+    assert (usual(x)[0][:, 3] - usual(changed)[0][:, 3]).abs().max() > 1e-6
+    assert_close(usual(x)[0][:, :3], read[:, :3])
 
 
 def test_a_matrix_of_zeros_stays_finite() -> None:

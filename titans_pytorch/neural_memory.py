@@ -116,6 +116,8 @@ class NeuralMemory(Pretrained, PresetMemory):
         shard: tokens after which the memory restarts from its learned start (TNT, docs/rules.md); None: never. Whole
             shards of a call are read side by side; `updates` of a state are of the shard that it is in
         qk_projection: queries are projected on the keys of their "chunk" or "shard" up to them; None: they are not
+        apply_then_update: the token that completes a chunk reads what the others of it read (LaCT); False: it is the
+            first to read what the chunk has taught
         capacity: (blocks, tokens): the memory begins with one of so many blocks of its hidden units, and another is
             opened after every so many tokens (Proteus); None: all are open
     """
@@ -174,12 +176,13 @@ class NeuralMemory(Pretrained, PresetMemory):
         shard: int | None = None,
         qk_projection: SpanKind | None = None,
         capacity: tuple[int, int] | None = None,
+        apply_then_update: bool = False,
     ) -> None:
         value_checks.check_whole(dim=dim)
         value_checks.check_positive(max_grad_norm=max_grad_norm)
         value_checks.check_switches(qkv_receives_diff_views=qkv_receives_diff_views)
         check_scan(use_accelerated_scan)
-        layout = layout_of(chunk_size, batch_size, attn_pool_chunks)
+        layout = layout_of(chunk_size, batch_size, attn_pool_chunks, apply_then_update)
         projections = ProjectionOptions(
             dim=dim,
             heads=heads,
@@ -386,8 +389,10 @@ class NeuralMemory(Pretrained, PresetMemory):
 
     def plan(self, batch: int, num_tokens: int, state: NeuralMemState | None = None) -> CallPlan:
         """How a call with so many tokens will be run; `explain()` says it in words."""
-        first_token, first_chunk = (1, 0) if state is None else (state.num_seen + 1, state.seq_index)
-        return plan_growing(self, self.layout, batch, first_token, num_tokens, first_chunk // self.layout.store_chunk)
+        num_seen, first_chunk = (
+            (0, 0) if state is None else (state.num_seen, state.seq_index // self.layout.store_chunk)
+        )
+        return plan_growing(self, self.layout, batch, num_seen + self.layout.first, num_tokens, first_chunk)
 
 
 def _default_of(name: str) -> Any:

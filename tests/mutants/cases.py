@@ -150,6 +150,7 @@ CASES = {
     "capacity": replace(case(PLAIN, split=(5, 1, 9), mask=True), borders=CapacityUnderTest((3, 4))),
     "shards": in_shards("shard"),
     "shards, keys of chunks": in_shards("chunk"),
+    "apply then update": case(PLAIN | {"chunk_size": 3, "batch_size": 3, "apply_then_update": True}, mask=True),
     "huber": case(PLAIN | {"loss": "huber:0.3"}),
     "lp": case(PLAIN | {"loss": "lp:3"}),
     "cosine": case(PLAIN | {"loss": "cosine"}),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.mutants.breaking import mutant, with_gate, wrapped
+from titans_pytorch import neural_memory
 from titans_pytorch.fast_weights import renewal
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.rules import orthogonal
@@ -181,3 +182,8 @@ def all_see_the_view_of_the_queries(patcher: pytest.MonkeyPatch) -> None:
         "project_writes",
         lambda original, self, tokens, *args: original(self, tokens._replace(values=tokens.keys), *args),
     )
+
+
+@mutant("apply then update")
+def a_chunk_is_read_by_the_token_that_completes_it(patcher: pytest.MonkeyPatch) -> None:
+    wrapped(patcher, neural_memory, "layout_of", lambda original, *args: original(*args[:-1], False))

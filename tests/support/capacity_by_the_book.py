@@ -81,6 +81,7 @@ class Growing(Layer):
         c_r, c_s = self.options.chunks
         answers = []
         for token, query in enumerate(queries):
-            weights = row.trajectory[(token + 1) // c_r * c_r // c_s]
+            position = token if self.options.apply_then_update else token + 1
+            weights = row.trajectory[position // c_r * c_r // c_s]
             answers.append(self.apply(self.masked(weights, self.num_open(token)), query[None], head))
         return torch.cat(answers)

@@ -107,6 +107,7 @@ OPTIONS: dict[str, list[Any]] = {
     "window": [1, 1, 2, 3],
     "key_powers": [1, 1, 2, 3],
     "keep_lengths": [False, False, True],
+    "apply_then_update": [False, False, True],
     "mask": [False, True],
     "store_seq": [False, False, True],
 }

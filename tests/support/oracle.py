@@ -66,6 +66,7 @@ class Options:
     window: int = 1
     key_powers: int = 1
     keep_lengths: bool = False
+    apply_then_update: bool = False
     # read by `memory_model` only
     model: nn.Module | None = None
     default_model_kwargs: dict = field(default_factory=lambda: {"depth": 2, "expansion_factor": 4.0})
@@ -413,11 +414,12 @@ class Layer:
     def read_head(self, row: Row, queries: Tensor, head: int) -> Tensor:
         """Position i reads w after ⌊i/c_r⌋·c_r tokens, all positions of one ⌊i/c_r⌋ together.  (t d) -> (t d)"""
         c_r, c_s = self.options.chunks
-        at_position = torch.cat((torch.zeros_like(queries[:1]), queries))  # position 0: an all-zero query
+        first = torch.zeros_like(queries[:1])  # position 0: an all-zero query
+        at_position = queries if self.options.apply_then_update else torch.cat((first, queries))
         answers = []
         for start in range(0, len(at_position), c_r):  # start = ⌊i/c_r⌋·c_r
             answers.append(self.apply(row.trajectory[start // c_s], at_position[start : start + c_r], head))
-        return torch.cat(answers)[1:]
+        return torch.cat(answers)[-len(queries) :]
 
     def read(self, rows: list[Row], x: Tensor) -> Tensor:
         """One sequence, all heads.  x: (t m) -> (t m)"""

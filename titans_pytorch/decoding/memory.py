@@ -100,9 +100,10 @@ class MemoryByRows:
     def advance(self, x: Tensor, rows: MemoryRows, step: TokenStep) -> Tensor:
         """Store the next token of every row, and read it.  x: (b 1 dim) -> same"""
         rows.waiting[step.rows, step.waiting] = x[:, 0]
+        early = None if self.memory.layout.first else self.ask(x, rows.current, rows.tails.queries)
         if step.chunks is not None:
             self.store(rows, step.chunks, step.renewals)
-        return self.ask(x, rows.current, rows.tails.queries)
+        return self.ask(x, rows.current, rows.tails.queries) if early is None else early
 
     def ask(self, x: Tensor, weights: Weights, tail: Tensor | None) -> Tensor:
         """Read weights (b h ...) for one token of each row.  x: (b 1 dim) -> same; tail: of queries, is moved on"""

@@ -33,7 +33,7 @@ class AskedMemory(MemoryCore):
         self.check_not_projected()
         seq, num_chunks = self.checked_tokens(seq), weights[name].shape[1] - 1
         self.check_weights(weights, seq.shape[0], num_chunks + 1)
-        last_group = seq.shape[1] // self.layout.retrieve_chunk
+        last_group = (seq.shape[1] - 1 + self.layout.first) // self.layout.retrieve_chunk
         tensor_checks.check_enough_chunks(num_chunks, self.layout.weight_index(last_group))
         weights = {name: outside_inference(weight) for name, weight in weights.items()}
         return read_block(self, seq, DenseBlock(weights, Carry({}, {}, {}, {})), None)[0]

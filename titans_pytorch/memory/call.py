@@ -37,7 +37,7 @@ def advance(
     num_chunks, first_chunk = stored.num_tokens // chunk, state.seq_index // chunk
     if memory.writes_are_on:
         residual = memory.checked_residual(prev_weights, first_chunk, num_chunks, batch)
-        first_token = state.num_seen + 1
+        first_token = state.num_seen + layout.first
         stream = Stream(
             memory, memory.evolution, memory.renewal, layout, residual, first_token, first_chunk, memory.told
         )

@@ -57,7 +57,9 @@ def plan_growing(
 ) -> CallPlan:
     """How the longest part of a call will be run."""
     if memory.capacity is not None:
-        longest = max(memory.capacity.parts(first_token - 1, num_tokens), key=lambda part: part.stop - part.start)
+        longest = max(
+            memory.capacity.parts(first_token - layout.first, num_tokens), key=lambda part: part.stop - part.start
+        )
         first_token, num_tokens = first_token + longest.start, longest.stop - longest.start
-        first_chunk = (first_token - 1) // layout.store_chunk
+        first_chunk = (first_token - layout.first) // layout.store_chunk
     return plan_in_shards(memory, layout, batch, first_token, num_tokens, first_chunk)

@@ -20,5 +20,5 @@ def lact_options(dim: int, heads: int, chunk_size: int, overrides: Mapping[str, 
     value_checks.check_whole(chunk_size=chunk_size)
     width = width_of_heads(dim, heads, overrides.get("dim_head"))
     options = form_options(dim, heads, rule="lact", loss="dot", model="glu", dim_head=width)
-    cut = dict(chunk_size=chunk_size, batch_size=chunk_size)
+    cut = dict(chunk_size=chunk_size, batch_size=chunk_size, apply_then_update=True)
     return options | LINEAR | cut | dict(default_step_transform_max_lr=STEPS_OF_A_CHUNK / chunk_size) | dict(overrides)

@@ -11,6 +11,7 @@ class Layout(NamedTuple):
     retrieve_chunk: int
     store_chunk: int
     batch: int | None  # tokens after which the base is renewed
+    first: int = 1  # position of a stream's first reader; 0: the token that completes a chunk does not read it
 
     def weight_index(self, group: int) -> int:
         """After how many chunks the weights are that a group reads."""

@@ -178,14 +178,17 @@ def model_arguments(model: nn.Module | str | None, given: Mapping[str, Any] | No
     return DEFAULT_MODEL if model in (None, "mlp") else {}
 
 
-def layout_of(chunk_size: int | tuple[int, int], batch_size: int | None, attn_pool_chunks: bool) -> Layout:
-    """How time is cut, in whole chunks."""
+def layout_of(
+    chunk_size: int | tuple[int, int], batch_size: int | None, attn_pool_chunks: bool, applies_first: bool
+) -> Layout:
+    """How time is cut, in whole chunks, and what the token reads that completes one."""
+    value_checks.check_switches(apply_then_update=applies_first)
     retrieve_chunk, store_chunk = value_checks.check_chunk_size(chunk_size)
     value_checks.check_whole(batch_size=batch_size)
     value_checks.check_multiple("batch_size", batch_size, store_chunk)
     if attn_pool_chunks and store_chunk == 1:
         raise ValueError("attn_pool_chunks needs a store chunk size of at least 2 tokens, got 1")
-    return Layout(retrieve_chunk, store_chunk, batch_size)
+    return Layout(retrieve_chunk, store_chunk, batch_size, 0 if applies_first else 1)
 
 
 def loss_of(store_memory_loss_fn: LossFn, summed_loss: bool, loss: str | None) -> LossFn:

@@ -107,7 +107,7 @@ def plan_blocks(
     first_token: position of the call's first token; first_chunk: the first chunk that was not yet complete before it;
     are_equal: whether blocks are equally long but for the last of a batch, else only about equally
     """
-    end = (first_token + num_tokens - 1) // layout.store_chunk
+    end = (first_token - layout.first + num_tokens) // layout.store_chunk
     first_group = first_token // layout.retrieve_chunk
     last_group = (first_token + num_tokens - 1) // layout.retrieve_chunk + 1
 

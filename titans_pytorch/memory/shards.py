@@ -140,9 +140,9 @@ def plan_in_shards(
     """How the longest part of a call will be run."""
     shard = memory.sharding.shard
     if shard is not None:
-        parts = list(parts_of(first_token - 1, num_tokens, shard))
+        parts = list(parts_of(first_token - layout.first, num_tokens, shard))
         longest = max(parts, key=lambda part: part.stop - part.start)
         first_token, batch = first_token + longest.start, batch * longest.num_shards
         num_tokens = (longest.stop - longest.start) // longest.num_shards
-        first_chunk = (first_token - 1) // layout.store_chunk
+        first_chunk = (first_token - layout.first) // layout.store_chunk
     return plan_of(memory, layout, batch, first_token, num_tokens, first_chunk)

@@ -21,14 +21,12 @@ def read_block(
     """Read weights that are there.  tokens: (b n dim) -> (b n dim), the next tail; stored: what is told meanwhile"""
     num_read, convolution, group, span = QueryTail(0, None, ReadingGroup(None, None)) if tail is None else tail
     told = None if stored is None else memory.told(stored, span, num_read)
-    layout, last = memory.layout, num_read + tokens.shape[1]
-    reader = SpanReader(
-        memory, memory.evolution, layout, tokens, num_read + 1, group, convolution, memory.weight_dtype, told
-    )
-    groups = (num_read + 1) // layout.retrieve_chunk, last // layout.retrieve_chunk + 1
+    layout, first = memory.layout, num_read + memory.layout.first
+    reader = SpanReader(memory, memory.evolution, layout, tokens, first, group, convolution, memory.weight_dtype, told)
+    groups = first // layout.retrieve_chunk, (first + tokens.shape[1] - 1) // layout.retrieve_chunk + 1
     reader.read(block, BlockPlan(0, block.num_chunks, *groups, False))
     reads, group = reader.finish()
-    return reads, QueryTail(last, reader.tail, group._replace(weights=None), reader.span)
+    return reads, QueryTail(num_read + tokens.shape[1], reader.tail, group._replace(weights=None), reader.span)
 
 
 def only_read(

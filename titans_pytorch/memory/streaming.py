@@ -204,7 +204,7 @@ class Stream:
             moment.group,
             moment.tails.queries,
             moment.dtype,
-            self.told(new.between(start, stop), moment.span, self.first_token - 1 + start),
+            self.told(new.between(start, stop), moment.span, self.first_token - self.layout.first + start),
         )
         if is_first:
             reader.read_older(span[0].first_group)

@@ -218,6 +218,7 @@ class TitansConfig:
         form: dict[str, Any] = dict(memory_model="glu", memory_rule="lact", memory_loss="dot", memory_expansion=2.0)
         value_checks.check_whole(chunk=chunk)
         cut = dict(memory_chunk=chunk, memory_refresh=chunk, window=chunk, max_step=lact.STEPS_OF_A_CHUNK / chunk)
+        form["memory_options"] = dict(apply_then_update=True) | overrides.pop("memory_options", {})
         return cls(dim=dim, depth=depth, **form | cut | overrides)
 
     @classmethod
