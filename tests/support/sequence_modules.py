@@ -118,6 +118,8 @@ MEMORY_OPTIONS: dict[str, dict[str, Any]] = {
         dim=DIM, chunk_size=4, batch_size=4, rule="lact", loss="dot", model="glu", mem_model_norm_add_residual=False
     ),
     "in shards": dict(dim=DIM, chunk_size=2, batch_size=2, shard=4, qk_projection="shard", conv_size=3),
+    "growing": dict(dim=DIM, chunk_size=2, batch_size=2, capacity=(2, 4), conv_size=3),
+    "applied, then updated": dict(dim=DIM, chunk_size=4, batch_size=4, apply_then_update=True),
     "a chunk is a token": dict(dim=DIM, chunk_size=1, batch_size=5, default_step_transform_max_lr=0.1),
 }
 MEMORY_MODELS = {
