@@ -191,9 +191,9 @@ def test_gates_of_every_token_forget_as_much() -> None:
         dim=16, depth=1, heads=2, memory_chunk=8, memory_refresh=16, token_gates=True, decay_bias=-2.0
     )
     memory = TitansLMM(5, config).backbone.blocks[0].mixer.memory
-    assert memory.layout == (1, 1, 16)
+    assert memory.layout == (1, 1, 16, 1)
     (bias,) = {float(b) for b in memory.to_decay_factor[0].bias.detach()}
     assert (1 - torch.tensor(bias).sigmoid()) ** 8 == pytest.approx(1 - float(torch.tensor(-2.0).sigmoid()), rel=1e-5)
     paper = NeuralMemory.paper(16, 2, token_gates=True)
-    assert paper.layout == (1, 1, 16)
+    assert paper.layout == (1, 1, 16, 1)
     assert not any(gate.varies == "channel" for gate in paper.rule.gates)

@@ -231,7 +231,7 @@ def test_families_of_them(preset: Any) -> None:
     memory = model.backbone.blocks[0].mixer.memory
     assert memory.rule.window == 2
     assert isinstance(memory.key_powers, KeyPowers)
-    assert memory.layout == (1, 1, 16)
+    assert memory.layout == (1, 1, 16, 1)
     ids = torch.randint(0, 7, (2, 40))
     model(ids)[0].square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())

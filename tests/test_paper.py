@@ -48,7 +48,7 @@ def paper(dim: int = 8, heads: int = 2, chunk_size: Any = 4, **overrides: Any) -
 def test_the_papers_memory() -> None:
     built = NeuralMemory.paper(64, heads=4)
     assert built.engine == "factored"
-    assert built.layout == (16, 16, 16), "surprises are taken at the weights of every chunk's start"
+    assert built.layout == (16, 16, 16, 1), "surprises are taken at the weights of every chunk's start"
     assert built.dim_head == 16
     assert {name: tuple(p.shape) for name, p in built.fast_forms().items()} == {
         "model.weights.0": (16, 64),
@@ -68,7 +68,7 @@ def test_every_argument_can_be_overridden() -> None:
     built = NeuralMemory.paper(
         64, heads=2, chunk_size=(4, 8), batch_size=None, conv_size=None, activation=None, dim_head=8, momentum=False
     )
-    assert built.layout == (4, 8, None)
+    assert built.layout == (4, 8, None, 1)
     assert isinstance(built.to_keys, nn.Linear)
     assert built.to_keys.weight.shape == (16, 64)
     assert built.to_momentum is None

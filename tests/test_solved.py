@@ -118,7 +118,7 @@ def test_any_memory_may_forget_first(case: Case) -> None:
 
 def test_the_preset(solved: list[int]) -> None:
     memory = NeuralMemory.delta(32, heads=2)
-    assert memory.layout == (1, 1, 1)
+    assert memory.layout == (1, 1, 1, 1)
     assert memory.to_momentum is None
     assert type(memory.rule).__name__ == "GatedDelta"
     memory(torch.randn(2, 50, 32))[0].square().mean().backward()

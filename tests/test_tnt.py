@@ -107,7 +107,7 @@ def test_padding_documents_and_masks() -> None:
 
 def test_gates_of_every_token_read_what_was_stored_up_to_them() -> None:
     memory = tnt(token_gates=True)
-    assert [each.layout for each in memory.memories] == [(1, 1, 6), (1, 1, 2), (1, 1, 4)]
+    assert [each.layout for each in memory.memories] == [(1, 1, 6, 1), (1, 1, 2, 1), (1, 1, 4, 1)]
     x = randn(1, 21, 6)
     assert_close(in_pieces(memory, x, (4, 13, 4))[0], memory(x)[0], **VALUES)
 
