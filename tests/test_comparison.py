@@ -202,8 +202,14 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, mo
     assert [each[2] for each in again.curve] == [each[2] for each in whole.curve]
 
 
+def test_models_whose_names_have_commas_can_be_chosen(tmp_path: Path) -> None:
+    found = compared(tmp_path, "--only", "memory, frozen;floor", budgets=[{"steps": 1}])
+    assert [record["model"] for record in found] == ["memory, frozen", "floor"]
+
+
 def test_equal_time_is_time_of_training(tmp_path: Path) -> None:
     (record,) = compared(tmp_path, "--only", "floor", budgets=[{"seconds": 0.3}])
+    assert record["model"] == "floor"
     assert 0.3 <= record["seconds"] < 3
     assert record["steps"] >= 1
 

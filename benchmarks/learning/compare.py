@@ -33,7 +33,7 @@ from titans_pytorch.training.answers import loss_of
 from titans_pytorch.training.errors import SettingsError, report_errors
 from titans_pytorch.training.files import writing
 from titans_pytorch.training.optimizers import optimizers, rate
-from titans_pytorch.training.options import built
+from titans_pytorch.training.options import built, separated
 
 SAVE_EVERY_S = 60.0
 POINTS = 10  # of a curve
@@ -53,15 +53,16 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a comparison (.json), see benchmarks/learning/comparisons")
     parser.add_argument("--out", type=Path, required=True, help="results, one line a run")
-    parser.add_argument("--seeds", type=numbers, help="0,1,... instead of the config's")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="names of models (memory, floor, ...)")
+    parser.add_argument("--seeds", type=separated(int), help="0,1,... instead of the config's")
+    parser.add_argument("--only", type=models_named, help="memory,floor; names with commas: 'memory, frozen;floor'")
     parser.add_argument("--data", help="the task's text, a file or folder, instead of Python's own library")
     parser.add_argument("--threads", type=int, help="of torch; default: as torch has it")
     return parser.parse_args(arguments)
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(each) for each in text.split(","))
+def models_named(text: str) -> list[str]:
+    """Between semicolons, or commas where there are none."""
+    return [name.strip() for name in text.split(";" if ";" in text else ",") if name.strip()]
 
 
 def loaded(path: Path) -> Comparison:
