@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from tests.support.capacity_by_the_book import CapacityUnderTest
 from tests.support.configurations import Case, cases
+from tests.support.kept_states import check_kept
 from tests.support.streams import disturbed, in_pieces, randn
 from tests.test_exactness import VALUES, check
 from titans_pytorch import (
@@ -22,8 +23,6 @@ from titans_pytorch import (
     TitansConfig,
     TitansMAG,
     audit,
-    load_state,
-    save_state,
     writes_off,
 )
 from titans_pytorch.auditing.audit import stream_with_state
@@ -132,19 +131,7 @@ def test_a_plan_is_of_the_longest_part() -> None:
 
 
 def test_states_are_saved_selected_joined_and_reset(tmp_path: Any) -> None:
-    memory, x, after = memory_of(), randn(3, 5, 6), randn(3, 9, 6, seed=1)
-    state = memory(x)[1]
-    expected = memory(after, state=state)[0]
-    save_state(state, tmp_path / "state", memory)
-    loaded: Any = load_state(tmp_path / "state", model=memory)
-    assert_close(memory(after, state=loaded)[0], expected, **VALUES)
-    rows = [state.select([row]) for row in (2, 0)]
-    assert_close(memory(after[[2, 0]], state=rows[0].join(rows))[0], expected[[2, 0]], **VALUES)
-    forgotten = memory.reset(state, torch.tensor([False, True, False]))
-    assert_close(memory(after, state=forgotten)[0][[0, 2]], expected[[0, 2]], **VALUES)
-    nothing = memory(torch.zeros_like(x), store_mask=torch.zeros(3, 5, dtype=torch.bool))[1]
-    zeros = memory.reset(nothing, torch.ones(3, dtype=torch.bool))
-    assert_close(memory(after, state=forgotten)[0][1], memory(after, state=zeros)[0][1], **VALUES)
+    check_kept(memory_of(), randn(3, 5, 6), randn(3, 9, 6, seed=1), tmp_path)
 
 
 def test_a_row_that_is_reset_has_what_its_position_has_opened() -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.support.configurations import Case, cases
+from tests.support.kept_states import check_kept
 from tests.support.shards_by_the_book import ShardsUnderTest
 from tests.support.streams import disturbed, in_pieces, randn
 from tests.test_exactness import VALUES, check
-from titans_pytorch import NeuralMemory, load_state, save_state, writes_off
+from titans_pytorch import NeuralMemory, writes_off
 
 SPANS = (None, "chunk", "shard")
 
@@ -97,21 +98,7 @@ def test_a_state_at_a_border_is_the_start_of_the_memory() -> None:
 
 @pytest.mark.parametrize("span", SPANS)
 def test_states_are_saved_selected_joined_and_reset(span: Any, tmp_path: Any) -> None:
-    memory, x = memory_of(qk_projection=span), randn(3, 13, 6)
-    after = randn(3, 9, 6, seed=1)
-    state = memory(x)[1]
-    expected = memory(after, state=state)[0]
-    save_state(state, tmp_path / "state", memory)
-    loaded: Any = load_state(tmp_path / "state", model=memory)
-    assert_close(memory(after, state=loaded)[0], expected, **VALUES)
-    rows = [state.select([row]) for row in (2, 0)]
-    both = NeuralMemory(6).init_state(1).join(rows)
-    assert_close(memory(after[[2, 0]], state=both)[0], expected[[2, 0]], **VALUES)
-    forgotten = memory.reset(state, torch.tensor([False, True, False]))
-    assert_close(memory(after, state=forgotten)[0][[0, 2]], expected[[0, 2]], **VALUES)
-    nothing = memory(torch.zeros_like(x), store_mask=torch.zeros(3, 13, dtype=torch.bool))[1]
-    zeros = memory.reset(nothing, torch.ones(3, dtype=torch.bool))
-    assert_close(memory(after, state=forgotten)[0][1], memory(after, state=zeros)[0][1], **VALUES)
+    check_kept(memory_of(qk_projection=span), randn(3, 13, 6), randn(3, 9, 6, seed=1), tmp_path)
 
 
 def test_a_memory_is_saved_and_loaded(tmp_path: Any) -> None:

@@ -414,8 +414,7 @@ class Layer:
     def read_head(self, row: Row, queries: Tensor, head: int) -> Tensor:
         """Position i reads w after ⌊i/c_r⌋·c_r tokens, all positions of one ⌊i/c_r⌋ together.  (t d) -> (t d)"""
         c_r, c_s = self.options.chunks
-        first = torch.zeros_like(queries[:1])  # position 0: an all-zero query
-        at_position = queries if self.options.apply_then_update else torch.cat((first, queries))
+        at_position = queries if self.options.apply_then_update else F.pad(queries, (0, 0, 1, 0))  # 0: a zero query
         answers = []
         for start in range(0, len(at_position), c_r):  # start = ⌊i/c_r⌋·c_r
             answers.append(self.apply(row.trajectory[start // c_s], at_position[start : start + c_r], head))

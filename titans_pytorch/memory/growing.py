@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -30,17 +32,18 @@ def advance_growing(
     if seq is None:
         raise ValueError(f"store_memories needs a memory without capacity, got capacity={tuple(capacity)}")
     state = memory.init_state(batch) if state is None else memory.checked_state(state, batch)
-    reads, surprises = [], []
+    reads: list[Tensor] = []
+    surprises = []
     for part in capacity.parts(state.num_seen, seq.shape[1]):
         before = capacity.num_open(state.num_seen)
         stored = new.between(part.start, part.stop)
         found, state, of_writes = advance(memory, seq[:, part], stored, state, None, layout)
-        reads.append(found)
+        reads.append(cast(Tensor, found))
         surprises.append(of_writes)
         if capacity.num_open(state.num_seen) > before:
             state = grown(memory, state)
     loss, rates = (torch.cat(each, dim=2) for each in zip(*surprises, strict=True))
-    return torch.cat([read for read in reads if read is not None], dim=1), state, (loss, rates)
+    return torch.cat(reads, dim=1), state, (loss, rates)
 
 
 def grown(memory: MemoryCore, state: NeuralMemState) -> NeuralMemState:
