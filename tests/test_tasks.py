@@ -50,6 +50,7 @@ HARDER: list[tuple[str, Task]] = [
     ("variable_tracking", make_task("variable_tracking", chains=3, hops=2, haystack="text")),
     ("niah_single_1", Needles(tokens=120, haystack="text", brief=True, num_keys=3, num_values=1)),
     *[("babilong_qa1", BABILong(task=number, tokens=6000)) for number in range(1, 6)],
+    ("babilong_qa1", BABILong(task=(1, 2, 3, 4, 5), tokens=6000)),
 ]
 CASES = [*((name, make_task(name)) for name in SOLVERS), *HARDER]
 
@@ -102,6 +103,16 @@ def test_a_label_at_random_scores_chance_in_babilong(number: int) -> None:
     questions = task.draw(300, generator())
     found = solvers.solved(task, solvers.random_label(babi.LABELS[number], 0), questions.ids, questions.is_asked)
     assert abs(task.score(found, questions) - task.chance) < 0.1
+
+
+def test_several_tasks_of_babilong_take_turns_at_random() -> None:
+    task = BABILong(task=(1, 4), tokens=2000)
+    texts = [bytes(row.tolist()) for row in task.draw(64, generator()).ids]
+    of_first = sum(b"Question: Where is " in text for text in texts)
+    assert 20 < of_first < 44
+    assert all(b"Question: Wh" in text for text in texts)
+    assert task.chance == BABILong(task=1).chance == BABILong(task=4).chance
+    assert BABILong(task=(1, 5)).chance == (1 / 6 + 1 / 7) / 2
 
 
 def test_all_bytes_of_an_answer_have_to_be_right() -> None:
@@ -235,6 +246,8 @@ def test_identifiers_know_when_they_were_seen_the_last_time() -> None:
         ("niah_single_1", dict(num_queries=2), "num_queries must be between 1 and 1, got 2"),
         ("niah_single_1", dict(haystack="essays"), "haystack must be one of noise, text, needles, got 'essays'"),
         ("babilong_qa1", dict(task=6), "task must be between 1 and 5, got 6"),
+        ("babilong_qa1", dict(task=[1, 6]), "task must be between 1 and 5, got 6"),
+        ("babilong_qa1", dict(task=[]), "task must name at least one of bAbI's tasks, got none"),
         ("babilong_qa1", dict(sentences=3), "babilong_qa1 has the options tokens, .*, got sentences"),
         ("niah", dict(), r"a task must be one of \['anbn', .*, got 'niah'"),
     ],

@@ -94,7 +94,7 @@ def scores(group: Group) -> str:
 
 
 def versions(group: Group) -> list[str]:
-    """A line for each model, a column for each version of the task that is asked beside the trained one; or nothing."""
+    """Every model at every version of the task that is asked beside the trained one, the longer list down, if any."""
     names = ordered(name for records in group.values() for record in records for name in record.get("versions") or {})
     if not names:
         return []
@@ -102,6 +102,8 @@ def versions(group: Group) -> list[str]:
     for model, records in group.items():
         found = [[r["versions"][name]["score"] for r in records if name in (r.get("versions") or {})] for name in names]
         rows.append([model, *(spread(values, "{:.3f}") for values in found)])
+    if len(names) > len(group):
+        rows = [list(column) for column in zip(*rows, strict=True)]
     return [markdown(rows)]
 
 
