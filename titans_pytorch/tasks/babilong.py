@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from titans_pytorch.tasks import babi
-from titans_pytorch.tasks.hidden import HiddenInText, Written
+from titans_pytorch.tasks.hidden import Haystack, HiddenInText, Written
 from titans_pytorch.tasks.task import check_range
 
 
@@ -23,7 +23,7 @@ class BABILong(HiddenInText):
     babi: archive or folder of the original files; None: stories by our own simulator; part: train or test, of them
     """
 
-    haystack: Literal["noise", "text", "needles"] = "text"
+    haystack: Haystack = "text"
     task: int | Sequence[int] = 1
     babi: str | None = None
     part: Literal["train", "test"] = "test"

@@ -6,16 +6,17 @@ import random
 from abc import abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Generator
 
 from titans_pytorch.tasks.task import NO_ANSWER, Metric, Questions, Task, check_range
-from titans_pytorch.tasks.texts import haystack, piece
+from titans_pytorch.tasks.texts import documentation, haystack, piece
 
 NOISE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+Haystack = Literal["noise", "text", "docs", "needles"]
 TRIES = 100
 """Draws until one fits the length"""
 
@@ -34,19 +35,20 @@ class HiddenInText(Task):
 
     An answer counts if all of its bytes are right, which is what greedy decoding would write.
 
-    tokens: bytes of the whole, exactly; haystack: noise, one sentence again and again, or lines of a text
-    data: that text, a file or a folder; None: the source of Python's own library
+    tokens: bytes of the whole, exactly
+    haystack: noise, one sentence again and again; text; or docs, Python's documentation, prose with few numbers
+    data: the text, a file or a folder; None: the source of Python's own library
     """
 
     metric: ClassVar[Metric] = "exact match"
 
     tokens: int = 1024
-    haystack: Literal["noise", "text", "needles"] = "noise"
+    haystack: Haystack = "noise"
     data: str | None = None
 
     def __post_init__(self) -> None:
         check_range("tokens", self.tokens, 1)
-        if self.haystack not in (allowed := ("noise", "text", "needles")):
+        if self.haystack not in (allowed := get_args(Haystack)):
             raise ValueError(f"haystack must be one of {', '.join(allowed)}, got {self.haystack!r}")
 
     @property
@@ -61,6 +63,8 @@ class HiddenInText(Task):
         """So many bytes to hide something in, in lines."""
         if self.haystack == "text":
             return piece(haystack(self.data), length, drawn)
+        if self.haystack == "docs":
+            return piece(documentation(), length, drawn)
         return (NOISE * (length // len(NOISE) + 1))[:length]
 
     def draw(self, rows: int, generator: Generator) -> Questions:

@@ -20,7 +20,7 @@ class Needles(HiddenInText):
 
     With several values or questions answers stand in the order of the text. Of an answer the digits alone are asked.
 
-    haystack: noise, text, or needles, of which one is asked for
+    haystack: noise, text, docs, or needles, of which one is asked for
     num_keys: different keys that are hidden; num_values: values of each; num_queries: keys that are asked for
     key: words or uuids; value: numbers of 7 digits or uuids
     depth: of the first needle that is asked for, from 0 to 1; None: at random

@@ -1,4 +1,4 @@
-"""Texts that every machine has: the source of Python's own library, as a haystack and to learn from."""
+"""Texts that every machine has: the source of Python's own library, and its documentation."""
 
 from __future__ import annotations
 
@@ -74,6 +74,14 @@ def haystack(data: str | None = None) -> bytes:
     held_out = b"\n".join(parts["valid"])
     text = held_out if len(held_out) >= ENOUGH else b"\n".join([held_out, *parts["train"]])
     return text if data is None else text.replace(b". ", b".\n")
+
+
+@lru_cache(maxsize=1)
+def documentation() -> bytes:
+    """Python's language reference, which comes with it: prose, in lines."""
+    from pydoc_data.topics import topics  # half a megabyte that few ask for
+
+    return "\n".join(topics[name] for name in sorted(topics)).encode()
 
 
 def piece(text: bytes, length: int, drawn: random.Random) -> bytes:
