@@ -16,7 +16,7 @@ class Costs(NamedTuple):
     channel_cost: float = 400  # of scaling one factor of a write for one group
     channel_chunks: tuple[int, int] = (8, 16)  # fewer in a block are slower than one by one, more need too much memory
     built_elements: int = 2**22  # of the weights of a block, where they are built
-    span_tokens: int = 8192  # of all rows together, that are projected at once
+    span_tokens: int = 16_384  # of all rows together, that are projected at once
     span_elements: int = 2**26  # that training keeps of a span
     kept_elements: int = 2**28  # that training keeps of a call (1 GB in float32); more are computed again
     block_elements: int = 2**26  # of all blocks of a call that are kept for a next layer rather than made again
