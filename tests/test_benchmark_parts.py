@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from benchmarks.learning.loop import training
 from benchmarks.machine import CHECKOUT, RESULTS
 from benchmarks.records import add, load
-from benchmarks.speed import conversations
+from benchmarks.speed import conversations, decode_kernels, one_core, replay
 from benchmarks.speed.measure import Side, Worker
 from benchmarks.speed.worker import direct_form
 from benchmarks.speed.workloads import Case
@@ -100,3 +100,36 @@ def test_a_worker_measures_time_memory_and_products() -> None:
         assert worker.ask("peak", mode="training")["peak_bytes"] >= 0
         assert worker.ask("time", mode="forward")["finite"]
         assert worker.ask("newton_schulz", form="gram", mode="training", matrices=[(2, 4, 8)])["seconds"] > 0
+
+
+def test_what_a_call_asks_for_is_run_again_alone() -> None:
+    x, table = torch.randn(4, 16, 8, requires_grad=True), nn.Embedding(3, 8)
+
+    def run() -> None:
+        places = torch.zeros(4, 16, dtype=torch.long)
+        (torch.bmm(x, x.mT).sum(dim=-1, keepdim=True).expand(-1, -1, 8) * table(places)).sum().backward()
+
+    asked = replay.recorded(run)
+    assert [each.operation.overloadpacket.__name__ for each in asked if each.is_product] == ["bmm"] * 3
+    assert not all(each.has_numbers for each in asked)
+    products, passes = replay.shares(run, large=4 * 16 * 8, turns=1)
+    assert products > 0
+    assert passes > 0
+
+
+def test_kernels_and_calls_of_libraries_are_counted_in_generated_code() -> None:
+    code = """
+def call(args):
+    extern_kernels.mm(reinterpret_tensor(arg0_1, (1, 8), (8, 1), 0), arg1_1, out=buf0)
+    cpp_fused_add_mul_0(buf0, arg2_1, buf1)
+    buf2 = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(buf1, buf1, buf1)
+"""
+    assert decode_kernels.calls("cpp_fused_add_mul_0 = async_compile.cpp_pybinding(['float*'], '')" + code) == (1, 2)
+
+
+def test_one_core_times_a_checkout() -> None:
+    side = one_core.Side(CHECKOUT)
+    (seconds,) = side.ask("a", "forward")
+    side.process.kill()
+    side.process.communicate()
+    assert seconds > 0
