@@ -88,6 +88,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"store_memory_loss_fn": F.mse_loss}, ValueError, ("store_memory_loss_fn", r"\(\)")),
     ({"store_memory_loss_fn": lambda a: a}, ValueError, ("store_memory_loss_fn",)),
     ({"adaptive_step_transform": 0.1}, TypeError, ("adaptive_step_transform", "float")),
+    ({"adaptive_step_transform": "hard"}, ValueError, ("adaptive_step_transform", "'sparse'", "'hard'")),
     (
         {"adaptive_step_transform": lambda t: t.sum()},
         ValueError,

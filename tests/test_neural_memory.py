@@ -412,6 +412,18 @@ def test_a_loss_and_a_step_of_ones_own() -> None:
     assert_close(rates[:, 0], raw.exp() * 0.1, **EXACT)
 
 
+def test_a_sparse_step_is_nothing_where_the_gate_is_low_and_the_token_is_not_stored() -> None:
+    memory, seq = memory64(8, 1, adaptive_step_transform="sparse", momentum=False, model="linear"), randn(1, 32, 8)
+    _, _, (_, rates) = memory(seq, return_surprises=True)
+    gate = memory.to_adaptive_step[0](memory.store_norm(seq)).squeeze(-1).sigmoid()
+    assert_close(rates[:, 0], (1.1 * gate - 0.1).clamp(min=0), **EXACT)
+    with torch.no_grad():
+        memory.to_adaptive_step[0].bias.fill_(-10.0)  # a plain gate would still store a little of every token
+        memory.to_decay_factor[0].bias.fill_(-100.0)
+    _, state = memory(seq)
+    assert_close(dict(state.states[0]), dict(memory.init_weights(1)), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "default"])
 def test_the_given_model_is_never_run_with_its_own_weights(name: str) -> None:
     """Two copies with other weights of their own, but equal learned ones, answer alike."""

@@ -65,7 +65,8 @@ class NeuralMemory(Pretrained, PresetMemory):
         model: the memory, any module (... n dim_head) -> (... n dim_head) without buffers, or a name: mlp (default),
             linear, swiglu, gated, factorized or attention
         store_memory_loss_fn: (prediction, value), both (... d) -> loss of each token (...); default mean squared error
-        adaptive_step_transform: raw step -> step, elementwise; default sigmoid(step) * default_step_transform_max_lr
+        adaptive_step_transform: raw step -> step, elementwise; default sigmoid(step) * default_step_transform_max_lr;
+            sparse: the same, but exactly 0 where the sigmoid is below 1/11, so that many tokens are not stored at all
         default_step_transform_max_lr: the largest step size, unless it is made by a transform of yours
         per_parameter_lr_modulation: scale every parameter's surprise by a gate
         max_mem_layer_modulation: what that gate is at most
@@ -131,7 +132,7 @@ class NeuralMemory(Pretrained, PresetMemory):
         heads: int = 1,
         model: nn.Module | str | None = None,
         store_memory_loss_fn: LossFn = mean_squared_error,
-        adaptive_step_transform: Callable[[Tensor], Tensor] | None = None,
+        adaptive_step_transform: Callable[[Tensor], Tensor] | str | None = None,
         default_step_transform_max_lr: float = 1.0,
         per_parameter_lr_modulation: bool = False,
         max_mem_layer_modulation: float = 1.0,

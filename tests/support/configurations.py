@@ -110,6 +110,7 @@ OPTIONS: dict[str, list[Any]] = {
     "apply_then_update": [False, False, True],
     "mask": [False, True],
     "store_seq": [False, False, True],
+    "adaptive_step_transform": [None, None, "sparse"],
 }
 
 

@@ -33,7 +33,7 @@ class Options:
     dim_head: int | None = None
     heads: int = 1
     store_memory_loss_fn: Callable[[Tensor, Tensor], Tensor] = mean_squared_error
-    adaptive_step_transform: Callable[[Tensor], Tensor] | None = None
+    adaptive_step_transform: Callable[[Tensor], Tensor] | str | None = None
     default_step_transform_max_lr: float = 1.0
     per_parameter_lr_modulation: bool = False
     max_mem_layer_modulation: float = 1.0
@@ -234,8 +234,10 @@ class Layer:
         """θ of each parameter, or of all.  s_k: (t m) -> (p t·u)"""
         sets = len(self.fast()) if self.options.per_parameter_gates else 1
         raw = self.of_head("to_adaptive_step.0", s_k, head).unflatten(-1, (sets, -1)).movedim(1, 0).flatten(1)
-        if self.options.adaptive_step_transform is not None:
+        if callable(self.options.adaptive_step_transform):
             return self.options.adaptive_step_transform(raw)
+        if self.options.adaptive_step_transform == "sparse":  # a tenth is taken off, and nothing is below nothing
+            return (1.1 * raw.sigmoid() - 0.1).clamp(min=0) * self.options.default_step_transform_max_lr
         return raw.sigmoid() * self.options.default_step_transform_max_lr
 
     def surprise(self, at: Weights, of: Written, head: int) -> tuple[Weights, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
@@ -11,6 +14,9 @@ DECAY_RANK = 32
 
 THRESHOLD_BIAS = 0.5413
 """What thresholds of tokens start with, 1 after softplus: about as far as values of features are from nothing"""
+
+SPARSE_BELOW = 0.1 / 1.1
+"""A sparse gate is 0 where its sigmoid is below"""
 
 
 class GateLayer(nn.Sequential):
@@ -55,3 +61,12 @@ def threshold_layer(dim: int, heads: int, writes: int) -> GateLayer:
 def max_lr_sigmoid(raw: Tensor, max_lr: float) -> Tensor:
     """The default step size: between 0 and max_lr."""
     return raw.sigmoid() * max_lr
+
+
+def sparse_sigmoid(raw: Tensor, max_lr: float) -> Tensor:
+    """A step size up to max_lr, and 0 where the sigmoid is below SPARSE_BELOW: such tokens are not stored."""
+    return torch.relu((raw.sigmoid() - SPARSE_BELOW) / (1 - SPARSE_BELOW)) * max_lr
+
+
+STEPS: dict[str | None, Callable[..., Tensor]] = {None: max_lr_sigmoid, "sparse": sparse_sigmoid}
+"""Step sizes by name"""

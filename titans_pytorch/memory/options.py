@@ -17,6 +17,7 @@ from titans_pytorch.checks import value_checks
 from titans_pytorch.fast_weights.interface import LossFn
 from titans_pytorch.fast_weights.rules.registry import RuleOptions
 from titans_pytorch.losses import loss_by_name, mean_squared_error, summed_squared_error
+from titans_pytorch.memory.gate_layers import STEPS
 from titans_pytorch.memory.layout import Layout
 
 DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
@@ -82,7 +83,7 @@ class GateOptions:
     """What decides how eagerly tokens are stored, beside the gates of the rule."""
 
     attn_pool_chunks: bool
-    adaptive_step_transform: Callable[[Tensor], Tensor] | None
+    adaptive_step_transform: Callable[[Tensor], Tensor] | str | None
     default_step_transform_max_lr: float
     per_parameter_lr_modulation: bool
     max_mem_layer_modulation: float
@@ -99,9 +100,11 @@ class GateOptions:
             default_step_transform_max_lr=self.default_step_transform_max_lr,
             max_mem_layer_modulation=self.max_mem_layer_modulation,
         )
-        value_checks.check_callable(adaptive_step_transform=self.adaptive_step_transform)
-        if self.adaptive_step_transform is None:
+        if self.adaptive_step_transform is None or isinstance(self.adaptive_step_transform, str):
+            names = tuple(name for name in STEPS if name is not None)
+            value_checks.check_choice("adaptive_step_transform", self.adaptive_step_transform, (None, *names))
             return
+        value_checks.check_callable(adaptive_step_transform=self.adaptive_step_transform)
         got = self.adaptive_step_transform(torch.zeros(2, 3))
         if not isinstance(got, Tensor) or got.shape != (2, 3):
             shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
