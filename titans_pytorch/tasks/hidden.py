@@ -16,9 +16,11 @@ from titans_pytorch.tasks.task import NO_ANSWER, Metric, Questions, Task, check_
 from titans_pytorch.tasks.texts import documentation, haystack, piece
 
 NOISE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-Haystack = Literal["noise", "text", "docs", "needles"]
 TRIES = 100
 """Draws until one fits the length"""
+
+Haystack = Literal["noise", "text", "docs", "needles"]
+"""What something is hidden in"""
 
 
 class Written(NamedTuple):

@@ -143,8 +143,7 @@ class Loop:
             return first
         return [evolution.starts[0][n * self.shape.per_renewal] for evolution in self.evolutions]
 
-    def results(self, may_overwrite: bool) -> Results:
-        """may_overwrite: whether nobody needs any more what the loop was given"""
+    def results(self) -> Results:
         places = self.shape.packing.places
         num_slots = 1 if self.shape.equations is not None else self.kept.states[0].shape[3]
 
@@ -159,11 +158,8 @@ class Loop:
             errors = {name: x.contiguous() for name, x in zip(self.shape.matrices, self.errors_of, strict=True)}
             if self.gain_pack is not None:
                 errors[NORM_GAIN] = self.kept.factors[self.gain_pack].right.clone()
-        last = [torch.empty_like(start) if not may_overwrite else start for start in self.inputs.states]
-        for evolution, into in zip(self.evolutions, last, strict=True):
-            torch.stack([slot[-1] for slot in evolution.ends], dim=2, out=into)
         return Results(
-            last,
+            [torch.stack([slot[-1] for slot in evolution.ends], dim=2) for evolution in self.evolutions],
             {name: starts(name) for name in places if self.shape.num_places is None},
             inputs,
             errors,
@@ -313,4 +309,4 @@ def run(shape: Shape, inputs: Inputs, has_backward: bool) -> tuple[Results, Kept
     loop.kept = loop.kept._replace(left=together)
     if scales and has_backward:
         loop.kept = loop.kept._replace(scales=torch.stack(scales), norms=torch.stack(norms))
-    return loop.results(may_overwrite=not has_backward), loop.kept
+    return loop.results(), loop.kept
