@@ -39,8 +39,13 @@ class Counting(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ not in VIEWS
+        if func.overloadpacket.__name__ not in VIEWS:
+            self.note(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+    def note(self, func: Any, args: Any, kwargs: Any) -> None:
+        """An operation that is about to run."""
+        self.count += 1
 
 
 def operations(run: Callable[[], Any]) -> int:

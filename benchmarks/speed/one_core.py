@@ -52,19 +52,19 @@ class Side:
 def row(sides: dict[str, Side], workload: str, mode: str, turns: int) -> list[str]:
     """The least of each side, how often faster, and the shares of this commit's call."""
     taking_part = {name: side for name, side in sides.items() if name != "before" or workload not in list(MODELS)[1:]}
-    found = dict.fromkeys(sides, float("nan"))
+    found = dict.fromkeys(taking_part, float("inf"))
     for turn in range(1 + turns):
         for name, side in taking_part.items():
             (seconds,) = side.ask(workload, mode)
             if turn:
-                found[name] = min(found[name], seconds) if found[name] == found[name] else seconds
+                found[name] = min(found[name], seconds)
     products, passes = sides["now"].ask("shares", workload, mode)
-    before, now, compiled = (found[name] for name in ("before", "now", "compiled"))
+    before, now, compiled = found.get("before"), found["now"], found["compiled"]
 
     def ratio(seconds: float) -> str:
-        return "" if before != before else f"{before / seconds:.2f}"
+        return "" if before is None else f"{before / seconds:.2f}"
 
-    shown = ["" if before != before else f"{1e3 * before:.0f}", f"{1e3 * now:.0f}", ratio(now)]
+    shown = ["" if before is None else f"{1e3 * before:.0f}", f"{1e3 * now:.0f}", ratio(now)]
     shares = [f"{products / now:.0%}", f"{passes / now:.0%}"]
     return [NAMES[workload], MODES[mode], *shown, f"{1e3 * compiled:.0f}", ratio(compiled), *shares]
 

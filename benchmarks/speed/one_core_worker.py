@@ -1,7 +1,7 @@
 """One side of `one_core`: builds everything from a checkout, and times one call for every line that it reads.
 
-A line is `workload mode`; the answer is the CPU time of the call. `shares workload mode` answers with the seconds that
-its products take alone, its passes over tensors as large as one layer of all memories, and the whole call.
+A line is `workload|mode`; the answer is the CPU time of the call. `shares|workload|mode` answers with the seconds that
+its products take alone, and its passes over tensors as large as one layer of all memories.
 """
 
 from __future__ import annotations

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from benchmarks.operations import VIEWS
+from benchmarks.operations import Counting
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "baddbmm_", "addmm_", "mv", "dot"}
 
@@ -48,19 +47,17 @@ class Asked(NamedTuple):
         return self.operation.overloadpacket.__name__ in PRODUCTS  # type: ignore[attr-defined]
 
 
-class Recording(TorchDispatchMode):
-    """Writes down all operations but views while it is entered, forward and backward."""
+class Recording(Counting):
+    """Writes down what others count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[Asked] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ not in VIEWS:
-            tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-            told_args, told_kwargs = tree_map(like, (args, kwargs or {}))
-            self.asked.append(Asked(func, told_args, told_kwargs, max((x.numel() for x in tensors), default=0)))
-        return func(*args, **(kwargs or {}))
+    def note(self, func: Any, args: Any, kwargs: Any) -> None:
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        told_args, told_kwargs = tree_map(like, (args, kwargs))
+        self.asked.append(Asked(func, told_args, told_kwargs, max((x.numel() for x in tensors), default=0)))
 
 
 def is_like(x: Any) -> bool:

@@ -234,11 +234,9 @@ class Layer:
         """θ of each parameter, or of all.  s_k: (t m) -> (p t·u)"""
         sets = len(self.fast()) if self.options.per_parameter_gates else 1
         raw = self.of_head("to_adaptive_step.0", s_k, head).unflatten(-1, (sets, -1)).movedim(1, 0).flatten(1)
-        if callable(self.options.adaptive_step_transform):
-            return self.options.adaptive_step_transform(raw)
-        if self.options.adaptive_step_transform == "sparse":  # a tenth is taken off, and nothing is below nothing
-            return (1.1 * raw.sigmoid() - 0.1).clamp(min=0) * self.options.default_step_transform_max_lr
-        return raw.sigmoid() * self.options.default_step_transform_max_lr
+        transform, most = self.options.adaptive_step_transform, self.options.default_step_transform_max_lr
+        off = 0.1 if transform == "sparse" else 0.0  # taken off, and nothing is below nothing
+        return transform(raw) if callable(transform) else ((1 + off) * raw.sigmoid() - off).clamp(min=0) * most
 
     def surprise(self, at: Weights, of: Written, head: int) -> tuple[Weights, Tensor]:
         """u = -∇ Σ θ·loss(model(key; at), value), with its losses (t·u)."""

@@ -101,8 +101,7 @@ class GateOptions:
             max_mem_layer_modulation=self.max_mem_layer_modulation,
         )
         if self.adaptive_step_transform is None or isinstance(self.adaptive_step_transform, str):
-            names = tuple(name for name in STEPS if name is not None)
-            value_checks.check_choice("adaptive_step_transform", self.adaptive_step_transform, (None, *names))
+            value_checks.check_choice("adaptive_step_transform", self.adaptive_step_transform, tuple(STEPS))
             return
         value_checks.check_callable(adaptive_step_transform=self.adaptive_step_transform)
         got = self.adaptive_step_transform(torch.zeros(2, 3))
