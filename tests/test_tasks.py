@@ -49,6 +49,7 @@ HARDER: list[tuple[str, Task]] = [
     ("anbn", make_task("anbn", tokens=9)),
     ("variable_tracking", make_task("variable_tracking", chains=3, hops=2, haystack="text")),
     ("niah_single_2", Needles(tokens=2000, haystack="docs")),
+    ("niah_single_2", Needles(tokens=2000, haystack=("noise", "text", "docs", "needles"))),
     ("niah_single_1", Needles(tokens=120, haystack="text", brief=True, num_keys=3, num_values=1)),
     *[("babilong_qa1", BABILong(task=number, tokens=6000)) for number in range(1, 6)],
     ("babilong_qa1", BABILong(task=(1, 2, 3, 4, 5), tokens=6000)),
@@ -114,6 +115,12 @@ def test_several_tasks_of_babilong_take_turns_at_random() -> None:
     assert all(b"Question: Wh" in text for text in texts)
     assert task.chance == BABILong(task=1).chance == BABILong(task=4).chance
     assert BABILong(task=(1, 5)).chance == (1 / 6 + 1 / 7) / 2
+
+
+def test_several_haystacks_take_turns_at_random() -> None:
+    texts = [bytes(row.tolist()) for row in Needles(tokens=1000, haystack=("noise", "docs")).draw(64, generator()).ids]
+    assert 20 < sum(b"The grass is green." in text for text in texts) < 44
+    assert all(text.count(b"magic") == 4 for text in texts)
 
 
 def test_all_bytes_of_an_answer_have_to_be_right() -> None:
@@ -245,7 +252,9 @@ def test_identifiers_know_when_they_were_seen_the_last_time() -> None:
         ("induction_heads", dict(tokens=3), "tokens must be at least 4, got 3"),
         ("mad_memorization", dict(tokens=5), "tokens must be an even number, at least 2, got 5"),
         ("niah_single_1", dict(num_queries=2), "num_queries must be between 1 and 1, got 2"),
-        ("niah_single_1", dict(haystack="essays"), "haystack must be one of noise, text, docs, needles, got 'essays'"),
+        ("niah_single_1", dict(haystack="essays"), "one or several of noise, text, docs, needles, got 'essays'"),
+        ("niah_single_1", dict(haystack=["docs", "essays"]), r"one or several of .*, got \['docs', 'essays'\]"),
+        ("niah_single_1", dict(haystack=[]), r"haystack must be one or several of .*, got \[\]"),
         ("babilong_qa1", dict(task=6), "task must be between 1 and 5, got 6"),
         ("babilong_qa1", dict(task=[1, 6]), "task must be between 1 and 5, got 6"),
         ("babilong_qa1", dict(task=[]), "task must name at least one of bAbI's tasks, got none"),

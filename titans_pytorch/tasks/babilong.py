@@ -23,7 +23,7 @@ class BABILong(HiddenInText):
     babi: archive or folder of the original files; None: stories by our own simulator; part: train or test, of them
     """
 
-    haystack: Haystack = "text"
+    haystack: Haystack | Sequence[Haystack] = "text"
     task: int | Sequence[int] = 1
     babi: str | None = None
     part: Literal["train", "test"] = "test"

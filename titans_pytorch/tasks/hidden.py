@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -38,20 +39,27 @@ class HiddenInText(Task):
     An answer counts if all of its bytes are right, which is what greedy decoding would write.
 
     tokens: bytes of the whole, exactly
-    haystack: noise, one sentence again and again; text; or docs, Python's documentation, prose with few numbers
+    haystack: noise, one sentence again and again; text; or docs, Python's documentation, prose with few numbers;
+        several: every text has one of them
     data: the text, a file or a folder; None: the source of Python's own library
     """
 
     metric: ClassVar[Metric] = "exact match"
 
     tokens: int = 1024
-    haystack: Haystack = "noise"
+    haystack: Haystack | Sequence[Haystack] = "noise"
     data: str | None = None
 
     def __post_init__(self) -> None:
         check_range("tokens", self.tokens, 1)
-        if self.haystack not in (allowed := get_args(Haystack)):
-            raise ValueError(f"haystack must be one of {', '.join(allowed)}, got {self.haystack!r}")
+        allowed = get_args(Haystack)
+        if not self.haystacks or not set(self.haystacks) <= set(allowed):
+            raise ValueError(f"haystack must be one or several of {', '.join(allowed)}, got {self.haystack!r}")
+
+    @property
+    def haystacks(self) -> tuple[Haystack, ...]:
+        """What a text may be hidden in."""
+        return (self.haystack,) if isinstance(self.haystack, str) else tuple(self.haystack)
 
     @property
     def num_tokens(self) -> int:
@@ -61,11 +69,11 @@ class HiddenInText(Task):
     def write(self, drawn: random.Random) -> Written:
         """What is hidden, and what is asked."""
 
-    def hay(self, length: int, drawn: random.Random) -> bytes:
+    def hay(self, kind: Haystack, length: int, drawn: random.Random) -> bytes:
         """So many bytes to hide something in, in lines."""
-        if self.haystack == "text":
+        if kind == "text":
             return piece(haystack(self.data), length, drawn)
-        if self.haystack == "docs":
+        if kind == "docs":
             return piece(documentation(), length, drawn)
         return (NOISE * (length // len(NOISE) + 1))[:length]
 
@@ -85,7 +93,8 @@ class HiddenInText(Task):
                 break
         else:
             raise ValueError(f"tokens must be at least {written - 1} for {type(self).__name__}, got {self.tokens}")
-        context = hide(self.hay(self.tokens + 1 - written, drawn), hidden)
+        kind = self.haystacks[0] if len(self.haystacks) == 1 else drawn.choice(self.haystacks)
+        context = hide(self.hay(kind, self.tokens + 1 - written, drawn), hidden)
         pieces = [(before.encode() + context, False), *((text.encode(), is_answer) for text, is_answer in after)]
         text = np.frombuffer(b"".join(each for each, _ in pieces), dtype=np.uint8).astype(np.int64)
         return text, np.concatenate([np.full(len(each), is_answer) for each, is_answer in pieces])

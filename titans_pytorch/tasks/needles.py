@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from titans_pytorch.tasks import words
-from titans_pytorch.tasks.hidden import HiddenInText, Written
+from titans_pytorch.tasks.hidden import Haystack, HiddenInText, Written
 from titans_pytorch.tasks.task import check_range
 
 STEPS = 40
@@ -20,7 +20,7 @@ class Needles(HiddenInText):
 
     With several values or questions answers stand in the order of the text. Of an answer the digits alone are asked.
 
-    haystack: noise, text, docs, or needles, of which one is asked for
+    haystack: noise, text, docs, or needles, of which one is asked for; several: every text has one of them
     num_keys: different keys that are hidden; num_values: values of each; num_queries: keys that are asked for
     key: words or uuids; value: numbers of 7 digits or uuids
     depth: of the first needle that is asked for, from 0 to 1; None: at random
@@ -98,9 +98,9 @@ class Needles(HiddenInText):
             f"The special magic {kind} for {query} mentioned in the provided text {verb}",
         )
 
-    def hay(self, length: int, drawn: random.Random) -> bytes:
-        if self.haystack != "needles":
-            return super().hay(length, drawn)
+    def hay(self, kind: Haystack, length: int, drawn: random.Random) -> bytes:
+        if kind != "needles":
+            return super().hay(kind, length, drawn)
         lines, size = [], 0
         while size < length:
             lines.append(self.needle(self.draw_key(drawn), self.draw_value(drawn)).encode() + b"\n")
