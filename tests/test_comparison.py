@@ -267,7 +267,7 @@ def record(model: str, seed: int, score: float | None, **more: Any) -> dict[str,
         dict(
             **dict(key=f"{model}-{seed}", comparison="small", model=model, role=model, seed=seed, budget={"steps": 4}),
             **dict(metric="accuracy", parameters=1000, steps=4, seconds=1.0, results=results, writes_off=None),
-            **dict(settings=dict(task=dict(name="mqar"), train={}), machine=machine),
+            **dict(settings=dict(task=dict(name="mqar"), train={}, evaluation={}, model={}), machine=machine),
         )
         | more
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import tarfile
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Generator
@@ -49,7 +51,7 @@ HARDER: list[tuple[str, Task]] = [
     ("anbn", make_task("anbn", tokens=9)),
     ("variable_tracking", make_task("variable_tracking", chains=3, hops=2, haystack="text")),
     ("niah_single_2", Needles(tokens=2000, haystack="docs")),
-    ("niah_single_2", Needles(tokens=2000, haystack=("noise", "text", "docs", "needles"))),
+    ("niah_single_2", Needles(tokens=2000, haystack=("noise", "text", "docs", "numbers", "needles"))),
     ("niah_single_1", Needles(tokens=120, haystack="text", brief=True, num_keys=3, num_values=1)),
     *[("babilong_qa1", BABILong(task=number, tokens=6000)) for number in range(1, 6)],
     ("babilong_qa1", BABILong(task=(1, 2, 3, 4, 5), tokens=6000)),
@@ -252,9 +254,23 @@ def test_identifiers_know_when_they_were_seen_the_last_time() -> None:
         ("induction_heads", dict(tokens=3), "tokens must be at least 4, got 3"),
         ("mad_memorization", dict(tokens=5), "tokens must be an even number, at least 2, got 5"),
         ("niah_single_1", dict(num_queries=2), "num_queries must be between 1 and 1, got 2"),
-        ("niah_single_1", dict(haystack="essays"), "one or several of noise, text, docs, needles, got 'essays'"),
-        ("niah_single_1", dict(haystack=["docs", "essays"]), r"one or several of .*, got \['docs', 'essays'\]"),
-        ("niah_single_1", dict(haystack=[]), r"haystack must be one or several of .*, got \[\]"),
+        (
+            "niah_single_1",
+            dict(haystack="essays"),
+            "several of noise, text, docs, numbers, needles, got 'essays'",
+        ),
+        ("niah_single_1", dict(haystack=["docs", "essays"]), r"one or several of .*, got \('docs', 'essays'\)"),
+        ("niah_single_1", dict(haystack=[]), r"haystack must be one or several of .*, got \(\)"),
+        (
+            "passkey",
+            dict(haystack="needles"),
+            "several of noise, text, docs, numbers, got 'needles'",
+        ),
+        ("mqar", dict(gap=-1), "gap must be at least 0, got -1"),
+        ("mqar", dict(pairs=-1), "pairs must be at least 1, got -1"),
+        ("parity", dict(modulus=3), "modulus must be between 2 and 2, got 3"),
+        ("variable_tracking", dict(chains=100_001), "chains must be between 1 and 1000, got 100001"),
+        ("mad_noisy_recall", dict(tokens=3), "tokens must hold at least 2 pairs beside a share of 0.2 of noise, got 3"),
         ("babilong_qa1", dict(task=6), "task must be between 1 and 5, got 6"),
         ("babilong_qa1", dict(task=[1, 6]), "task must be between 1 and 5, got 6"),
         ("babilong_qa1", dict(task=[]), "task must name at least one of bAbI's tasks, got none"),
@@ -265,6 +281,45 @@ def test_identifiers_know_when_they_were_seen_the_last_time() -> None:
 def test_a_task_that_cannot_be_is_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_task(name, **options)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("niah_single_1", dict(tokens="1024"), "tokens must be a whole number, got '1024'"),
+        ("niah_single_1", dict(tokens=1024.0), "tokens must be a whole number, got 1024.0"),
+        ("niah_single_1", dict(haystack=None), "haystack must be a text or a list of texts, got None"),
+        ("niah_single_1", dict(depth=math.nan), "depth must be a number or None, got nan"),
+        ("niah_single_1", dict(brief="no"), "brief must be True or False, got 'no'"),
+        ("babilong_qa1", dict(task=[1.5]), r"task must be a whole number or a list of whole numbers, got \[1.5\]"),
+        ("text", dict(data=5), "data must be a text or None, got 5"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make_task(name, **options)
+
+
+def test_settings_that_are_the_same_are_equal() -> None:
+    assert BABILong(task=[1, 2]) == BABILong(task=(1, 2))
+    assert BABILong(task=np.int64(2)) == BABILong(task=2)
+    assert len({Needles(haystack=["noise", "docs"]), Needles(haystack=("noise", "docs"))}) == 1
+
+
+def test_a_text_without_lines_has_depths(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"abc def " * 5000)
+    task = Needles(tokens=2000, haystack="text", data=str(tmp_path / "text"), depth=0.5)
+    text = bytes(task.draw(1, generator()).ids[0].tolist())
+    assert 700 < text.index(b"One of the special") < 1100
+    (tmp_path / "other").write_bytes(b"ACGT" * 10000)
+    text = bytes(replace(task, data=str(tmp_path / "other")).draw(1, generator()).ids[0].tolist())
+    assert 700 < text.index(b"One of the special") < 1100
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_sequences_can_be_drawn(name: str) -> None:
+    task = make_task(name)
+    assert task.draw(0, generator()).ids.shape == (0, *task.draw(1, generator()).ids.shape[1:])
 
 
 def test_a_text_too_short_for_its_question_is_refused() -> None:

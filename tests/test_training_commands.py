@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         (["--steps", "many"], "--steps: must be a whole number, got 'many'"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--lr", "-1"], "--lr must be above 0, got -1.0"),
-        (["--lr", "nan"], "--lr must be above 0, got nan"),
+        (["--lr", "nan"], "--lr must be a number, got nan"),
         (["--optimizer", "sgd"], "--optimizer: invalid choice: 'sgd'"),
         (["--preset", "tpu"], "--preset: invalid choice: 'tpu'"),
         (["--trackers", "paper"], "--trackers must be among"),
@@ -102,7 +102,7 @@ def test_edited_settings_are_noticed(tmp_path: Path, data: Path, capsys: pytest.
     assert train(folder, data, "--steps", "2") == 0
     config = Run(folder).config()
     for changed, message in (
-        (config | {"model": config["model"] | {"dim": "wide"}}, "--dim must be of type int, got 'wide'"),
+        (config | {"model": config["model"] | {"dim": "wide"}}, "--dim must be a whole number, got 'wide'"),
         (config | {"training": {"speed": 3}}, "must hold settings of Training, got ['speed']"),
         ([], "must be the settings of a run, got something else"),
     ):

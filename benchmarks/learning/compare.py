@@ -71,22 +71,24 @@ def loaded(path: Path) -> Comparison:
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError) as error:
-        raise SettingsError(f"{path}: {error}") from error
+        raise SettingsError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def compare(given: argparse.Namespace) -> int:
     comparison = loaded(given.config)
     if given.seeds is not None:
-        comparison = replace(comparison, seeds=given.seeds)
+        comparison = built(lambda: replace(comparison, seeds=given.seeds))
     if given.data is not None:
         comparison = replace(comparison, task=comparison.task | dict(data=given.data))
     if given.threads is not None:
+        if given.threads < 1:
+            raise SettingsError(f"--threads must be at least 1, got {given.threads}")
         torch.set_num_threads(given.threads)
-    if built(comparison.make_task).reads_last and set(comparison.asking.lengths) != {1}:
-        raise SettingsError(f"{comparison.task['name']} needs evaluation.lengths [1], got {comparison.asking.lengths}")
-    built(comparison.check_versions)
-    entries: list[Entry] = built(lambda: comparison.entries)
+    built(comparison.check)
+    entries = comparison.entries
     names = [entry.name for entry in entries]
+    if given.only is not None and not given.only:
+        raise SettingsError(f"--only must be among {'; '.join(names)}, got nothing")
     if unknown := set(given.only or ()) - set(names):
         raise SettingsError(f"--only must be among {'; '.join(names)}, got {', '.join(sorted(unknown))}")
     wanted = [entry for entry in entries if given.only is None or entry.name in given.only]

@@ -41,12 +41,26 @@ def report(results: Path, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     page = []
     for name, group in grouped(records).items():
+        check_alike(name, group)
         page += [f"## {name}", about(group), scores(group), *versions(group)]
         page += [table for kind in ("by_position", "by_distance") if (table := bits(group, kind))]
         page += [f"![{path.stem}]({path.name})" for path in pictures(group, folder, name)]
     (folder / "report.md").write_text("\n\n".join(page) + "\n")
     print(*sorted(folder.iterdir()), sep="\n")
     return 0
+
+
+def check_alike(name: str, group: Group) -> None:
+    """Refuse to take a mean over runs that differ in more than their seeds."""
+    records = [record for records in group.values() for record in records]
+    for part in ("task", "train", "evaluation"):
+        if any(record["settings"][part] != records[0]["settings"][part] for record in records):
+            raise SettingsError(
+                f"results of {name} must be of one {part}, got several: report them from files of their own"
+            )
+    for model, of_seeds in group.items():
+        if any(record["settings"]["model"] != of_seeds[0]["settings"]["model"] for record in of_seeds):
+            raise SettingsError(f"results of {name} must be of one {model}, got several settings under that name")
 
 
 def grouped(records: list[Record]) -> dict[str, Group]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from titans_pytorch import writes_off
 from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.checks.field_checks import check_fields
 from titans_pytorch.tasks import Task, make_task
 from titans_pytorch.training.last_token import LastTokenReader
 from titans_pytorch.training.models import MACModel, PaperModel, size
@@ -47,6 +48,17 @@ class Evaluation:
     bins: tuple[int, ...] = (0, 32, 128, 256, 512, 1024, 2048, 4096)
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_fields(self, "evaluation.{}".format)
+        if not self.lengths:
+            raise ValueError("evaluation.lengths must be at least one, got none")
+        at_least = dict(rows=1, batch=1, seed=0, depths=0)
+        for name, smallest in at_least.items():
+            if (value := getattr(self, name)) < smallest:
+                raise ValueError(f"evaluation.{name} must be at least {smallest}, got {value}")
+        if min(self.lengths) < 1:
+            raise ValueError(f"evaluation.lengths must be at least 1, got {list(self.lengths)}")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -71,13 +83,37 @@ class Comparison:
     widened: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("roles", "seeds", "budgets"):
+            if not (given := getattr(self, name)) or any(given.count(each) > 1 for each in given):
+                raise ValueError(f"{name} must be at least one, and different ones, got {list(given)}")
         if unknown := set(self.roles) - set(ROLES):
             raise ValueError(f"roles must be among {', '.join(ROLES)}, got {', '.join(sorted(unknown))}")
+        if any(seed < 0 for seed in self.seeds):
+            raise ValueError(f"seeds must be at least 0, got {list(self.seeds)}")
         for budget in self.budgets:
             if len(budget) != 1 or not set(budget) <= {"steps", "seconds"} or not all(v > 0 for v in budget.values()):
                 raise ValueError(f"a budget must be steps or seconds, above 0, got {budget}")
+        if not isinstance(self.task.get("name"), str):
+            raise ValueError(f"task.name must be the name of a task, got {self.task.get('name')!r}")
         if self.model.get("kind") not in KINDS:
             raise ValueError(f"model.kind must be one of {', '.join(KINDS)}, got {self.model.get('kind')!r}")
+
+    def check(self) -> None:
+        """Refuse what could not be trained or asked, before anything is."""
+        self.training(self.seeds[0], 1).check()
+        task, asking = self.make_task(), self.asking
+        if task.reads_last and set(asking.lengths) != {1}:
+            raise ValueError(f"{self.task['name']} needs evaluation.lengths [1], got {asking.lengths}")
+        if asking.depths > 1 and not hasattr(task, "depth"):
+            raise ValueError(
+                f"evaluation.depths must be 0 for {self.task['name']}, which has none, got {asking.depths}"
+            )
+        if self.task.get("data") is not None and not getattr(task, "reads_data", True):
+            raise ValueError(f"data must be left out where a task does not read it, got {self.task['data']!r}")
+        self.check_versions()
+        for entry in self.entries:
+            parameters(entry.settings, task.num_tokens)
 
     def training(self, seed: int, steps: int) -> Training:
         return from_json(Training, self.train | dict(seed=seed, steps=steps), "train")
@@ -211,9 +247,6 @@ def comparison_from(loaded: Any, where: str) -> Comparison:
     """A comparison as a file holds it."""
     if isinstance(loaded, dict):
         known = {each.name for each in fields(Comparison)}
-        for name in ("budgets", "roles", "seeds"):
-            if isinstance(loaded.get(name), list):
-                loaded[name] = tuple(loaded[name])
         if missing := {"name", "task", "model", "train"} - set(loaded):
             raise ValueError(f"{where} must name {', '.join(sorted(missing))}, got {', '.join(loaded) or 'nothing'}")
         if unknown := set(loaded) - known:

@@ -114,6 +114,7 @@ class SegmentedAttention(nn.Module):
         normed, start = self.norm(seq), 0 if cache is None else cache.num_seen
         split = rearrange(self.to_qkv(normed), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
         queries_keys, (own_values,) = split.split((2, 1))
+        own_values = own_values.contiguous()  # by themselves: what is kept of them does not keep queries and keys
         v = own_values
         if self.to_learned_v_mix is not None and value_residual is not None:
             v = v.lerp(value_residual, self.to_learned_v_mix(normed))

@@ -136,7 +136,8 @@ def open_branch(connection: nn.Module, streams: Tensor, known: Combined | None =
     shares, read = gates.sigmoid().split(1, dim=-1)
     mixed = torch.cat((read, doubly_stochastic(mixing)), dim=-1).mT @ x
     read_streams, others = mixed.split((1, count), dim=2)
-    return Branch(read_streams.squeeze(2).to(dtype), others.to(dtype), shares.to(dtype))
+    read_stream = read_streams.squeeze(2).to(dtype).contiguous()  # by itself: the branch's layers keep what they read
+    return Branch(read_stream, others.to(dtype), shares.to(dtype))
 
 
 def doubly_stochastic(logits: Tensor) -> Tensor:

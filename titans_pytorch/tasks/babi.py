@@ -183,6 +183,8 @@ def stories(source: str, task: int, part: str) -> list[Story]:
 
 
 def files(source: Path) -> Iterator[tuple[str, str]]:
+    if not source.exists():
+        raise ValueError(f"babi must be the archive or folder of bAbI, got {source}, which does not exist")
     if source.is_dir():
         yield from ((path.as_posix(), path.read_text()) for path in sorted(source.rglob("*.txt")))
         return

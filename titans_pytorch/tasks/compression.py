@@ -26,6 +26,7 @@ class Compression(Task):
     vocabulary: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("tokens", self.tokens, 2)
         check_range("vocabulary", self.vocabulary, 3)
 

@@ -20,6 +20,7 @@ class ModularCounting(Task):
     modulus: int = 5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("tokens", self.tokens, 1)
         check_range("modulus", self.modulus, 2)
 
@@ -43,6 +44,10 @@ class Parity(ModularCounting):
 
     modulus: int = 2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("modulus", self.modulus, 2, 2)
+
 
 @dataclass(frozen=True)
 class AnBn(Task):
@@ -54,6 +59,7 @@ class AnBn(Task):
     tokens: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("tokens", self.tokens, 3)
 
     @property

@@ -29,6 +29,7 @@ class FuzzyRecall(Task):
     pairs: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("vocabulary", self.vocabulary, 4)
         check_range("motif", self.motif, 1)
         check_range("pairs", self.pairs, 1, (self.vocabulary // 2) ** self.motif)

@@ -7,21 +7,28 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Generator
 
+from titans_pytorch.tasks import words
 from titans_pytorch.tasks.task import NO_ANSWER, Metric, Questions, Task, check_range
 from titans_pytorch.tasks.texts import documentation, haystack, piece
 
 NOISE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+SAID = (
+    "{} {}s are {} and {}.",
+    "The {} {} is {}, not {}.",
+    "{} {}: {}, {}",
+    "# {} {} = [{}, {}]",
+    "For the {} {} it is: {} of {}.",
+    "{} {} {{{}}} ({})",
+)
+"""What is told of numbers: of an adjective and a noun, two of them"""
 TRIES = 100
 """Draws until one fits the length"""
-
-Haystack = Literal["noise", "text", "docs", "needles"]
-"""What something is hidden in"""
 
 
 class Written(NamedTuple):
@@ -39,27 +46,34 @@ class HiddenInText(Task):
     An answer counts if all of its bytes are right, which is what greedy decoding would write.
 
     tokens: bytes of the whole, exactly
-    haystack: noise, one sentence again and again; text; or docs, Python's documentation, prose with few numbers;
-        several: every text has one of them
+    haystack: noise, one sentence again and again; text; docs, Python's documentation, prose with few numbers; or
+        numbers, sentences with many; several: every text has one of them
     data: the text, a file or a folder; None: the source of Python's own library
     """
 
     metric: ClassVar[Metric] = "exact match"
+    haystacks_known: ClassVar[tuple[str, ...]] = ("noise", "text", "docs", "numbers")
 
     tokens: int = 1024
-    haystack: Haystack | Sequence[Haystack] = "noise"
+    haystack: str | Sequence[str] = "noise"
     data: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("tokens", self.tokens, 1)
-        allowed = get_args(Haystack)
-        if not self.haystacks or not set(self.haystacks) <= set(allowed):
-            raise ValueError(f"haystack must be one or several of {', '.join(allowed)}, got {self.haystack!r}")
+        if not self.haystacks or not set(self.haystacks) <= set(self.haystacks_known):
+            known = ", ".join(self.haystacks_known)
+            raise ValueError(f"haystack must be one or several of {known}, got {self.haystack!r}")
 
     @property
-    def haystacks(self) -> tuple[Haystack, ...]:
-        """What a text may be hidden in."""
+    def haystacks(self) -> tuple[str, ...]:
+        """What a line may be hidden in."""
         return (self.haystack,) if isinstance(self.haystack, str) else tuple(self.haystack)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data` decides anything."""
+        return "text" in self.haystacks
 
     @property
     def num_tokens(self) -> int:
@@ -69,10 +83,12 @@ class HiddenInText(Task):
     def write(self, drawn: random.Random) -> Written:
         """What is hidden, and what is asked."""
 
-    def hay(self, kind: Haystack, length: int, drawn: random.Random) -> bytes:
+    def hay(self, kind: str, length: int, drawn: random.Random) -> bytes:
         """So many bytes to hide something in, in lines."""
         if kind == "text":
             return piece(haystack(self.data), length, drawn)
+        if kind == "numbers":
+            return numbers(length, drawn)
         if kind == "docs":
             return piece(documentation(), length, drawn)
         return (NOISE * (length // len(NOISE) + 1))[:length]
@@ -80,7 +96,8 @@ class HiddenInText(Task):
     def draw(self, rows: int, generator: Generator) -> Questions:
         """-> ids (b n), answers (b n): the bytes of each answer"""
         drawn = [self.draw_row(random.Random(int(torch.randint(2**62, (), generator=generator)))) for _ in range(rows)]
-        text, is_answer = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
+        both = np.array(drawn, dtype=np.int64).reshape(rows, 2, self.tokens + 1)
+        text, is_answer = torch.from_numpy(both[:, 0]), torch.from_numpy(both[:, 1] == 1)
         return Questions(text[:, :-1], torch.where(is_answer, text, NO_ANSWER)[:, 1:])
 
     def draw_row(self, drawn: random.Random) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +115,17 @@ class HiddenInText(Task):
         pieces = [(before.encode() + context, False), *((text.encode(), is_answer) for text, is_answer in after)]
         text = np.frombuffer(b"".join(each for each, _ in pieces), dtype=np.uint8).astype(np.int64)
         return text, np.concatenate([np.full(len(each), is_answer) for each, is_answer in pieces])
+
+
+def numbers(length: int, drawn: random.Random) -> bytes:
+    """Sentences with numbers that nobody asks for."""
+    lines, size = [], 0
+    while size < length:
+        told = (str(drawn.randrange(10 ** drawn.randint(1, 7))) for _ in range(2))
+        line = drawn.choice(SAID).format(drawn.choice(words.ADJECTIVES), drawn.choice(words.NOUNS), *told)
+        lines.append(line.encode() + b"\n")
+        size += len(lines[-1])
+    return b"".join(lines)[:length]
 
 
 def hide(hay: bytes, hidden: list[tuple[float, str]]) -> bytes:

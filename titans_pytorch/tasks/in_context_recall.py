@@ -27,10 +27,14 @@ class InContextRecall(Task):
     noise_vocabulary: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("vocabulary", self.vocabulary, 4)
         check_range("noise", self.noise, 0, 0.95)
         check_range("noise_vocabulary", self.noise_vocabulary, 1)
-        check_range("tokens", self.num_pairs, 2)
+        if self.num_pairs < 2:
+            raise ValueError(
+                f"tokens must hold at least 2 pairs beside a share of {self.noise} of noise, got {self.tokens}"
+            )
 
     @property
     def num_pairs(self) -> int:

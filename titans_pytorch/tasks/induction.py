@@ -23,6 +23,7 @@ class InductionHeads(Task):
     vocabulary: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("tokens", self.tokens, 4)
         check_range("vocabulary", self.vocabulary, 3)
 

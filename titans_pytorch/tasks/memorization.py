@@ -24,6 +24,7 @@ class Memorization(Task):
     map_seed: int = 12345
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("vocabulary", self.vocabulary, 3)
         if self.tokens < 2 or self.tokens % 2:
             raise ValueError(f"tokens must be an even number, at least 2, got {self.tokens}")

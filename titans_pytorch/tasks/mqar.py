@@ -44,14 +44,16 @@ class MQAR(Task):
     power: float | None = None
 
     def __post_init__(self) -> None:
-        needed = self.first_place + self.pairs * self.width
+        super().__post_init__()
+        check_range("pairs", self.pairs, 1)
+        check_range("keys", self.keys, 1)
         check_range("key_tokens", self.key_tokens, 1)
+        check_range("gap", self.gap, 0)
+        needed = self.first_place + self.pairs * self.width
         if self.pairs > self.keys**self.key_tokens or self.tokens < needed:
             raise ValueError(f"a task needs pairs <= keys and tokens >= {needed}, got {self}")
         check_range("overwritten", self.overwritten, 0, self.pairs)
         check_range("values", self.num_values, self.pairs + self.overwritten)
-        if self.filler not in ("blank", "random"):
-            raise ValueError(f"filler must be blank or random, got {self.filler!r}")
         if self.power is not None and not 0 < self.power <= 1:
             raise ValueError(f"power must be None or above 0 and at most 1, got {self.power}")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from titans_pytorch.tasks import words
-from titans_pytorch.tasks.hidden import Haystack, HiddenInText, Written
+from titans_pytorch.tasks.hidden import HiddenInText, Written
 from titans_pytorch.tasks.task import check_range
 
+MOST_VALUES = 1000
+"""Different numbers are drawn until there are enough, which does not end near the number of those that exist"""
 STEPS = 40
 """Depths that needles are put at"""
 
@@ -20,12 +22,14 @@ class Needles(HiddenInText):
 
     With several values or questions answers stand in the order of the text. Of an answer the digits alone are asked.
 
-    haystack: noise, text, docs, or needles, of which one is asked for; several: every text has one of them
+    haystack: noise, text, docs, numbers, or needles, of which one is asked for; several: every text has one of them
     num_keys: different keys that are hidden; num_values: values of each; num_queries: keys that are asked for
     key: words or uuids; value: numbers of 7 digits or uuids
     depth: of the first needle that is asked for, from 0 to 1; None: at random
     brief: `key: value` and `key:` instead of sentences, for short contexts (then it is not RULER's any more)
     """
+
+    haystacks_known: ClassVar[tuple[str, ...]] = (*HiddenInText.haystacks_known, "needles")
 
     num_keys: int = 1
     num_values: int = 1
@@ -38,12 +42,10 @@ class Needles(HiddenInText):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("num_keys", self.num_keys, 1, len(words.ADJECTIVES) * len(words.NOUNS) // 2)
-        check_range("num_values", self.num_values, 1)
+        check_range("num_values", self.num_values, 1, MOST_VALUES)
         check_range("num_queries", self.num_queries, 1, self.num_keys)
         if self.depth is not None:
             check_range("depth", self.depth, 0, 1)
-        if self.key not in ("words", "uuids") or self.value not in ("numbers", "uuids"):
-            raise ValueError(f"key must be words or uuids, value numbers or uuids, got {self.key!r} and {self.value!r}")
 
     def write(self, drawn: random.Random) -> Written:
         keys = words.different(self.num_keys, self.draw_key, drawn)
@@ -98,7 +100,7 @@ class Needles(HiddenInText):
             f"The special magic {kind} for {query} mentioned in the provided text {verb}",
         )
 
-    def hay(self, kind: Haystack, length: int, drawn: random.Random) -> bytes:
+    def hay(self, kind: str, length: int, drawn: random.Random) -> bytes:
         if kind != "needles":
             return super().hay(kind, length, drawn)
         lines, size = [], 0

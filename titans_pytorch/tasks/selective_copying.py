@@ -25,6 +25,7 @@ class SelectiveCopying(Task):
     copied: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("copied", self.copied, 1)
         check_range("vocabulary", self.vocabulary, 3)
         check_range("tokens", self.tokens, 2 * self.copied + 1)

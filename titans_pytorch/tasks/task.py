@@ -9,6 +9,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from titans_pytorch.checks.field_checks import check_fields
+
 NO_ANSWER = -100
 """Where nothing is asked; the index that torch's cross-entropy ignores"""
 
@@ -37,6 +39,9 @@ class Task(ABC):
 
     metric: ClassVar[Metric] = "accuracy"
     reads_last: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     @abstractmethod

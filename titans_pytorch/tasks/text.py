@@ -41,10 +41,9 @@ class TextTask(Task):
     piece: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("tokens", self.tokens, 1)
         check_range("piece", self.piece, 1)
-        if self.part not in ("train", "valid"):
-            raise ValueError(f"part must be train or valid, got {self.part!r}")
 
     @property
     def num_tokens(self) -> int:
@@ -61,7 +60,8 @@ class TextTask(Task):
             texts = [b"".join(self.cut(self.piece, each) for _ in range(count)) for each in drawn]
         else:
             texts = [self.cut(self.tokens + 1, each) for each in drawn]
-        text = torch.tensor([list(each[: self.tokens + 1]) for each in texts])
+        text = torch.tensor([list(each[: self.tokens + 1]) for each in texts], dtype=torch.long)
+        text = text.view(rows, self.tokens + 1)
         return Questions(text[:, :-1], text[:, 1:])
 
     def cut(self, length: int, drawn: random.Random) -> bytes:

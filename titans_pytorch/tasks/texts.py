@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import lzma
 import random
+import re
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 HELD_OUT = 20  # of so many documents one is not trained on
 SHARES = (0.90, 0.95)  # of a single file: up to here it is trained on, from there to here held out
 ENOUGH = 1 << 18
+LONGEST_LINE = 200
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 
 Parts = dict[str, list[bytes]]
@@ -67,13 +69,19 @@ def contents(path: Path) -> bytes:
 def haystack(data: str | None = None) -> bytes:
     """One long text: held-out documents, since models that are asked may have been trained on the others.
 
-    All documents, where those are less than ENOUGH bytes. Of a text of one's own every sentence becomes a line, since
-    things are hidden between lines.
+    All documents, where those are less than ENOUGH bytes. A text of one's own comes `in_lines`.
     """
     parts = documents(data)
     held_out = b"\n".join(parts["valid"])
     text = held_out if len(held_out) >= ENOUGH else b"\n".join([held_out, *parts["train"]])
-    return text if data is None else text.replace(b". ", b".\n")
+    return text if data is None else in_lines(text)
+
+
+def in_lines(text: bytes) -> bytes:
+    """Every sentence a line, and longer ones cut, where words end if there are any: things are hidden between lines."""
+    lines = re.sub(rb"(?<=[.!?]) ", b"\n", text)
+    at_words = re.sub(rb"([^\n]{%d,%d}) " % (LONGEST_LINE // 2, LONGEST_LINE), rb"\1\n", lines)
+    return re.sub(rb"([^\n]{%d})(?=[^\n])" % LONGEST_LINE, rb"\1\n", at_words)
 
 
 @lru_cache(maxsize=1)

@@ -134,9 +134,10 @@ def separated(kind: type) -> Callable[[str], tuple[Any, ...]]:
 def from_json(kind: type[Any], saved: dict[str, Any], where: str) -> Any:
     """Settings as they were saved."""
     saved = kind.from_run(saved) if isinstance(saved, dict) and hasattr(kind, "from_run") else saved
-    known = {each.name for each in fields(kind)}
-    if not isinstance(saved, dict) or (unknown := sorted(set(saved) - known)):
-        raise SettingsError(f"{where} must hold settings of {kind.__name__}, got {unknown if saved else saved!r}")
+    if not isinstance(saved, dict):
+        raise SettingsError(f"{where} must hold settings of {kind.__name__}, got {saved!r}")
+    if unknown := sorted(set(saved) - {each.name for each in fields(kind)}):
+        raise SettingsError(f"{where} must hold settings of {kind.__name__}, got {unknown}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     return built(lambda: kind(**values))
 

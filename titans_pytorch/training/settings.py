@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from titans_pytorch.checks.field_checks import check_fields
 from titans_pytorch.training.errors import SettingsError
 
 
@@ -83,13 +84,10 @@ class Training:
 
 def check_types(settings: Any) -> None:
     """Saved settings come from a file that somebody may have edited."""
-    hints = get_type_hints(type(settings))
-    for each in fields(settings):
-        value, hint = getattr(settings, each.name), hints[each.name]
-        if hint in (int, bool, str) and type(value) is not hint:
-            raise SettingsError(f"--{dashed(each.name)} must be of type {hint.__name__}, got {value!r}")
-        if hint is float and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise SettingsError(f"--{dashed(each.name)} must be a number, got {value!r}")
+    try:
+        check_fields(settings, lambda name: f"--{dashed(name)}")
+    except (TypeError, ValueError) as error:
+        raise SettingsError(str(error)) from error
 
 
 def dashed(name: str) -> str:

@@ -136,11 +136,8 @@ class ByEquations(Evolution):
         self.values = [self.all_values_of(source) for source in self.gated]
 
     def of_readers(self, n: int) -> Tensor:
-        if self.others is None:
-            self.read = self.last.new_zeros(self.per_renewal, *self.last.shape)
-        else:
-            self.read = self.others.of_renewal(n)
-        return self.read[0]
+        self.read = torch.zeros_like(self.last) if self.others is None else self.others.of_block(n, 0)
+        return self.read
 
     def by_block(self, slot: int) -> list[Tensor]:
         """A slot's gradients after each block.  -> (g r p q) each"""
@@ -202,8 +199,15 @@ class ByEquations(Evolution):
     def start_of(self, block: int) -> None:
         """From the gradients of a block's sums to those of its start."""
         for slot, parts in enumerate(self.to_start):
-            read: Parts = [(self.read[block % self.per_renewal], None)] if slot == 0 else []
-            sum_parts(self.bars[slot][block], [*parts, *read])
+            read = self.read_at(block) if slot == 0 else None
+            sum_parts(self.bars[slot][block], parts if read is None else [*parts, (read, None)])
+
+    def read_at(self, block: int) -> Tensor | None:
+        """The gradient of a block's weights from whoever reads them, and of a renewal's first from its surprises."""
+        n, place = divmod(block, self.per_renewal)
+        if place == 0:
+            return self.read
+        return None if self.others is None else self.others.of_block(n, place)
 
     def add_gate_bars(self, n: int) -> None:
         """Every gate has the dot product of what it multiplies and the gradient of what it is added to."""

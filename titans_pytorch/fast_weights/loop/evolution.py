@@ -50,6 +50,10 @@ class Others:
         """-> (k g r p q), ours to add to"""
         return torch.stack([part[n] for part in self.parts], dim=1)
 
+    def of_block(self, n: int, place: int) -> Tensor:
+        """Those of one block of a renewal.  -> (g r p q), ours to add to"""
+        return torch.stack([part[n, place] for part in self.parts])
+
 
 class Evolution(ABC):
     """One pack through N renewals of k blocks each, T in all."""
