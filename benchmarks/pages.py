@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+
+
+def without_options(about: str | None) -> None:
+    """A command that rewrites a page says with --help what it does, and refuses what it does not know."""
+    argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 
 def put(page: Path, name: str, text: str) -> None:

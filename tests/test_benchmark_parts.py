@@ -128,8 +128,13 @@ def call(args):
 
 
 def test_one_core_times_a_checkout() -> None:
-    side = one_core.Side(CHECKOUT)
+    side = one_core.Timer(CHECKOUT)
     (seconds,) = side.ask("a", "forward")
     side.process.kill()
     side.process.communicate()
     assert seconds > 0
+
+
+def test_one_core_times_nothing_else(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"must be a checkout with titans_pytorch in it, got .* from elsewhere"):
+        one_core.Timer(tmp_path)

@@ -300,6 +300,27 @@ def test_a_ceiling_below_a_floor_is_none() -> None:
     assert compare_report.recoveries(group, "40") == {}
 
 
+def test_steps_take_turns_in_what_they_are_of(tmp_path: Path) -> None:
+    turns = [dict(tokens=40, batch=3), dict(tokens=60)]
+    comparison = program.loaded(written(tmp_path, turns=turns))
+    (short, three), (long, batch) = comparison.turn(0), comparison.turn(1)
+    assert (short.tokens, three, long.tokens) == (40, 3, 60)  # type: ignore[attr-defined]
+    assert batch == comparison.training(0, 1).batch
+    assert comparison.turn(2) == comparison.turn(0)
+    plain = program.loaded(written(tmp_path))
+    entry = plain.entries[0]
+    assert program.key_of(plain, entry, 0, {"steps": 1}) != program.key_of(comparison, entry, 0, {"steps": 1})
+    assert plain.turn(5) == (plain.make_task(), plain.training(0, 1).batch)
+
+
+def test_a_report_takes_no_mean_over_different_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, other = tmp_path / "results.jsonl", dict(task=dict(name="mqar"), train={"lr": 1}, evaluation={}, model={})
+    records.add(path, record("memory", 0, 0.4))
+    records.add(path, record("memory", 1, 0.4, settings=other))
+    assert program.main(["report", str(path)]) == 2
+    assert "results of small, 4 steps must be of one train, got several" in capsys.readouterr().err
+
+
 # ---- mistakes
 
 
@@ -311,6 +332,16 @@ def test_a_ceiling_below_a_floor_is_none() -> None:
         (dict(model=dict(kind="rnn")), "model.kind must be one of titans, mac, got 'rnn'"),
         (dict(model=SMALL | dict(width=3)), "model must hold settings of PaperModel, got width"),
         (dict(titel="x"), "must hold a comparison's .*, got titel"),
+        (dict(seeds=3), "seeds must be a list of whole numbers, got 3"),
+        (dict(seeds=[0, 0]), r"seeds must be at least one, and different ones, got \[0, 0\]"),
+        (dict(budgets=[]), r"budgets must be at least one, and different ones, got \[\]"),
+        (dict(task=dict(pairs=2)), "task.name must be the name of a task, got None"),
+        (dict(train=dict(batch="2")), "--batch must be a whole number, got '2'"),
+        (dict(train=dict(batch=0)), "--batch must be at least 1, got 0"),
+        (dict(evaluation=dict(lengths=[])), "evaluation.lengths must be at least one, got none"),
+        (dict(evaluation=dict(depths=3)), "evaluation.depths must be 0 for mqar, which has none, got 3"),
+        (dict(model=SMALL | dict(memory_options=dict(foo=1))), "foo"),
+        (dict(turns=[dict(keys=99)]), "must have the task's .* ids, got .* in turn 0"),
         (dict(task=dict(name="mad_compression")), r"mad_compression needs evaluation.lengths \[1\], got \(1, 2\)"),
     ],
 )

@@ -215,7 +215,7 @@ def test_what_is_not_finite_in_one_row_stays_there() -> None:
     assert reads[0, 40:].isnan().all()
 
 
-RENEWALS = [("cpu", 16, 27, 75), ("cpu", 8, 30, 85), ("cuda", 16, 25, 68), ("cuda", 8, 29, 88)]
+RENEWALS = [("cpu", 16, 26.5, 74.5), ("cpu", 8, 29.5, 84.5), ("cuda", 16, 24.5, 67.5), ("cuda", 8, 28.5, 87.5)]
 """Plan of which device, tokens of a chunk, operations forward, in training"""
 
 
@@ -233,8 +233,8 @@ class TestOperations:
         """From two lengths, so that what a call does once is left out, and what it does for every span is not."""
         torch.manual_seed(0)
         memory = NeuralMemory(dim=128, heads=4, dim_head=32, default_step_transform_max_lr=0.1, **options)
-        long, short = (self.of_call(memory, 4, length, is_training) for length in (2048, 512))
-        return (long - short) / (1536 // options["batch_size"])
+        long, short = (self.of_call(memory, 4, length, is_training) for length in (4096, 1024))
+        return (long - short) / (3072 // options["batch_size"])
 
     @pytest.mark.parametrize("device, chunk, forward, training", RENEWALS)
     def test_of_a_renewal_of_16_tokens(
@@ -250,8 +250,8 @@ class TestOperations:
         of_chunks, of_tokens = (
             self.per_renewal(True, chunk_size=chunk, batch_size=16, learned_norm_gain=True) for chunk in (16, 1)
         )
-        assert of_tokens <= 90
-        assert of_tokens <= 1.5 * of_chunks
+        assert of_tokens <= 70
+        assert of_tokens <= 1.25 * of_chunks
 
     @pytest.mark.parametrize("chunk", [64, 16])
     def test_where_the_base_is_never_renewed_they_do_not_depend_on_the_length(

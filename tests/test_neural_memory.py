@@ -414,8 +414,11 @@ def test_a_loss_and_a_step_of_ones_own() -> None:
 
 def test_a_sparse_step_is_nothing_where_the_gate_is_low_and_the_token_is_not_stored() -> None:
     memory, seq = memory64(8, 1, adaptive_step_transform="sparse", momentum=False, model="linear"), randn(1, 32, 8)
+    with torch.no_grad():
+        memory.to_adaptive_step[0].bias.fill_(-2.3)
     _, _, (_, rates) = memory(seq, return_surprises=True)
     gate = memory.to_adaptive_step[0](memory.store_norm(seq)).squeeze(-1).sigmoid()
+    assert 4 < (rates == 0).sum() < 28
     assert_close(rates[:, 0], (1.1 * gate - 0.1).clamp(min=0), **EXACT)
     with torch.no_grad():
         memory.to_adaptive_step[0].bias.fill_(-10.0)  # a plain gate would still store a little of every token

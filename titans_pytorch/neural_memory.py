@@ -66,7 +66,7 @@ class NeuralMemory(Pretrained, PresetMemory):
             linear, swiglu, gated, factorized or attention
         store_memory_loss_fn: (prediction, value), both (... d) -> loss of each token (...); default mean squared error
         adaptive_step_transform: raw step -> step, elementwise; default sigmoid(step) * default_step_transform_max_lr;
-            sparse: the same, but exactly 0 where the sigmoid is below 1/11, so that many tokens are not stored at all
+            sparse: 1.1 times the sigmoid less 0.1, 0 where that is negative, so that many tokens are not stored at all
         default_step_transform_max_lr: the largest step size, unless it is made by a transform of yours
         per_parameter_lr_modulation: scale every parameter's surprise by a gate
         max_mem_layer_modulation: what that gate is at most

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import records
@@ -115,6 +116,7 @@ def key_of(comparison: Comparison, entry: Entry, seed: int, budget: dict[str, fl
     task = {name: value for name, value in comparison.task.items() if name != "data"}
     data = Path(comparison.task["data"]).name if comparison.task.get("data") else None
     decides = [task, data, entry.role, asdict(entry.settings), comparison.train, comparison.evaluation, seed, budget]
+    decides += [comparison.turns] if comparison.turns else []
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
     return f"{comparison.name}-{entry.name.replace(', ', '-').replace(' ', '-')}-{seed}-{digest}"
 
@@ -147,6 +149,7 @@ def run(comparison: Comparison, entry: Entry, seed: int, budget: dict[str, float
         **(dict(versions=versions, versions_writes_off=versions_off) if versions else {}),
         settings=dict(
             **dict(task=without_path(comparison.task), model=asdict(entry.settings), train=comparison.train),
+            **(dict(turns=comparison.turns) if comparison.turns else {}),
             evaluation=asdict(comparison.asking),
         ),
         machine=machine | dict(torch=torch.__version__, threads=torch.get_num_threads()),
@@ -170,6 +173,7 @@ class Training:
     def __init__(self, comparison: Comparison, entry: Entry, seed: int, budget: dict[str, float], folder: Path) -> None:
         self.comparison, self.entry, self.seed, self.budget = comparison, entry, seed, budget
         self.folder, self.task = folder, comparison.make_task()
+        self.turns = [comparison.turn(number) for number in range(max(len(comparison.turns), 1))]
         self.settings = comparison.training(seed, int(budget.get("steps", 1)))
         torch.manual_seed(seed)
         self.model = entry.build(self.task)
@@ -197,7 +201,7 @@ class Training:
         steps = training(
             self.model,
             self.optimizer,
-            lambda step: loss_of(self.model, self.task.draw(self.settings.batch, generator_of(self.seed, step))),
+            self.loss,
             lambda step, seconds: rate(self.settings, step, self.share(step, seconds)) / self.settings.lr,
             self.settings.clip,
             self.number,
@@ -222,6 +226,10 @@ class Training:
                     saved = time.monotonic()
                 if self.progress >= 1:
                     return
+
+    def loss(self, step: int) -> Tensor:
+        task, batch = self.turns[step % len(self.turns)]
+        return loss_of(self.model, task.draw(batch, generator_of(self.seed, step)))
 
     @property
     def progress(self) -> float:

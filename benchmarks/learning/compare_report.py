@@ -53,8 +53,8 @@ def report(results: Path, folder: Path) -> int:
 def check_alike(name: str, group: Group) -> None:
     """Refuse to take a mean over runs that differ in more than their seeds."""
     records = [record for records in group.values() for record in records]
-    for part in ("task", "train", "evaluation"):
-        if any(record["settings"][part] != records[0]["settings"][part] for record in records):
+    for part in ("task", "train", "evaluation", "turns"):
+        if any(record["settings"].get(part) != records[0]["settings"].get(part) for record in records):
             raise SettingsError(
                 f"results of {name} must be of one {part}, got several: report them from files of their own"
             )
@@ -89,6 +89,8 @@ def about(group: Group) -> str:
     places = sorted({place(record) for record in all_records})
     task, train = all_records[0]["settings"]["task"], all_records[0]["settings"]["train"]
     told = "; ".join(f"{name} {value}" for name, value in {**task, **train}.items() if name != "name")
+    turns = all_records[0]["settings"].get("turns", ())
+    told += "".join(f"; in turn with {', '.join(f'{name} {value}' for name, value in turn.items())}" for turn in turns)
     return f"Task `{task['name']}` ({told}). Metric: {all_records[0]['metric']}. Measured on {'; '.join(places)}."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.learning.family_stability import RESULTS, runs
 from benchmarks.machine import DOCS, place
-from benchmarks.pages import markdown, put
+from benchmarks.pages import markdown, put, without_options
 from benchmarks.records import Record
 
 
@@ -28,6 +28,7 @@ def section(records: list[Record]) -> str:
 
 
 def main() -> None:
+    without_options(__doc__)
     put(DOCS / "stability.md", "family", section(runs(RESULTS)))
 
 

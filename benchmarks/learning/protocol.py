@@ -68,6 +68,8 @@ class Comparison:
         floor and ceiling have as many parameters as
     budgets: of steps, or of seconds of training; several are several runs of everything
     widened: feed-forward networks of all models are widened until they have the parameters of the largest
+    turns: settings of the task and `batch` that differ from `task` and `train`, which training steps take in turn; what
+        is asked is `task`
     """
 
     name: str
@@ -81,6 +83,7 @@ class Comparison:
     evaluation: dict[str, Any] | None = None
     within: float = WITHIN
     widened: bool = False
+    turns: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -126,12 +129,22 @@ class Comparison:
         options = {name: value for name, value in self.task.items() if name != "name"}
         return make_task(self.task["name"], **options | more)
 
+    def turn(self, step: int) -> tuple[Task, int]:
+        """What a training step is of, and how many sequences."""
+        changed = self.turns[step % len(self.turns)] if self.turns else {}
+        options = {name: value for name, value in changed.items() if name != "batch"}
+        return self.make_task(**options), changed.get("batch", self.training(0, 1).batch)
+
     def check_versions(self) -> None:
         """Refuse a version of the task whose ids mean something else to a model that was trained on the task."""
         known = self.make_task().num_tokens
-        for name, changed in self.asking.versions.items():
-            if (got := self.make_task(**changed).num_tokens) != known:
-                raise ValueError(f"evaluation.versions must have the task's {known} ids, got {got} in {name}")
+        turns = {f"turn {number}": self.turn(number)[0] for number in range(len(self.turns))}
+        asked = {name: self.make_task(**changed) for name, changed in self.asking.versions.items()}
+        for name, task in {**turns, **asked}.items():
+            if task.num_tokens != known:
+                raise ValueError(
+                    f"turns and evaluation.versions must have the task's {known} ids, got {task.num_tokens} in {name}"
+                )
 
     def settings(self, name: str) -> Any:
         """The model with memory of this name."""

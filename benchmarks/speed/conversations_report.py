@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from benchmarks.machine import DOCS, RESULTS, place
-from benchmarks.pages import markdown, put
+from benchmarks.pages import markdown, put, without_options
 from benchmarks.records import Record
 
 WAYS = ("rows", "groups", "one by one", "rows, compiled")
@@ -77,6 +77,7 @@ def held(record: Record) -> str:
 
 
 def main() -> None:
+    without_options(__doc__)
     record = json.loads((RESULTS / "conversations.json").read_text())
     parts = [write(record) for write in (decoding, serving, held)]
     put(DOCS / "benchmarks.md", "conversations", "\n\n".join(parts))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.machine import DOCS, describe_machine
 from benchmarks.operations import operations
-from benchmarks.pages import markdown, put
+from benchmarks.pages import markdown, put, without_options
 from titans_pytorch import MemoryAsContextTransformer
 
 MODEL: dict[str, Any] = dict(
@@ -37,6 +37,7 @@ def calls(code: str) -> tuple[int, int]:
 
 @torch.no_grad()
 def main() -> None:
+    without_options(__doc__)
     from torch._inductor.utils import run_and_get_code
 
     torch.set_num_threads(1)

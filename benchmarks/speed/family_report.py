@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 from benchmarks.machine import DOCS, RESULTS, place
-from benchmarks.pages import markdown, put
+from benchmarks.pages import markdown, put, without_options
 from benchmarks.records import Record
 
 
@@ -45,6 +45,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Record], str]], ...] = (
 
 
 def main() -> None:
+    without_options(__doc__)
     for file, page, section, write in SECTIONS:
         if (path := RESULTS / file).exists():
             put(DOCS / page, section, write(json.loads(path.read_text())))

@@ -33,23 +33,32 @@ MODES = {"forward": "forward", "training": "forward + backward"}
 HEADER = ["1,024 tokens", "", "before, ms", "now, ms", "×", "compiled step, ms", "×", "products alone", "passes alone"]
 
 
-class Side:
-    """A process that times calls."""
+class Timer:
+    """A process that times calls of one checkout."""
 
     def __init__(self, checkout: Path, *, is_compiled: bool = False) -> None:
         command = [sys.executable, "-P", str(WORKER), str(checkout.resolve()), *(["--compile"] if is_compiled else [])]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        file = Path(self.answer("file")).resolve()
+        if not file.is_relative_to(checkout.resolve()):
+            self.process.kill()
+            raise SystemExit(f"{checkout} must be a checkout with titans_pytorch in it, got {file} from elsewhere")
 
     def ask(self, *words: str) -> list[float]:
+        return [float(each) for each in self.answer(*words).split()]
+
+    def answer(self, *words: str) -> str:
         requests, answers = self.process.stdin, self.process.stdout
         assert requests is not None
         assert answers is not None
         requests.write("|".join(words) + "\n")
         requests.flush()
-        return [float(each) for each in answers.readline().split()]
+        if not (line := answers.readline()):
+            raise SystemExit(f"the process that was asked for {' '.join(words)} has ended, see above")
+        return line.rstrip("\n")
 
 
-def row(sides: dict[str, Side], workload: str, mode: str, turns: int) -> list[str]:
+def row(sides: dict[str, Timer], workload: str, mode: str, turns: int) -> list[str]:
     """The least of each side, how often faster, and the shares of this commit's call."""
     taking_part = {name: side for name, side in sides.items() if name != "before" or workload not in list(MODELS)[1:]}
     found = dict.fromkeys(taking_part, float("inf"))
@@ -75,9 +84,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     arguments = parser.parse_args()
     sides = {
-        "before": Side(arguments.before),
-        "now": Side(CHECKOUT),
-        "compiled": Side(CHECKOUT, is_compiled=True),
+        "before": Timer(arguments.before),
+        "now": Timer(CHECKOUT),
+        "compiled": Timer(CHECKOUT, is_compiled=True),
     }
     rows = [HEADER]
     for workload in (*MEMORIES, *MODELS):

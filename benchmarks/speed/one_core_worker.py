@@ -1,7 +1,8 @@
 """One side of `one_core`: builds everything from a checkout, and times one call for every line that it reads.
 
 A line is `workload|mode`; the answer is the CPU time of the call. `shares|workload|mode` answers with the seconds that
-its products take alone, and its passes over tensors as large as one layer of all memories.
+its products take alone, and its passes over tensors as large as one layer of all memories; `file` with where the
+library lies.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ def main() -> None:
     torch.set_num_threads(1)
     built: dict[str, Any] = {}
     for line in sys.stdin:
+        if line.rstrip("\n") == "file":
+            import titans_pytorch
+
+            print(titans_pytorch.__file__, flush=True)
+            continue
         *what, workload, mode = line.rstrip("\n").split("|")
         if workload not in built:
             built[workload] = calls(workload, arguments.compile)

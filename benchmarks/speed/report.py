@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.machine import DOCS, RESULTS
-from benchmarks.pages import markdown, put
+from benchmarks.pages import markdown, put, without_options
 
 PAGE = DOCS / "benchmarks.md"
 DEVICES = ("cpu", "cuda")
@@ -24,6 +24,7 @@ Table = list[list[str]]
 
 
 def main() -> None:
+    without_options(__doc__)
     for device in DEVICES:
         file = RESULTS / f"{device}.json"
         if file.exists():

@@ -108,6 +108,7 @@ CASES = {
         PLAIN | {"store_with_lookahead_value": True, "qkv_receives_diff_views": True, "chunk_size": 4}, store=True
     ),
     "grown": case(PLAIN | {"batch_size": 4, "max_weight_growth": 1.02, "default_step_transform_max_lr": 4.0}),
+    "sparse": case(PLAIN | {"batch_size": 4, "adaptive_step_transform": "sparse"}),
     "read apart": case(PLAIN | {"chunk_size": (3, 2), "momentum": False}),
     "attention": case(PLAIN | {"model": "attention", "chunk_size": 4}, mask=True, seed=4),
     "spectral": case(PLAIN | {"spectral_norm_surprises": True, "batch_size": 4}, engine="dense"),

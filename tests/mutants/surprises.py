@@ -17,6 +17,7 @@ from titans_pytorch.fast_weights.closed_form import ClosedMLP
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.surprises import Factors, Surprises
 from titans_pytorch.losses import Huber, Power
+from titans_pytorch.memory import steps
 from titans_pytorch.memory.projections import Projections
 
 
@@ -182,3 +183,19 @@ def what_is_along_the_answer_counts(patcher: pytest.MonkeyPatch) -> None:
 @mutant("dot")
 def answers_are_pushed_from_their_values(patcher: pytest.MonkeyPatch) -> None:
     patcher.setitem(losses.GRADIENTS, losses.dot_product, lambda prediction, value: value)
+
+
+@mutant("sparse")
+def sparse_steps_go_below_nothing(patcher: pytest.MonkeyPatch) -> None:
+    off = steps.SPARSE_BELOW
+    patcher.setitem(steps.STEPS, "sparse", lambda raw, max_lr: (raw.sigmoid() - off) / (1 - off) * max_lr)
+
+
+@mutant("sparse")
+def sparse_steps_jump_where_they_begin(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setitem(steps.STEPS, "sparse", lambda raw, max_lr: raw.sigmoid() * (raw.sigmoid() > 1 / 11) * max_lr)
+
+
+@mutant("sparse")
+def sparse_steps_begin_elsewhere(patcher: pytest.MonkeyPatch) -> None:
+    patcher.setattr(steps, "SPARSE_BELOW", 0.1)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from einops.layers.torch import Rearrange
-from torch import Tensor, nn
+from torch import nn
 
 DECAY_RANK = 32
 """Width between tokens and a forgetting gate of every channel; a full map would have as many weights as projections"""
@@ -14,9 +11,6 @@ DECAY_RANK = 32
 
 THRESHOLD_BIAS = 0.5413
 """What thresholds of tokens start with, 1 after softplus: about as far as values of features are from nothing"""
-
-SPARSE_BELOW = 0.1 / 1.1
-"""A sparse gate is 0 where its sigmoid is below"""
 
 
 class GateLayer(nn.Sequential):
@@ -56,17 +50,3 @@ def starting_at(dim: int, num_out: int, bias: float | None) -> nn.Linear:
 def threshold_layer(dim: int, heads: int, writes: int) -> GateLayer:
     """How far off the answer to each write of a token may be, before softplus.  (b n c dim) -> (r n c u)"""
     return GateLayer(dim, heads * writes, "b n c (h u) -> (b h) n c u", bias=THRESHOLD_BIAS, h=heads)
-
-
-def max_lr_sigmoid(raw: Tensor, max_lr: float) -> Tensor:
-    """The default step size: between 0 and max_lr."""
-    return raw.sigmoid() * max_lr
-
-
-def sparse_sigmoid(raw: Tensor, max_lr: float) -> Tensor:
-    """A step size up to max_lr, and 0 where the sigmoid is below SPARSE_BELOW: such tokens are not stored."""
-    return torch.relu((raw.sigmoid() - SPARSE_BELOW) / (1 - SPARSE_BELOW)) * max_lr
-
-
-STEPS: dict[str | None, Callable[..., Tensor]] = {None: max_lr_sigmoid, "sparse": sparse_sigmoid}
-"""Step sizes by name"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from titans_pytorch.fast_weights.interface import PerParameter
 from titans_pytorch.fast_weights.rules.gates import KEEP, Gates
 from titans_pytorch.fast_weights.rules.rule import GateSpec, Rule
-from titans_pytorch.memory.gate_layers import STEPS, ChannelGateLayer, GateLayer, threshold_layer
+from titans_pytorch.memory.gate_layers import ChannelGateLayer, GateLayer, threshold_layer
 from titans_pytorch.memory.options import GateOptions, ProjectionOptions
 from titans_pytorch.memory.pooling import AttentionPool, AveragePool
 
@@ -37,12 +37,7 @@ class GateLayers(nn.Module):
         self.rule, self.parameter_names, self.gate_heads = rule, tuple(fast), heads
         self.max_modulation = options.max_mem_layer_modulation
         self.channels = [w.shape[-1] if w.ndim else 1 for w in fast.values()]
-        given = options.adaptive_step_transform
-        self.adaptive_step_transform: Callable[[Tensor], Tensor] = (
-            partial(STEPS[given], max_lr=options.default_step_transform_max_lr)
-            if given is None or isinstance(given, str)
-            else given
-        )
+        self.adaptive_step_transform = options.step
         self.reduce_to_chunk_rep = AttentionPool(dim) if options.attn_pool_chunks else AveragePool()
         for gate in rule.gates:
             self.add_module(gate.layer, self.layer_of(gate, sizes))

@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from titans_pytorch.checks import value_checks
 from titans_pytorch.fast_weights.interface import LossFn
 from titans_pytorch.fast_weights.rules.registry import RuleOptions
 from titans_pytorch.losses import loss_by_name, mean_squared_error, summed_squared_error
-from titans_pytorch.memory.gate_layers import STEPS
 from titans_pytorch.memory.layout import Layout
+from titans_pytorch.memory.steps import Step, step_of
 
 DEFAULT_MODEL = {"depth": 2, "expansion_factor": 4.0}
 
@@ -83,7 +83,7 @@ class GateOptions:
     """What decides how eagerly tokens are stored, beside the gates of the rule."""
 
     attn_pool_chunks: bool
-    adaptive_step_transform: Callable[[Tensor], Tensor] | str | None
+    adaptive_step_transform: Step | str | None
     default_step_transform_max_lr: float
     per_parameter_lr_modulation: bool
     max_mem_layer_modulation: float
@@ -100,14 +100,12 @@ class GateOptions:
             default_step_transform_max_lr=self.default_step_transform_max_lr,
             max_mem_layer_modulation=self.max_mem_layer_modulation,
         )
-        if self.adaptive_step_transform is None or isinstance(self.adaptive_step_transform, str):
-            value_checks.check_choice("adaptive_step_transform", self.adaptive_step_transform, tuple(STEPS))
-            return
-        value_checks.check_callable(adaptive_step_transform=self.adaptive_step_transform)
-        got = self.adaptive_step_transform(torch.zeros(2, 3))
-        if not isinstance(got, Tensor) or got.shape != (2, 3):
-            shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
-            raise ValueError(f"adaptive_step_transform must be elementwise: gave the shape (2, 3), got {shape}")
+        _ = self.step  # refuses what is none
+
+    @property
+    def step(self) -> Step:
+        """What makes step sizes of gates."""
+        return step_of(self.adaptive_step_transform, self.default_step_transform_max_lr)
 
 
 @dataclass(frozen=True)
