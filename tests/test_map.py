@@ -1,4 +1,4 @@
-"""docs/map.md is true: every file of the package and of the benchmarks has its phrase, and the walk of a chunk is as short as it says."""
+"""docs/map.md is true: every file of the package and of the benchmarks has its phrase, and the walk is a short one."""
 
 from __future__ import annotations
 
