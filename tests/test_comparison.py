@@ -127,7 +127,7 @@ def test_all_are_trained_alike_and_every_number_says_where_it_comes_from(tmp_pat
 
 
 def test_other_versions_of_the_task_are_asked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = {"3 pairs": {}, "7 pairs": dict(pairs=7, tokens=80), "overwritten": dict(overwritten=2)}
+    more = {"3 pairs": {}, "7 pairs": dict(pairs=7, tokens=80), "overwritten": dict(overwritten=2, rows=5)}
     asking = dict(lengths=[1], rows=16, batch=4, versions=more)
     memory, floor = compared(tmp_path, "--only", "memory,floor", budgets=[{"steps": 2}], evaluation=asking)
     for record in (memory, floor):
@@ -135,7 +135,7 @@ def test_other_versions_of_the_task_are_asked_too(tmp_path: Path, capsys: pytest
         assert {name: each["answers"] for name, each in found.items()} == {
             "3 pairs": 16 * 3,
             "7 pairs": 8 * 7,
-            "overwritten": 16 * 3,
+            "overwritten": 5 * 3,
         }
         assert found["3 pairs"]["score"] == record["results"]["40"]["score"], "the same sequences"
     assert set(memory["versions_writes_off"]) == set(more)

@@ -55,9 +55,10 @@ def of_versions(model: CausalLM[Any], comparison: Comparison) -> dict[str, dict[
     """What a model makes of other versions of its task (more pairs, say) than the one that it was trained on."""
     asking, found = comparison.asking, {}
     for name, changed in asking.versions.items():
-        task = comparison.make_task(**changed).held_out()
+        task = comparison.changed(changed).held_out()
         tokens = task.tokens  # type: ignore[attr-defined]
         rows = max(asking.rows * comparison.make_task().tokens // tokens, min(asking.rows, FEWEST))  # type: ignore[attr-defined]
+        rows = changed.get("rows", rows)
         score, count = scored(model, task, rows=rows, batch=batch_of(asking, tokens), seed=asking.seed)
         found[name] = dict(score=score, answers=count, rows=rows, tokens=tokens, chance=task.chance)
     return found

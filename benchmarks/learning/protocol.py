@@ -37,7 +37,8 @@ class Evaluation:
     """What a trained model is asked.
 
     lengths: times the trained one; rows: sequences of each; depths: of needles, for a map; bins: first positions
-    versions: settings of the task that differ from those it was trained on, by name, which are asked, too
+    versions: settings of the task that differ from those it was trained on, by name, which are asked, too; with `rows`,
+        so many sequences of them
     """
 
     lengths: tuple[int, ...] = LENGTHS
@@ -129,17 +130,20 @@ class Comparison:
         options = {name: value for name, value in self.task.items() if name != "name"}
         return make_task(self.task["name"], **options | more)
 
+    def changed(self, changes: dict[str, Any]) -> Task:
+        """A version of the task; how many sequences of it there are is not its own."""
+        return self.make_task(**{name: value for name, value in changes.items() if name not in ("rows", "batch")})
+
     def turn(self, step: int) -> tuple[Task, int]:
         """What a training step is of, and how many sequences."""
-        changed = self.turns[step % len(self.turns)] if self.turns else {}
-        options = {name: value for name, value in changed.items() if name != "batch"}
-        return self.make_task(**options), changed.get("batch", self.training(0, 1).batch)
+        changes = self.turns[step % len(self.turns)] if self.turns else {}
+        return self.changed(changes), changes.get("batch", self.training(0, 1).batch)
 
     def check_versions(self) -> None:
         """Refuse a version of the task whose ids mean something else to a model that was trained on the task."""
         known = self.make_task().num_tokens
         turns = {f"turn {number}": self.turn(number)[0] for number in range(len(self.turns))}
-        asked = {name: self.make_task(**changed) for name, changed in self.asking.versions.items()}
+        asked = {name: self.changed(changes) for name, changes in self.asking.versions.items()}
         for name, task in {**turns, **asked}.items():
             if task.num_tokens != known:
                 raise ValueError(
