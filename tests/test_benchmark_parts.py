@@ -112,9 +112,16 @@ def test_what_a_call_asks_for_is_run_again_alone() -> None:
     asked = replay.recorded(run)
     assert [each.operation.overloadpacket.__name__ for each in asked if each.is_product] == ["bmm"] * 3
     assert not all(each.has_numbers for each in asked)
-    products, passes = replay.shares(run, large=4 * 16 * 8, turns=1)
-    assert products > 0
-    assert passes > 0
+    products, passes = replay.parts(asked, large=4 * 16 * 8)
+    assert len(products) == 3
+    assert passes
+    assert not any(each.is_product or each.elements < 4 * 16 * 8 for each in passes)
+    for part in (products, passes):
+        with replay.Recording() as again:
+            seconds = replay.seconds_alone(part, turns=1)
+        assert seconds > 0
+        found = [each for each in again.asked if each.operation.overloadpacket.__name__ not in ("randn", "_to_copy")]
+        assert [(each.operation, each.args) for each in found] == [(each.operation, each.args) for each in part] * 2
 
 
 def test_kernels_and_calls_of_libraries_are_counted_in_generated_code() -> None:

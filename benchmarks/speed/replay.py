@@ -110,7 +110,11 @@ def seconds_alone(asked: Sequence[Asked], turns: int) -> float:
 
 def shares(run: Callable[[], Any], large: int, turns: int = 5) -> tuple[float, float]:
     """Seconds of a call's products alone, and of its other operations on tensors of at least `large` elements."""
-    asked = recorded(run)
-    products = [each for each in asked if each.is_product]
-    passes = [each for each in asked if not each.is_product and each.has_numbers and each.elements >= large]
+    products, passes = parts(recorded(run), large)
     return seconds_alone(products, turns), seconds_alone(passes, turns)
+
+
+def parts(asked: Sequence[Asked], large: int) -> tuple[list[Asked], list[Asked]]:
+    """Products, and other operations on tensors of at least so many elements."""
+    products = [each for each in asked if each.is_product]
+    return products, [each for each in asked if not each.is_product and each.has_numbers and each.elements >= large]
