@@ -142,6 +142,7 @@ def test_other_versions_of_the_task_are_asked_too(tmp_path: Path, capsys: pytest
     assert compare_report.main([str(tmp_path / "results.jsonl"), "--to", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "report.md").read_text()
     assert "| asked, not trained on | 3 pairs | 7 pairs | overwritten |" in page
+    assert "| sequences a seed | 16 | 8 | 5 |" in page
     assert f"| floor | {floor['versions']['3 pairs']['score']:.3f} |" in page
     other = config(evaluation=asking | dict(versions=dict(wide=dict(keys=9))))
     (tmp_path / "config.json").write_text(json.dumps(other))

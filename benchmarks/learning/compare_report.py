@@ -114,13 +114,21 @@ def versions(group: Group) -> list[str]:
     names = ordered(name for records in group.values() for record in records for name in record.get("versions") or {})
     if not names:
         return []
-    rows = [["asked, not trained on", *names]]
+    rows = [["asked, not trained on", *names], ["sequences a seed", *(sequences(group, name) for name in names)]]
     for model, records in group.items():
         found = [[r["versions"][name]["score"] for r in records if name in (r.get("versions") or {})] for name in names]
         rows.append([model, *(spread(values, "{:.3f}") for values in found)])
     if len(names) > len(group):
         rows = [list(column) for column in zip(*rows, strict=True)]
     return [markdown(rows)]
+
+
+def sequences(group: Group, name: str) -> str:
+    """How many sequences of a version every seed was asked."""
+    counts = {
+        r["versions"][name]["rows"] for records in group.values() for r in records if name in (r.get("versions") or {})
+    }
+    return " or ".join(map(str, sorted(counts)))
 
 
 def lengths_of(group: Group) -> list[str]:
