@@ -137,8 +137,7 @@ def call(args):
 def test_one_core_times_a_checkout() -> None:
     side = one_core.Timer(CHECKOUT)
     (seconds,) = side.ask("a", "forward")
-    side.process.kill()
-    side.process.communicate()
+    side.close()
     assert seconds > 0
 
 

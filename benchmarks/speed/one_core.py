@@ -41,8 +41,12 @@ class Timer:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         file = Path(self.answer("file")).resolve()
         if not file.is_relative_to(checkout.resolve()):
-            self.process.kill()
+            self.close()
             raise SystemExit(f"{checkout} must be a checkout with titans_pytorch in it, got {file} from elsewhere")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
     def ask(self, *words: str) -> list[float]:
         return [float(each) for each in self.answer(*words).split()]
@@ -94,7 +98,7 @@ def main() -> None:
             rows.append(row(sides, workload, mode, arguments.turns))
             print(" | ".join(rows[-1]), flush=True)
     for side in sides.values():
-        side.process.kill()
+        side.close()
     if arguments.turns > 1:
         where = describe_machine()
         commits = " and ".join(commit_of(path) for path in (arguments.before, CHECKOUT))

@@ -96,7 +96,8 @@ def the_loss_asks_for_nothing(patcher: pytest.MonkeyPatch) -> None:
 
 @mutant(*ALL)
 def readers_ask_for_nothing(patcher: pytest.MonkeyPatch) -> None:
-    wrapped(patcher, Others, "of_renewal", lambda original, self, n: torch.zeros_like(original(self, n)))
+    for of_some in ("of_renewal", "of_block"):
+        wrapped(patcher, Others, of_some, lambda original, *args: torch.zeros_like(original(*args)))
 
 
 @mutant("loop", "loop of two")
