@@ -215,7 +215,7 @@ def test_what_is_not_finite_in_one_row_stays_there() -> None:
     assert reads[0, 40:].isnan().all()
 
 
-RENEWALS = [("cpu", 16, 26.5, 74.5), ("cpu", 8, 29.5, 85.5), ("cuda", 16, 24.5, 67.5), ("cuda", 8, 28.5, 87.5)]
+RENEWALS = [("cpu", 16, 26.5, 74.5), ("cpu", 8, 29.5, 85), ("cuda", 16, 24.5, 67.5), ("cuda", 8, 28.5, 87.5)]
 """Plan of which device, tokens of a chunk, operations forward, in training"""
 
 

@@ -68,11 +68,11 @@ def models_named(text: str) -> list[str]:
 
 def loaded(path: Path) -> Comparison:
     try:
-        return comparison_from(json.loads(path.read_text()), str(path))
+        return comparison_from(json.loads(path.read_text()), "the file")
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError) as error:
-        raise SettingsError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        raise SettingsError(f"{path}: {error}") from error
 
 
 def compare(given: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from titans_pytorch.attention.flex import create_mac_block_mask, flex_backend
+from titans_pytorch.attention.kept import by_itself
 from titans_pytorch.attention.key_values import KeyValueCache, KeyValues, joined
 from titans_pytorch.attention.rotary import RotaryEmbedding, Turns, turned
 from titans_pytorch.attention.windowed import Windows, attend_in_windows
@@ -114,8 +115,7 @@ class SegmentedAttention(nn.Module):
         normed, start = self.norm(seq), 0 if cache is None else cache.num_seen
         split = rearrange(self.to_qkv(normed), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
         queries_keys, (own_values,) = split.split((2, 1))
-        own_values = own_values.contiguous()  # by themselves: what is kept of them does not keep queries and keys
-        v = own_values
+        v = own_values = by_itself(own_values)
         if self.to_learned_v_mix is not None and value_residual is not None:
             v = v.lerp(value_residual, self.to_learned_v_mix(normed))
         turns = self.rotary_emb.turns(start, seq.shape[1], seq) if turns is None else turns

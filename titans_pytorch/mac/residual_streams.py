@@ -15,6 +15,7 @@ from hyper_connections.manifold_constrained_hyper_connections import StreamEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from titans_pytorch.attention.kept import by_itself
 from titans_pytorch.fast_weights.precision import at_least_float32
 from titans_pytorch.initialization import write
 
@@ -136,8 +137,7 @@ def open_branch(connection: nn.Module, streams: Tensor, known: Combined | None =
     shares, read = gates.sigmoid().split(1, dim=-1)
     mixed = torch.cat((read, doubly_stochastic(mixing)), dim=-1).mT @ x
     read_streams, others = mixed.split((1, count), dim=2)
-    read_stream = read_streams.squeeze(2).to(dtype).contiguous()  # by itself: the branch's layers keep what they read
-    return Branch(read_stream, others.to(dtype), shares.to(dtype))
+    return Branch(by_itself(read_streams.squeeze(2).to(dtype)), others.to(dtype), shares.to(dtype))
 
 
 def doubly_stochastic(logits: Tensor) -> Tensor:

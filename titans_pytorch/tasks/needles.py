@@ -10,8 +10,6 @@ from titans_pytorch.tasks import words
 from titans_pytorch.tasks.hidden import HiddenInText, Written
 from titans_pytorch.tasks.task import check_range
 
-MOST_VALUES = 1000
-"""Different numbers are drawn until there are enough, which does not end near the number of those that exist"""
 STEPS = 40
 """Depths that needles are put at"""
 
@@ -42,7 +40,7 @@ class Needles(HiddenInText):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("num_keys", self.num_keys, 1, len(words.ADJECTIVES) * len(words.NOUNS) // 2)
-        check_range("num_values", self.num_values, 1, MOST_VALUES)
+        check_range("num_values", self.num_values, 1, words.MOST)
         check_range("num_queries", self.num_queries, 1, self.num_keys)
         if self.depth is not None:
             check_range("depth", self.depth, 0, 1)

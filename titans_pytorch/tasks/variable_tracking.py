@@ -10,9 +10,6 @@ from titans_pytorch.tasks import words
 from titans_pytorch.tasks.hidden import HiddenInText, Written
 from titans_pytorch.tasks.task import check_range
 
-MOST = 1000
-"""Different names and values are drawn until there are enough, which does not end near the number of those there are"""
-
 
 @dataclass(frozen=True)
 class VariableTracking(HiddenInText):
@@ -26,8 +23,8 @@ class VariableTracking(HiddenInText):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("chains", self.chains, 1, MOST)
-        check_range("hops", self.hops, 0, MOST)
+        check_range("chains", self.chains, 1, words.MOST)
+        check_range("hops", self.hops, 0, words.MOST)
 
     def write(self, drawn: random.Random) -> Written:
         count = self.hops + 1

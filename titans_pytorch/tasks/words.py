@@ -14,6 +14,10 @@ feather fence fiddle flute forest fossil garden glacier guitar hammer harbor hel
 lemon marble meadow mirror needle orchard paddle pebble""".split()  # noqa: SIM905
 
 
+MOST = 1000
+"""Different ones at most: they are drawn until there are enough, which would not end near as many as exist"""
+
+
 def key(drawn: random.Random) -> str:
     """A word that is easy to tell from others: adjective-noun."""
     return f"{drawn.choice(ADJECTIVES)}-{drawn.choice(NOUNS)}"
