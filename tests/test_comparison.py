@@ -126,6 +126,16 @@ def test_all_are_trained_alike_and_every_number_says_where_it_comes_from(tmp_pat
     assert (tmp_path / "results.jsonl").read_text() == before
 
 
+def test_a_cost_of_storing_bears_on_memories_alone(tmp_path: Path) -> None:
+    only = dict(budgets=[{"steps": 4}], roles=["memory", "floor"])
+    free = {each["model"]: each for each in compared(tmp_path, **only)}
+    *_, dear = compared(tmp_path, **only, train=TRAIN | dict(step_cost=10.0))
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3, "the floor is there already"
+    assert dear["settings"]["train"] == TRAIN | dict(step_cost=10.0)
+    assert dear["losses"][0] == free["memory"]["losses"][0]
+    assert dear["losses"][-1] > free["memory"]["losses"][-1]
+
+
 def test_other_versions_of_the_task_are_asked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = {"3 pairs": {}, "7 pairs": dict(pairs=7, tokens=80), "overwritten": dict(overwritten=2, rows=5)}
     asking = dict(lengths=[1], rows=16, batch=4, versions=more)

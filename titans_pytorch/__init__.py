@@ -8,6 +8,7 @@ from titans_pytorch.conversations import ConversationPool
 from titans_pytorch.implicit_mlp_attention import ImplicitMLPAttention
 from titans_pytorch.initialization import reset_parameters
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
+from titans_pytorch.memory.recorded import recorded_surprises, storing_costs
 from titans_pytorch.memory.writes import writes_off
 from titans_pytorch.memory_models import (
     FactorizedMemoryMLP,
@@ -70,9 +71,11 @@ __all__ = [
     "audit",
     "load_state",
     "mem_state_detach",
+    "recorded_surprises",
     "reset_parameters",
     "save_state",
     "state_from_bytes",
     "state_to_bytes",
+    "storing_costs",
     "writes_off",
 ]

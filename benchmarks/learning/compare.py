@@ -30,6 +30,7 @@ from benchmarks.learning.loop import training
 from benchmarks.learning.protocol import Comparison, Entry, comparison_from, parameters
 from benchmarks.machine import describe_machine
 from titans_pytorch import writes_off
+from titans_pytorch.memory.recorded import storing_costs
 from titans_pytorch.training.answers import loss_of
 from titans_pytorch.training.errors import SettingsError, report_errors
 from titans_pytorch.training.files import writing
@@ -115,7 +116,8 @@ def key_of(comparison: Comparison, entry: Entry, seed: int, budget: dict[str, fl
     """One run: everything that decides its numbers, in a few letters."""
     task = {name: value for name, value in comparison.task.items() if name != "data"}
     data = Path(comparison.task["data"]).name if comparison.task.get("data") else None
-    decides = [task, data, entry.role, asdict(entry.settings), comparison.train, comparison.evaluation, seed, budget]
+    train = comparison.train_of(entry)
+    decides = [task, data, entry.role, asdict(entry.settings), train, comparison.evaluation, seed, budget]
     decides += [comparison.turns] if comparison.turns else []
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
     return f"{comparison.name}-{entry.name.replace(', ', '-').replace(' ', '-')}-{seed}-{digest}"
@@ -148,7 +150,7 @@ def run(comparison: Comparison, entry: Entry, seed: int, budget: dict[str, float
         **dict(results=found, writes_off=off),
         **(dict(versions=versions, versions_writes_off=versions_off) if versions else {}),
         settings=dict(
-            **dict(task=without_path(comparison.task), model=asdict(entry.settings), train=comparison.train),
+            **dict(task=without_path(comparison.task), model=asdict(entry.settings), train=comparison.train_of(entry)),
             **(dict(turns=comparison.turns) if comparison.turns else {}),
             evaluation=asdict(comparison.asking),
         ),
@@ -229,7 +231,9 @@ class Training:
 
     def loss(self, step: int) -> Tensor:
         task, batch = self.turns[step % len(self.turns)]
-        return loss_of(self.model, task.draw(batch, generator_of(self.seed, step)))
+        with storing_costs(self.model, self.settings.step_cost * self.progress) as cost:
+            loss = loss_of(self.model, task.draw(batch, generator_of(self.seed, step)))
+        return loss + cost()
 
     @property
     def progress(self) -> float:

@@ -122,6 +122,11 @@ class Comparison:
     def training(self, seed: int, steps: int) -> Training:
         return from_json(Training, self.train | dict(seed=seed, steps=steps), "train")
 
+    def train_of(self, entry: Entry) -> dict[str, Any]:
+        """How a model is trained, without what only bears on memories where it has none."""
+        without = set() if entry.settings.memory else {"step_cost"}
+        return {name: value for name, value in self.train.items() if name not in without}
+
     @property
     def asking(self) -> Evaluation:
         return from_json(Evaluation, self.evaluation or {}, "evaluation")

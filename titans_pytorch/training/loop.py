@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from titans_pytorch.causal_lm import CausalLM
+from titans_pytorch.memory.recorded import storing_costs
 from titans_pytorch.memory.writes import writes_off
 from titans_pytorch.training import checkpoints, data, sharding
 from titans_pytorch.training.carrying import Carrying, segment
@@ -159,9 +160,10 @@ class Trainer:
         for micro in range(settings.accumulate):
             ids = self.micro_batch(number, micro)
             with self.syncing(micro == settings.accumulate - 1), accelerator.autocast():
-                loss = self.carrying.loss(self.model, ids, number, micro) / settings.accumulate
-                accelerator.backward(loss)
-            total += loss.detach()
+                with storing_costs(self.module, settings.step_cost * self.share()) as cost:
+                    loss = self.carrying.loss(self.model, ids, number, micro)
+                accelerator.backward((loss + cost()) / settings.accumulate)
+            total += loss.detach() / settings.accumulate
         norm = self.gradient_norm()
         mean = float(accelerator.reduce(total, "mean"))
         self.check_finite(mean, norm)

@@ -28,6 +28,7 @@ class Training:
     warmup: int = setting(100, "steps over which the learning rate rises")
     weight_decay: float = setting(0.01, "of matrices, in shares of the learning rate")
     clip: float = setting(0.5, "largest norm of a step's gradient")
+    step_cost: float = setting(0.0, "of the memories' mean step size, added to the loss; rises evenly over training")
     optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: torch's Muon for matrices, AdamW for the rest")
     minutes: float | None = setting(None, "train so long instead of `steps` (such a run cannot be repeated exactly)")
 
@@ -72,7 +73,7 @@ class Training:
         for name in ("lr", "clip", "minutes"):
             if (number := getattr(self, name)) is not None and not 0 < number < float("inf"):
                 raise SettingsError(f"--{name} must be above 0, got {number}")
-        for name in ("weight_decay", "temperature"):
+        for name in ("weight_decay", "temperature", "step_cost"):
             if not 0 <= (number := getattr(self, name)) < float("inf"):
                 raise SettingsError(f"--{dashed(name)} must be at least 0, got {number}")
         if not 0 <= self.lr_end <= 1:
