@@ -210,7 +210,7 @@ class MemoryCore(Projections):
         weights = self.init_weights(batch)
         if self.rule.num_momenta == 0:
             return {}
-        return {name: w.new_zeros(self.rule.num_momenta, *w.shape) for name, w in weights.items()}
+        return {name: w.new_zeros(()).expand(self.rule.num_momenta, *w.shape) for name, w in weights.items()}
 
     def init_state(self, batch: int, num_seen: int = 0) -> NeuralMemState:
         """A memory that has seen nothing.  num_seen: tokens before, which open its capacity, though it knows nothing"""

@@ -65,9 +65,9 @@ def mean_step(found: list[Recorded]) -> Tensor | float:
 def storing_costs(model: nn.Module, cost: float) -> Iterator[Callable[[], Tensor | float]]:
     """Gives what the calls inside have cost so far: `cost` for a mean step of 1; with a cost of 0 nothing is asked.
 
-        with storing_costs(model, 0.1) as cost:
-            loss = model.loss(ids)
-        (loss + cost()).backward()
+    with storing_costs(model, 0.1) as cost:
+        loss = model.loss(ids)
+    (loss + cost()).backward()
     """
     if cost == 0:
         yield lambda: 0.0

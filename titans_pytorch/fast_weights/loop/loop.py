@@ -91,12 +91,16 @@ class Loop:
 
     # ---- forwards
 
-    def forward(self) -> tuple[list[Normed | Tensor], list[Tensor], list[Tensor]]:
-        """-> what the norm left of every renewal; how much each base was made smaller, and the norms that it had"""
+    def forward(self, keeps_all: bool) -> tuple[list[Normed | Tensor], list[Tensor], list[Tensor]]:
+        """-> what the norm left of every renewal; how much each base was made smaller, and the norms that it had
+
+        keeps_all: for a backward pass; else what was predicted is all that is left
+        """
         left, scales, norms = [], [], []
         norms_of_matrices = self.inputs.tokens.keys.new_empty(len(self.shape.packing.places), self.rows)
         for n in range(self.shape.num_renewals):
-            left.append(self.surprise.forward(n, self.base(n)))
+            found = self.surprise.forward(n, self.base(n))
+            left.append(found if keeps_all or isinstance(found, Tensor) else found.normed)
             for evolution in self.evolutions:
                 evolution.forward(n)
             if self.inputs.share is not None and self.shape.renews(n):
@@ -158,16 +162,26 @@ class Loop:
             errors = {name: x.contiguous() for name, x in zip(self.shape.matrices, self.errors_of, strict=True)}
             if self.gain_pack is not None:
                 errors[NORM_GAIN] = self.kept.factors[self.gain_pack].right.clone()
+        base = self.last_base()  # before weights after the last renewal may take its place
         return Results(
-            [torch.stack([slot[-1] for slot in evolution.ends], dim=2) for evolution in self.evolutions],
+            [self.last(pack) for pack in range(len(self.evolutions))],
             {name: starts(name) for name in places if self.shape.num_places is None},
             inputs,
             errors,
-            self.predicted() + self.inputs.tokens.offset,
+            self.error(),
             None,
             self.reads,
-            self.last_base(),
+            base,
         )
+
+    def last(self, pack: int) -> Tensor:
+        """Weights and momenta after the last block.  -> (g r a p q)"""
+        evolution = self.evolutions[pack]
+        if not (self.shape.takes_states and isinstance(evolution, ByEquations)):
+            return torch.stack([slot[-1] for slot in evolution.ends], dim=2)
+        states = self.inputs.states[pack]  # where momenta have moved
+        states[:, :, 0] = evolution.ends[0][-1]
+        return states
 
     def last_base(self) -> list[Tensor] | None:
         """Where the last renewal was surprised, for the tokens after the loop, if nobody finds it among the starts."""
@@ -175,12 +189,20 @@ class Loop:
             return None
         return [base.clone() for base in self.bases_of_packs(self.shape.num_renewals - 1)]
 
+    def error(self) -> Tensor:
+        """Of what was predicted.  -> (N r L d)"""
+        normed, gains, offset = self.normed(), self.gains(), self.inputs.tokens.offset
+        return normed + offset if gains is None else torch.addcmul(offset, normed, gains)
+
     def predicted(self) -> Tensor:
         """What the error is, but for its offset."""
-        left, gains = self.kept.left, self.gains()
-        if isinstance(left, Tensor):
-            return left
-        return left.normed if gains is None else left.normed * gains
+        normed, gains = self.normed(), self.gains()
+        return normed if gains is None else normed * gains
+
+    def normed(self) -> Tensor:
+        """The same before a gain; without a norm what came out of the last product.  -> (N r L d)"""
+        left = self.kept.left
+        return left if isinstance(left, Tensor) else left.normed
 
     # ---- backwards
 
@@ -298,15 +320,16 @@ def plus(bar: Tensor, others: Tensor | None, n: int) -> Tensor:
 def run(shape: Shape, inputs: Inputs, has_backward: bool) -> tuple[Results, Kept]:
     """has_backward: whether all is kept that a backward pass needs"""
     loop = Loop(shape, inputs, begin(shape, inputs, has_backward or shape.equations is None))
-    left, scales, norms = loop.forward()
-    together: Normed | Tensor
-    if isinstance(left[0], Tensor):
-        together = torch.stack(left)  # type: ignore[arg-type]
-    else:
-        parts = zip(*left, strict=True)
-        whole = [torch.stack(part) if has_backward or i == 1 else part[0] for i, part in enumerate(parts)]
-        together = Normed(*whole)
-    loop.kept = loop.kept._replace(left=together)
+    left, scales, norms = loop.forward(has_backward)
+    loop.kept = loop.kept._replace(left=together(left))
+    left.clear()
     if scales and has_backward:
         loop.kept = loop.kept._replace(scales=torch.stack(scales), norms=torch.stack(norms))
     return loop.results(), loop.kept
+
+
+def together(left: list[Normed | Tensor]) -> Normed | Tensor:
+    """Of all renewals, what is there of each."""
+    if isinstance(left[0], Tensor):
+        return torch.stack(left)  # type: ignore[arg-type]
+    return Normed(*map(torch.stack, zip(*left, strict=True)))

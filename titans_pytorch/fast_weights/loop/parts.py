@@ -26,6 +26,11 @@ class Shape(NamedTuple):
     num_places: int | None = None  # renewals whose starts are kept until they are read, inside the loop; None: all
 
     @property
+    def takes_states(self) -> bool:
+        """Whether `Inputs.states` are moved where they lie, and come out again: nobody looks back at the way."""
+        return self.num_places is not None and self.equations is not None and moves_in_place(self.equations)
+
+    @property
     def num_renewals(self) -> int:
         return self.num_blocks // self.per_renewal
 
@@ -103,12 +108,17 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
             continue
         else:
             num_places = n if shape.num_places is None or is_gain else min(shape.num_places, n)
-            states.append(start.new_empty(count, num_places, rows, shape.per_renewal, p, q))
+            if shape.takes_states and num_places * shape.per_renewal == 1:
+                states.append(start[:, None, :, :1])
+            else:
+                states.append(start.new_empty(count, num_places, rows, shape.per_renewal, p, q))
+                states[-1][:, 0, :, 0] = start[:, :, 0]
             lasts.append(start.new_empty(count, rows, p, q))
-            states[-1][:, 0, :, 0] = start[:, :, 0]
-            num_kept = shape.num_blocks + 1 if keeps_all or not moves_in_place(shape.equations) else 1
-            kept_momenta = start.new_empty(num_kept, num_slots - 1, count, rows, p, q)
-            kept_momenta[0] = start[:, :, 1:].movedim(2, 0)
+            kept_momenta = start[:, :, 1:].movedim(2, 0).unsqueeze(0)
+            if not shape.takes_states:
+                num_kept = shape.num_blocks + 1 if keeps_all or not moves_in_place(shape.equations) else 1
+                first, kept_momenta = kept_momenta[0], start.new_empty(num_kept, num_slots - 1, count, rows, p, q)
+                kept_momenta[0] = first
             momenta.append(kept_momenta.expand(shape.num_blocks + 1, *kept_momenta.shape[1:]))
             kept_sums = start.new_empty(
                 shape.num_blocks if keeps_all else 1, num_sums(shape.equations), *start.shape[:2], p, q

@@ -72,7 +72,7 @@ class SeriesStore:
         self.tokens = self.all_tokens()
         self.queries = series.queries
         if self.queries is not None:  # renewals first, (N r k c d)
-            self.queries = self.queries.unflatten(1, (series.num_renewals, -1)).movedim(1, 0).contiguous()
+            self.queries = self.queries.unflatten(1, (series.num_renewals, -1)).movedim(1, 0)
         slow = writes.slow.get(NORM_GAIN)
         self.gain = None if slow is None else (slow + 1).unsqueeze(1)
 
@@ -87,7 +87,7 @@ class SeriesStore:
         # step sizes of every parameter are shares in one surprise, see `tables.own_share`
         steps = rates.any * slope if rates.is_shared else torch.full_like(rates.any, slope)
         step = renewals_first(steps[..., None])
-        return Tokens(keys.contiguous(), keys - values if self.model.has_norm else -values, step)
+        return Tokens(keys, keys - values if self.model.has_norm else -values, step)
 
     def pieces(self, carry: Carry, longest: int) -> Iterator[tuple[Block, Tensor]]:
         """Loops of at most so many renewals, all about equally long.  -> the block, the loss of every write (r n c)"""
