@@ -243,3 +243,24 @@ def gates_of_channels_get_the_gradient_of_all(patcher: pytest.MonkeyPatch) -> No
         self.found[-1] = [None if bar is None else bar.mean(dim=-1, keepdim=True).expand_as(bar) for bar in found]
 
     wrapped(patcher, ByEquations, "add_gate_bars", change)
+
+
+@mutant(*ALL[:2])
+def what_comes_out_without_gradients_is_what_came_in(patcher: pytest.MonkeyPatch) -> None:
+    def change(original: Any, self: Loop, pack: int) -> Any:
+        given = self.inputs.states[pack]
+        before = given.clone()
+        return given.copy_(before) if (found := original(self, pack)) is given else found
+
+    wrapped(patcher, Loop, "last", change)
+
+
+@mutant(*ALL[:2])
+def without_gradients_momenta_stay_as_they_came(patcher: pytest.MonkeyPatch) -> None:
+    """They move in a tensor of their own, which nobody looks at."""
+
+    def change(original: Any, *args: Any) -> Any:
+        kept = original(*args)
+        return kept._replace(momenta=[momenta.clone() for momenta in kept.momenta])
+
+    wrapped(patcher, loop, "begin", change)
