@@ -130,6 +130,10 @@ def test_a_cost_of_storing_bears_on_memories_alone(tmp_path: Path) -> None:
     only = dict(budgets=[{"steps": 4}], roles=["memory", "floor"])
     free = {each["model"]: each for each in compared(tmp_path, **only)}
     *_, dear = compared(tmp_path, **only, train=TRAIN | dict(step_cost=10.0))
+    assert program.main(["report", str(tmp_path / "results.jsonl")]) == 2, "two models are called memory"
+    records.add(tmp_path / "own.jsonl", free["floor"])
+    records.add(tmp_path / "own.jsonl", dear)
+    assert program.main(["report", str(tmp_path / "own.jsonl")]) == 0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3, "the floor is there already"
     assert dear["settings"]["train"] == TRAIN | dict(step_cost=10.0)
     assert dear["losses"][0] == free["memory"]["losses"][0]

@@ -51,16 +51,23 @@ def report(results: Path, folder: Path) -> int:
 
 
 def check_alike(name: str, group: Group) -> None:
-    """Refuse to take a mean over runs that differ in more than their seeds."""
+    """Refuse to take a mean over runs that differ in more than their seeds; a price on storing is of memories alone."""
     records = [record for records in group.values() for record in records]
     for part in ("task", "train", "evaluation", "turns"):
-        if any(record["settings"].get(part) != records[0]["settings"].get(part) for record in records):
+        if any(of_all(record, part) != of_all(records[0], part) for record in records):
             raise SettingsError(
                 f"results of {name} must be of one {part}, got several: report them from files of their own"
             )
     for model, of_seeds in group.items():
-        if any(record["settings"]["model"] != of_seeds[0]["settings"]["model"] for record in of_seeds):
-            raise SettingsError(f"results of {name} must be of one {model}, got several settings under that name")
+        for part in ("model", "train"):
+            if any(record["settings"][part] != of_seeds[0]["settings"][part] for record in of_seeds):
+                raise SettingsError(f"results of {name} must be of one {model}, got several settings under that name")
+
+
+def of_all(record: Record, part: str) -> Any:
+    """Settings that all models of a comparison share."""
+    settings = record["settings"].get(part)
+    return {key: value for key, value in settings.items() if key != "step_cost"} if part == "train" else settings
 
 
 def grouped(records: list[Record]) -> dict[str, Group]:
