@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,15 @@ def test_a_cost_of_nothing_is_nothing(model: TitansMAG) -> None:
     with storing_costs(torch.nn.Linear(2, 2), 1.0) as cost:
         pass
     assert cost() == 0
+
+
+@pytest.mark.parametrize(
+    "cost, error, message",
+    [(-1.0, ValueError, "cost must be at least 0, got -1.0"), ("1", TypeError, "cost must be a number, got '1'")],
+)
+def test_a_price_is_a_number_of_at_least_zero(cost: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message), storing_costs(torch.nn.Linear(2, 2), cost):
+        pass
 
 
 def test_the_gradient_of_a_cost_survives_spans_that_are_computed_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from titans_pytorch.checks import value_checks
 from titans_pytorch.memory.core import MemoryCore
 
 
@@ -63,12 +65,17 @@ def mean_step(found: list[Recorded]) -> Tensor | float:
 
 @contextmanager
 def storing_costs(model: nn.Module, cost: float) -> Iterator[Callable[[], Tensor | float]]:
-    """Gives what the calls inside have cost so far: `cost` for a mean step of 1; with a cost of 0 nothing is asked.
+    """Gives what the calls inside have cost so far: `cost` for a mean step of 1.
 
-    with storing_costs(model, 0.1) as cost:
-        loss = model.loss(ids)
-    (loss + cost()).backward()
+        with storing_costs(model, 0.1) as cost:
+            loss = model.loss(ids)
+        (loss + cost()).backward()
+
+    With a cost of 0 nothing is asked of the model.
     """
+    value_checks.check_number(cost=cost)
+    if not 0 <= cost < math.inf:
+        raise ValueError(f"cost must be at least 0, got {cost}")
     if cost == 0:
         yield lambda: 0.0
         return

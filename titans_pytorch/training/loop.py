@@ -155,12 +155,13 @@ class Trainer:
         settings, accelerator = self.settings, self.accelerator
         number, total = self.progress.step, torch.zeros((), device=accelerator.device)
         torch.manual_seed(mixed(settings.seed, number, accelerator.process_index))
-        lr = rate(settings, number, self.share())
+        share = self.share()
+        lr = rate(settings, number, share)
         set_rate(self.optimizers, lr)
         for micro in range(settings.accumulate):
             ids = self.micro_batch(number, micro)
             with self.syncing(micro == settings.accumulate - 1), accelerator.autocast():
-                with storing_costs(self.module, settings.step_cost * self.share()) as cost:
+                with storing_costs(self.module, settings.step_cost * share) as cost:
                     loss = self.carrying.loss(self.model, ids, number, micro)
                 accelerator.backward((loss + cost()) / settings.accumulate)
             total += loss.detach() / settings.accumulate
