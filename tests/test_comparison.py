@@ -336,6 +336,16 @@ def test_a_report_takes_no_mean_over_different_settings(tmp_path: Path, capsys: 
     assert "results of small, 4 steps must be of one train, got several" in capsys.readouterr().err
 
 
+def test_a_record_that_is_older_than_an_option_has_its_default(tmp_path: Path) -> None:
+    path, newer = (
+        tmp_path / "results.jsonl",
+        dict(task=dict(name="mqar"), train={}, evaluation={"versions": {}}, model={}),
+    )
+    records.add(path, record("memory", 0, 0.4))
+    records.add(path, record("memory", 1, 0.4, settings=newer))
+    assert program.main(["report", str(path)]) == 0
+
+
 # ---- mistakes
 
 

@@ -7,13 +7,15 @@ needles for each model. A cell that was not measured stays empty.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.learning.compare import existing
-from benchmarks.learning.protocol import CEILING, FLOOR, FROZEN, recovery
+from benchmarks.learning.protocol import CEILING, FLOOR, FROZEN, Evaluation, recovery
 from benchmarks.machine import place
 from benchmarks.pages import markdown
 from benchmarks.records import Record
@@ -65,8 +67,10 @@ def check_alike(name: str, group: Group) -> None:
 
 
 def of_all(record: Record, part: str) -> Any:
-    """Settings that all models of a comparison share."""
+    """Settings that all models of a comparison share; an option that is younger than a record has its default."""
     settings = record["settings"].get(part)
+    if part == "evaluation":
+        return json.loads(json.dumps(asdict(Evaluation()))) | settings
     return {key: value for key, value in settings.items() if key != "step_cost"} if part == "train" else settings
 
 
