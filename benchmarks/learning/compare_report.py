@@ -275,7 +275,7 @@ def draw_bits(group: Group, kind: str, label: str, path: Path) -> Path | None:
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
         ax.set(xlabel=label, ylabel=BITS, title=f"contexts of {int(length):,}")
         ax.grid(alpha=0.25)
-    axes[0].legend(frameon=False)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(group), frameon=False)
     return drawn(fig, path)
 
 
