@@ -190,7 +190,7 @@ class Loop:
         return [base.clone() for base in self.bases_of_packs(self.shape.num_renewals - 1)]
 
     def error(self) -> Tensor:
-        """Of what was predicted.  -> (N r L d)"""
+        """How far off each prediction is.  -> (N r L d)"""
         normed, gains, offset = self.normed(), self.gains(), self.inputs.tokens.offset
         return normed + offset if gains is None else torch.addcmul(offset, normed, gains)
 
@@ -200,7 +200,7 @@ class Loop:
         return normed if gains is None else normed * gains
 
     def normed(self) -> Tensor:
-        """The same before a gain; without a norm what came out of the last product.  -> (N r L d)"""
+        """What a norm made of the last product, before its gain; without a norm, the product.  -> (N r L d)"""
         left = self.kept.left
         return left if isinstance(left, Tensor) else left.normed
 
@@ -329,7 +329,7 @@ def run(shape: Shape, inputs: Inputs, has_backward: bool) -> tuple[Results, Kept
 
 
 def together(left: list[Normed | Tensor]) -> Normed | Tensor:
-    """Of all renewals, what is there of each."""
+    """What is there of each renewal, stacked."""
     if isinstance(left[0], Tensor):
         return torch.stack(left)  # type: ignore[arg-type]
     return Normed(*map(torch.stack, zip(*left, strict=True)))
