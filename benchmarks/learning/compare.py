@@ -29,8 +29,7 @@ from benchmarks.learning.asking import generator_of, of_versions, quick_score, r
 from benchmarks.learning.loop import training
 from benchmarks.learning.protocol import Comparison, Entry, comparison_from, parameters
 from benchmarks.machine import describe_machine
-from titans_pytorch import writes_off
-from titans_pytorch.memory.recorded import storing_costs
+from titans_pytorch import storing_costs, writes_off
 from titans_pytorch.training.answers import loss_of
 from titans_pytorch.training.errors import SettingsError, report_errors
 from titans_pytorch.training.files import writing

@@ -321,14 +321,14 @@ def run(shape: Shape, inputs: Inputs, has_backward: bool) -> tuple[Results, Kept
     """has_backward: whether all is kept that a backward pass needs"""
     loop = Loop(shape, inputs, begin(shape, inputs, has_backward or shape.equations is None))
     left, scales, norms = loop.forward(has_backward)
-    loop.kept = loop.kept._replace(left=together(left))
+    loop.kept = loop.kept._replace(left=stacked(left))
     left.clear()
     if scales and has_backward:
         loop.kept = loop.kept._replace(scales=torch.stack(scales), norms=torch.stack(norms))
     return loop.results(), loop.kept
 
 
-def together(left: list[Normed | Tensor]) -> Normed | Tensor:
+def stacked(left: list[Normed | Tensor]) -> Normed | Tensor:
     """What is there of each renewal, stacked."""
     if isinstance(left[0], Tensor):
         return torch.stack(left)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ class Kept(NamedTuple):
     factors: list[PackFactors]
     sums: list[Tensor]  # (T s g r p q) by equations
     products: list[Products]
-    left: Normed | Tensor  # (N r L .)
+    left: Normed | Tensor  # (N r L .)  of a norm; Tensor: its output alone, without a backward pass, or no norm
     scales: Tensor | None  # (N r)  by which a base was made smaller, 1 where it was not
     norms: Tensor | None  # (N r)
 
@@ -114,11 +114,13 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
                 states.append(start.new_empty(count, num_places, rows, shape.per_renewal, p, q))
                 states[-1][:, 0, :, 0] = start[:, :, 0]
             lasts.append(start.new_empty(count, rows, p, q))
-            kept_momenta = start[:, :, 1:].movedim(2, 0).unsqueeze(0)
-            if not shape.takes_states:
+            given = start[:, :, 1:].movedim(2, 0)
+            if shape.takes_states:
+                kept_momenta = given.unsqueeze(0)
+            else:
                 num_kept = shape.num_blocks + 1 if keeps_all or not moves_in_place(shape.equations) else 1
-                first, kept_momenta = kept_momenta[0], start.new_empty(num_kept, num_slots - 1, count, rows, p, q)
-                kept_momenta[0] = first
+                kept_momenta = start.new_empty(num_kept, num_slots - 1, count, rows, p, q)
+                kept_momenta[0] = given
             momenta.append(kept_momenta.expand(shape.num_blocks + 1, *kept_momenta.shape[1:]))
             kept_sums = start.new_empty(
                 shape.num_blocks if keeps_all else 1, num_sums(shape.equations), *start.shape[:2], p, q
