@@ -350,7 +350,7 @@ class Decoder(Generic[State]):
             return
         groups = groups_of(state)
         if all(model.fits(group.state) for group in groups):
-            self.batch, self.state = RowBatch.of_groups(model, groups), None
+            self.batch, self.state = RowBatch.of_groups(model.prepared(), groups), None
 
     def hidden(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
         """All layers, with padding and states of whatever kind."""

@@ -15,14 +15,17 @@ from titans_pytorch.attention.key_values import KeyValueCache
 from titans_pytorch.attention.segmented import AttnIntermediates, SegmentedAttention
 from titans_pytorch.causal_lm import BatchOptions, CausalLM
 from titans_pytorch.checks import tensor_checks
+from titans_pytorch.decoding import RowModel
 from titans_pytorch.layers.calling import Call, plainly
-from titans_pytorch.mac.ahead import NOTHING_AHEAD, Ahead
+from titans_pytorch.mac.ahead import Ahead
 from titans_pytorch.mac.axial import AxialPositions, Factors
-from titans_pytorch.mac.cache import LayerCache, MACCache
+from titans_pytorch.mac.by_rows import MACByRows, why_not_by_rows
+from titans_pytorch.mac.cache import MACCache
 from titans_pytorch.mac.config import MACConfig
-from titans_pytorch.mac.layer import MACLayer, Passed
+from titans_pytorch.mac.layer import MACLayer
 from titans_pytorch.mac.lengthened import Lengthened
-from titans_pytorch.mac.residual_streams import expand, make_expansion
+from titans_pytorch.mac.residual_streams import make_expansion
+from titans_pytorch.mac.stack import Stack
 from titans_pytorch.pretrained import Pretrained
 from titans_pytorch.ragged import RaggedState
 from titans_pytorch.sampling import min_p_filter
@@ -296,24 +299,27 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         """
         if state is not None:
             self.check_cache(state, x.shape[0])
-        num_before, count = 0 if state is None else state.num_tokens, x.shape[1]
-        x = self.lengthened.insert(x, self.longterm_mems, num_before)
-        position, of_layers = self.lengthened.length(num_before), [NOTHING_AHEAD] * len(self.layers)
-        if ahead is None:
-            embedded = self.axial_pos_emb(position, x.shape[1], factorized_pos_emb)
-        else:
-            embedded, of_layers = ahead.at(position, x.shape[1])
-        x = x + embedded
-        streams = expand(self.expand_streams, x)
-        passed = Passed(seen=() if self.config.neural_memory_qkv_receives_diff_views else None)
-        kept: list[LayerCache] = []
-        befores: Sequence[LayerCache | None]
-        befores = [None] * len(self.layers) if state is None else state.layers(self.have_memory)
-        for layer, before, part in zip(self.layers, befores, of_layers, strict=True):
-            streams, passed, after = call(layer, streams, passed, before, disable_flex_attn, part)
-            kept.append(after if after.memory is None else after._replace(memory=after.memory.at_rest()))
-        hidden = self.lengthened.drop(streams.sum(dim=2), num_before, count)
-        return hidden, MACCache.of(num_before + count, kept)
+        return self.stack.read(
+            x, state, disable_flex_attn=disable_flex_attn, factors=factorized_pos_emb, ahead=ahead, call=call
+        )
+
+    @property
+    def stack(self) -> Stack:
+        """What every way to read tokens goes through."""
+        layers = cast(Sequence[MACLayer], self.layers)
+        return Stack(self.lengthened, self.longterm_mems, self.axial_pos_emb, self.expand_streams, layers, self.norm)
+
+    def by_rows(self, compiles: bool = False) -> RowModel | None:
+        """What decodes rows at positions of their own as one batch; None: `why_by_groups` says why not."""
+        return None if self.why_by_groups else MACByRows(self.stack, self.token_emb, self.to_logits, compiles)
+
+    @property
+    def why_by_groups(self) -> str:
+        """Why rows at positions of their own are decoded group by group, in a sentence; empty: they are one batch."""
+        ours, own = MemoryAsContextTransformer, ("hidden_states", "hidden_of", "logits")
+        is_own = all(getattr(type(self), name) is getattr(ours, name) for name in own)
+        why = why_not_by_rows(self.layers) if is_own else "reads tokens in a way of its own"
+        return f"rows are decoded by groups of equal length, as {type(self).__name__} {why}" if why else ""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(... dim), before the last norm -> (... num_tokens)"""
@@ -340,6 +346,7 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         generator: Generator | None = None,
         cache: MACCache | RaggedState | None = None,
         attention_mask: Tensor | None = None,
+        compile: bool = False,
     ) -> Tensor:
         """Continue a batch of prompts (b n) to `seq_len` tokens, prompt included.  -> the tokens after it (b seq_len-n)
 
@@ -355,12 +362,14 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
             generator: makes samples reproducible
             cache: of tokens that were fed before the prompt, which do not count
             attention_mask: (b n), False or 0 for padding of the prompt, wherever it is
+            compile: with use_cache, decode with steps that `torch.compile` makes, in graphs that serve every token
         """
         return self.continued(
             prompt,
             seq_len,
             cache,
             uses_state=use_cache or cache is not None,
+            compiles=compile,
             attention_mask=attention_mask,
             temperature=temperature,
             filter_fn=filter_fn,
@@ -373,7 +382,7 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
     @property
     def have_memory(self) -> list[bool]:
         """Which layers have a memory."""
-        return [layer.memory is not None for layer in self.layers]
+        return self.stack.have_memory
 
     # ---- what comes in
 

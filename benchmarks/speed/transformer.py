@@ -87,10 +87,14 @@ def measure(
 def compare(name: str, peer: str | None) -> dict[str, Any]:
     """All measurements of one workload."""
     workload, found = WORKLOADS[name], {}
+    repeats = 3 if name == "readme" else 1  # of the published package, which takes long
     for measurement in ("training", "sampling"):
         found[measurement] = measure(sys.executable, measurement, workload, 3, CHECKOUT)
         if peer is not None:
-            found[f"peer {measurement}"] = measure(peer, measurement, workload, 1, None)
+            found[f"peer {measurement}"] = measure(peer, measurement, workload, repeats, None)
+    for measurement in ("products", "compiled"):
+        found[measurement] = measure(sys.executable, measurement, workload, 3, CHECKOUT)
+    found["peer compiled"] = found.get("peer sampling", {})  # nothing of theirs compiles a step
     found["decoding"] = measure(sys.executable, "decoding", workload, 1, CHECKOUT)
     return found
 
@@ -100,8 +104,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, found in results.items():
         for measurement, key, what, scale, unit in (
             ("training", "seconds", "a training step", 1.0, "s"),
+            ("products", "seconds", "its products alone", 1.0, "s"),
             ("training", "peak_bytes", "its peak memory", 1e-6, "MB"),
             ("sampling", "ms_per_token", "sampling, per token", 1.0, "ms"),
+            ("compiled", "ms_per_token", "sampling with compiled steps", 1.0, "ms"),
         ):
             ours, theirs = found[measurement].get(key), found.get(f"peer {measurement}", {}).get(key)
             ratio = f"{theirs / ours:.1f}×" if ours and theirs else "—"

@@ -1,6 +1,7 @@
 """One library in one process: builds a transformer of a workload, measures one thing, prints one line of JSON.
 
-Imports nothing but torch, titans_pytorch and the file beside it, so that it runs in the environment of either side.
+Imports nothing but torch, titans_pytorch and the file beside it, so that it runs in the environment of either side;
+products alone are measured of this library only.
 """
 
 from __future__ import annotations
@@ -43,15 +44,38 @@ def training(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, An
     return {"seconds": statistics.median(timed), "all": seconds, "peak_bytes": high_water() - before}
 
 
-def sampling(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, Any]:
+def products(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Seconds of the products of a training step alone (only this library)."""
+    from benchmarks.speed import replay
+
+    ids = torch.randint(0, workload["kwargs"]["num_tokens"], (workload["batch"], workload["tokens"] + 1))
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(ids, return_loss=True).backward()
+
+    asked, _ = replay.parts(replay.recorded(step), 0)
+    return {"seconds": replay.seconds_alone(asked, repeats, time.perf_counter)}
+
+
+def sampling(model: Any, workload: dict[str, Any], repeats: int, **how: Any) -> dict[str, Any]:
     """Milliseconds per token of cached sampling from a short prompt."""
     prompt = torch.randint(0, workload["kwargs"]["num_tokens"], (1, 4))
     milliseconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        model.sample(prompt, 4 + 64, use_cache=True, show_progress=False)
+        model.sample(prompt, 4 + 64, use_cache=True, show_progress=False, **how)
         milliseconds.append(1e3 * (time.perf_counter() - start) / 64)
     return {"ms_per_token": statistics.median(milliseconds)}
+
+
+def compiled(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """The same with compiled steps, which a first call compiles (only this library)."""
+    if model.why_by_groups:
+        return {"error": model.why_by_groups}
+    start = time.perf_counter()
+    sampling(model, workload, 1, compile=True)
+    return {"first_call_seconds": time.perf_counter() - start} | sampling(model, workload, repeats, compile=True)
 
 
 @torch.no_grad()
@@ -73,7 +97,7 @@ def decoding(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("measurement", choices=["training", "sampling", "decoding"])
+    parser.add_argument("measurement", choices=["training", "products", "sampling", "compiled", "decoding"])
     parser.add_argument("workload", help="JSON")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

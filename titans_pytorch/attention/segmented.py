@@ -112,14 +112,9 @@ class SegmentedAttention(nn.Module):
         Returns: (b n dim), and (the layer's own values, the cache for the next piece)
         """
         self.check_input(seq, value_residual, output_gating, cache)
-        normed, start = self.norm(seq), 0 if cache is None else cache.num_seen
-        split = rearrange(self.to_qkv(normed), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        queries_keys, (own_values,) = split.split((2, 1))
-        v = own_values = by_itself(own_values)
-        if self.to_learned_v_mix is not None and value_residual is not None:
-            v = v.lerp(value_residual, self.to_learned_v_mix(normed))
+        start = 0 if cache is None else cache.num_seen
         turns = self.rotary_emb.turns(start, seq.shape[1], seq) if turns is None else turns
-        q, k = turned(queries_keys, *turns)
+        q, (k, v), own_values = self.projected(seq, value_residual, turns)
 
         if self.persistent_memory.shape[2] == 0 and torch.is_grad_enabled():  # every parameter must have a gradient
             v = v + self.persistent_memory.sum()
@@ -130,9 +125,23 @@ class SegmentedAttention(nn.Module):
             tokens = tokens if cache is None else joined(cache.key_values, tokens)
             out = self.by_windows(q, tokens)
         next_cache = self.kept(tokens, start + seq.shape[1])
-        out = self.to_out(rearrange(out, "b h n d -> b n (h d)"))
-        out = out if output_gating is None else out * output_gating
-        return out, AttnIntermediates(own_values, next_cache)
+        return self.answer(out, output_gating), AttnIntermediates(own_values, next_cache)
+
+    def projected(self, seq: Tensor, value_residual: Tensor | None, turns: Turns) -> tuple[Tensor, KeyValues, Tensor]:
+        """Queries, keys and values of tokens, turned and mixed, and the layer's own values.  (b h n d) each"""
+        normed = self.norm(seq)
+        split = rearrange(self.to_qkv(normed), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        queries_keys, (own_values,) = split.split((2, 1))
+        v = own_values = by_itself(own_values)
+        if self.to_learned_v_mix is not None and value_residual is not None:
+            v = v.lerp(value_residual, self.to_learned_v_mix(normed))
+        q, k = turned(queries_keys, *turns)
+        return q, KeyValues(k, v), own_values
+
+    def answer(self, attended: Tensor, gating: Tensor | None) -> Tensor:
+        """What comes out of attention, gated.  (b h n d) -> (b n dim)"""
+        out: Tensor = self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
+        return out if gating is None else out * gating
 
     # ---- the dense path
 

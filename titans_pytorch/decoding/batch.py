@@ -72,6 +72,7 @@ class RowBatch:
     def moved(self, compute: Callable[[Tensor, Any, TokenStep], Tensor], given: Tensor) -> Tensor:
         """What a step gives, after which every row has read a token more."""
         self.buffers = map_rows(lambda _, t: outside_inference(t), self.buffers)
+        self.model.read_between(self.buffers, self.positions)
         found = compute(given, self.buffers, self.model.step(self.positions))
         self.positions = [position + 1 for position in self.positions]
         return found

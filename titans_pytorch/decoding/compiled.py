@@ -1,6 +1,6 @@
 """A step of rows under `torch.compile`: one graph where nobody's chunk ends and one where some do, at any positions.
 
-The same graphs serve every token, every state and models of one shape; with segments there are two more.
+The same graphs serve every token, every state and models of one shape; with segments and a memory there are two more.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from titans_pytorch.decoding.row_model import RowModel
 MAX_GRAPHS = 64
 """Models and numbers of rows that one process may compile graphs for; torch gives up after 8 of a function"""
 
+LONG_CHUNK = 32
+"""Tokens from which on a chunk's end is so rare that compiling the step that stores it, in most of a minute, is lost"""
+
 
 def logits_of(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep) -> Tensor:
     """What is compiled."""
@@ -31,7 +34,9 @@ def compiled_step() -> Callable[..., Tensor]:
 
 
 def compiled_logits(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep) -> Tensor:
-    """`RowModel.logits` by a graph."""
+    """`RowModel.logits` by a graph; where a long chunk ends, without one."""
+    if step.chunks is not None and model.cadence.chunk > LONG_CHUNK:
+        return model.logits(ids, buffers, step)
     with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
         return compiled_step()(model, ids, buffers, of_few_forms(step))
 

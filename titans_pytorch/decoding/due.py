@@ -16,14 +16,11 @@ class Cadence(NamedTuple):
 
     window: int  # of attention
     is_segmented: bool  # windows are segments, each of which begins anew; else they slide
-    num_persistent: int
+    has_context: bool  # a segment is a sequence by itself, [what was read for it | persistent tokens | its tokens]
+    num_persistent: int  # tokens that attention sees
+    num_stored_before: int  # tokens that the memory has stored before the first
     chunk: int  # of the memory
     refresh: int | None  # after which its base is renewed
-
-    @property
-    def num_stored_before(self) -> int:
-        """Tokens that the memory has stored before the first: persistent ones, unless attention alone sees them."""
-        return 0 if self.is_segmented else self.num_persistent
 
     def num_visible(self, position: int) -> int:
         """How many tokens of its window have been read by a row that has read so many."""
@@ -65,6 +62,7 @@ class TokenStep(NamedTuple):
     """What is due, as tensors: all that a step has to know of where its rows stand."""
 
     rows: Tensor  # (b)  0, 1, ...
+    places: Tensor  # (b)  how many tokens each has read
     slots: Tensor  # (b)
     waiting: Tensor  # (b)
     hidden: Tensor  # (b 1 1 s)  what a row does not see of [what was read for it | persistent tokens | window]
@@ -73,20 +71,22 @@ class TokenStep(NamedTuple):
     chunks: Tensor | None  # (k)  rows whose chunk ends; None: nobody's does
     renewals: Tensor | None  # (k)  of these: whether the base is renewed; None: nobody's is
     segments: Tensor | None  # (s)  rows whose segment ends
+    embedded: Tensor | None = None  # (b 1 dim)  positions, of a model that adds them to its tokens
 
     @staticmethod
     def of(cadence: Cadence, positions: Sequence[int], rotary: RotaryEmbedding | None, like: Tensor) -> TokenStep:
         """like: a parameter, for its device and dtype"""
         due, device = Due.of(cadence, positions), like.device
         numbers = torch.tensor([list(positions), due.slots, due.newest, due.waiting], device=device)
-        place, slots, newest, waiting = numbers.unbind(0)
-        read_turns = None
-        if cadence.is_segmented:  # S~ is a sequence by itself: [persistent | what was read | segment]
+        places, slots, newest, waiting = numbers.unbind(0)
+        place, read_turns = places, None
+        if cadence.has_context:  # S~ is a sequence by itself: [persistent | what was read | segment]
             place = slots + cadence.num_persistent
             read_turns = None if rotary is None else turns_of_rows(rotary, place, like)
             place = place + cadence.window
         return TokenStep(
             rows=torch.arange(len(positions), device=device),
+            places=places,
             slots=slots,
             waiting=waiting,
             hidden=hidden(cadence, newest),
@@ -102,7 +102,7 @@ def hidden(cadence: Cadence, newest: Tensor) -> Tensor:
     """What each row does not see: slots behind its newest.  newest: (b) -> (b 1 1 s)"""
     is_later = torch.arange(cadence.window, device=newest.device) > newest[:, None]
     persistent = is_later.new_zeros(len(newest), cadence.num_persistent)
-    parts = (is_later, persistent, is_later) if cadence.is_segmented else (persistent, is_later)
+    parts = (is_later, persistent, is_later) if cadence.has_context else (persistent, is_later)
     return torch.cat(parts, dim=1)[:, None, None]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from titans_pytorch.decoding.due import TokenStep
+from titans_pytorch.decoding.due import Cadence, TokenStep
 
 
 class RowModel(ABC):
@@ -18,6 +18,7 @@ class RowModel(ABC):
     first axis, whatever the row's position is. A step writes them in place.
     """
 
+    cadence: Cadence
     compiles = False  # whether steps are compiled
 
     @abstractmethod
@@ -31,6 +32,14 @@ class RowModel(ABC):
     @abstractmethod
     def leave(self, buffers: Any, row: int, position: int) -> Any:
         """The state of one row that has read so many tokens, as a copy."""
+
+    def prepared(self) -> RowModel:
+        """The model with what is the same for all tokens worked out, for as long as parameters do not change."""
+        return self
+
+    @abstractmethod
+    def read_between(self, buffers: Any, positions: Sequence[int]) -> None:
+        """Read what is no token of theirs and stands before the next token of some rows, which have read so many."""
 
     @abstractmethod
     def step(self, positions: Sequence[int]) -> TokenStep:

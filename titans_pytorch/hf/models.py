@@ -14,6 +14,8 @@ from titans_pytorch.hf.cache import Fed, TitansCache
 from titans_pytorch.hf.config import LibraryConfig, MACTransformerConfig, TitansModelConfig
 from titans_pytorch.hf.documents import marks_of_call
 from titans_pytorch.hf.pretrained_model import TitansPreTrainedModel
+from titans_pytorch.mac.by_rows import MACByRows
+from titans_pytorch.mac.by_rows import why_not_by_rows as why_not_layers_by_rows
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
 from titans_pytorch.ragged import read_without_state
 from titans_pytorch.titans.backbone import TitansBackbone
@@ -170,6 +172,10 @@ class MACTransformerModel(StreamingModel):
         hidden, state = transformer.hidden_of(x, state, call=call)
         outputs = transformer.norm(hidden)
         return torch.stack((*given, outputs) if notes_layers else (outputs,), dim=2), state
+
+    def by_rows(self) -> RowModel | None:
+        stack = self.transformer.stack
+        return None if why_not_layers_by_rows(stack.layers) else MACByRows(stack, self.embed_tokens, nn.Identity())
 
 
 def part(model: nn.Module, name: str) -> Any:

@@ -27,14 +27,17 @@ class LayerAhead(NamedTuple):
 NOTHING_AHEAD = LayerAhead()
 
 
+def connections_ahead(layer: Any) -> LayerAhead:
+    """The combined parameters of a layer."""
+    return LayerAhead(*(combined(getattr(layer, name)) for name in LayerAhead._fields[:3]))
+
+
 class Ahead:
     """Combined parameters and tables for one generation, while parameters do not change."""
 
     def __init__(self, layers: Iterable[Any], positions: AxialPositions) -> None:
         self.layers, self.positions = list(layers), positions
-        self.connections = [
-            LayerAhead(*(combined(getattr(layer, name)) for name in LayerAhead._fields[:3])) for layer in self.layers
-        ]
+        self.connections = [connections_ahead(layer) for layer in self.layers]
         self.first = self.stop = 0
         self.embedded: Tensor | None = None
         self.turns: list[Turns] = []

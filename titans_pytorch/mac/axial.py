@@ -33,6 +33,10 @@ class AxialPositions(nn.Module):
             return row_of + self.embed(1, columns)
         return row_of + self.embed(1, torch.arange(self.width, device=device))[columns]
 
+    def at(self, positions: Tensor) -> Tensor:
+        """The embedding of any positions.  (b) -> (b dim)"""
+        return self.embed(0, positions // self.width) + self.embed(1, positions % self.width)
+
     def factors(self, length: int) -> Factors:
         """Rows and columns for the first `length` positions.  -> (r dim), (width dim)"""
         device, num_rows = self.like.device, -(-length // self.width)

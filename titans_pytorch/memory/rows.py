@@ -113,6 +113,18 @@ def selected(state: Tree, rows: Chosen, batch: int) -> Tree:
     return map_rows(pick, state)
 
 
+def put(state: Tree, rows: Sequence[int], new: Tree, batch: int) -> None:
+    """Write other sequences in the place of those with these numbers, of the `batch` of a state."""
+
+    def write(axis: int, kept: Tensor, given: Tensor) -> Tensor:
+        axis %= kept.ndim
+        where = torch.tensor(rows, device=kept.device)
+        kept.unflatten(axis, (batch, -1)).index_copy_(axis, where, given.unflatten(axis, (len(rows), -1)))
+        return kept
+
+    map_rows(write, state, new)
+
+
 def check_joinable(kind: type[Tree], states: Sequence[Tree], num_seen: Callable[[Tree], int]) -> None:
     """States of one kind that have seen equally many tokens."""
     if not states:

@@ -55,6 +55,9 @@ class TitansByRows(RowModel):
         layers = (by_rows.leave(rows, row, position) for by_rows, rows in zip(self.mixers, buffers, strict=True))
         return TitansState(position, 1, tuple(layers))
 
+    def read_between(self, buffers: Buffers, positions: Sequence[int]) -> None:
+        """Nothing: persistent tokens stand before the first."""
+
     def step(self, positions: Sequence[int]) -> TokenStep:
         return TokenStep.of(self.cadence, positions, self.rotary, self.backbone.norm.weight)
 
@@ -72,7 +75,15 @@ def cadence_of(backbone: TitansBackbone) -> Cadence:
     """How a model cuts time."""
     config = backbone.config
     is_segmented = any(isinstance(block.mixer, MemoryAsContext) for block in blocks_of(backbone))
-    return Cadence(config.window, is_segmented, config.num_persistent, config.gate_chunk, config.memory_refresh)
+    return Cadence(
+        window=config.window,
+        is_segmented=is_segmented,
+        has_context=is_segmented,
+        num_persistent=config.num_persistent,
+        num_stored_before=0 if is_segmented else config.num_persistent,  # in segments attention alone sees them
+        chunk=config.gate_chunk,
+        refresh=config.memory_refresh,
+    )
 
 
 def blocks_of(backbone: TitansBackbone) -> list[TitansBlock]:

@@ -1,0 +1,72 @@
+"""What the transformer is between embedded tokens and logits: long-term tokens, positions, and layer after layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from titans_pytorch.layers.calling import Call, plainly
+from titans_pytorch.mac.ahead import NOTHING_AHEAD, Ahead
+from titans_pytorch.mac.axial import AxialPositions, Factors
+from titans_pytorch.mac.cache import LayerCache, MACCache
+from titans_pytorch.mac.layer import Passed
+from titans_pytorch.mac.lengthened import Lengthened
+from titans_pytorch.mac.residual_streams import expand
+
+
+class Stack(NamedTuple):
+    """The parts of a transformer that every way to read tokens goes through."""
+
+    lengthened: Lengthened
+    longterm: Tensor  # (m dim)  tokens that are inserted
+    positions: AxialPositions
+    expand_streams: nn.Module
+    layers: Sequence[Any]  # MACLayer
+    norm: nn.Module
+
+    def read(self, x: Tensor, state: MACCache | None, **how: Any) -> tuple[Tensor, MACCache]:
+        """The next tokens of a sequence, embedded.  x: (b n dim) -> same, before the norm, and the state after them
+
+        how: as of `through_layers`
+        """
+        num_before, count = 0 if state is None else state.num_tokens, x.shape[1]
+        x = self.lengthened.insert(x, self.longterm, num_before)
+        befores = [None] * len(self.layers) if state is None else state.layers(self.have_memory)
+        hidden, kept = self.through_layers(x, self.lengthened.length(num_before), befores, **how)
+        return self.lengthened.drop(hidden, num_before, count), MACCache.of(num_before + count, kept)
+
+    def through_layers(
+        self,
+        x: Tensor,
+        place: int,
+        befores: Sequence[LayerCache | None],
+        *,
+        disable_flex_attn: bool = False,
+        factors: Factors | None = None,
+        ahead: Ahead | None = None,
+        call: Call = plainly,
+    ) -> tuple[Tensor, list[LayerCache]]:
+        """Tokens as they lie in the lengthened sequence.  x: (b n' dim) -> same, and what layers keep of them
+
+        place: of the first of them; befores: what layers kept of the tokens before; factors: of positions, computed
+        before; ahead: what was worked out before for all tokens that follow; call: how a layer is called
+        """
+        of_layers = [NOTHING_AHEAD] * len(self.layers)
+        if ahead is None:
+            embedded = self.positions(place, x.shape[1], factors)
+        else:
+            embedded, of_layers = ahead.at(place, x.shape[1])
+        streams = expand(self.expand_streams, x + embedded)
+        passed = Passed(seen=() if any(layer.view_selector is not None for layer in self.layers) else None)
+        kept: list[LayerCache] = []
+        for layer, before, part in zip(self.layers, befores, of_layers, strict=True):
+            streams, passed, after = call(layer, streams, passed, before, disable_flex_attn, part)
+            kept.append(after if after.memory is None else after._replace(memory=after.memory.at_rest()))
+        return streams.sum(dim=2), kept
+
+    @property
+    def have_memory(self) -> list[bool]:
+        """Which layers have a memory."""
+        return [layer.memory is not None for layer in self.layers]
