@@ -12,8 +12,10 @@ from titans_pytorch import audit
 from titans_pytorch.attention.flex import create_mac_block_mask
 from titans_pytorch.attention.key_values import KeyValues
 from titans_pytorch.attention.masks import KeptMasks, may_attend
+from titans_pytorch.attention.rotary import RotaryEmbedding, turned
 from titans_pytorch.attention.segmented import SegmentedAttention
-from titans_pytorch.attention.windowed import attend
+from titans_pytorch.attention.windowed import Windows, attend, attend_in_windows
+from titans_pytorch.titans.attention import attend_sliding, with_unplaced
 
 DIM, HEADS = 8, 2
 KINDS = [
@@ -116,6 +118,32 @@ def test_one_token_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patcher:
             patcher.setattr("titans_pytorch.attention.windowed.window_mask", refused)
             attention(torch.randn(1, 1, DIM, dtype=torch.float64), cache=cache)
+
+
+@pytest.mark.parametrize("num_before, count", [(0, 1), (0, 13), (3, 1), (3, 2), (2, 11)])
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_prefix_without_a_position_is_compared_apart_or_by_wider_keys(
+    window: int, num_before: int, count: int
+) -> None:
+    """As on a CPU, and as on other devices: answers and gradients."""
+    torch.manual_seed(0)
+    num_before = min(num_before, window - 1)
+
+    def randn(batch: int, tokens: int) -> Tensor:
+        return torch.randn(batch, 2, tokens, 6, dtype=torch.float64, requires_grad=True)
+
+    q, keys, prefix = randn(2, count), [randn(2, num_before + count) for _ in range(2)], [randn(1, 3) for _ in range(2)]
+    tokens, shared = KeyValues(*keys), KeyValues(*prefix)
+    turns = RotaryEmbedding(6).turns(num_before, count, q)
+    apart = attend_sliding(q, turns, tokens, shared, window)
+    wide = attend_in_windows(
+        *with_unplaced(turned(q, *turns), q, tokens, shared), Windows(window, lookback=window - 1), scale=6**-0.5
+    )
+    assert_close(apart, wide)
+    weights, inputs = torch.randn_like(apart), (q, *keys, *prefix)
+    assert_close(
+        torch.autograd.grad((apart * weights).sum(), inputs), torch.autograd.grad((wide * weights).sum(), inputs)
+    )
 
 
 def test_masks_are_kept_up_to_a_number_of_bytes() -> None:

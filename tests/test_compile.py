@@ -82,7 +82,7 @@ class TestStep:
 
     @pytest.fixture(autouse=True)
     def plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(compiled, "compiled_step", lambda: renewal)
+        monkeypatch.setattr(compiled, "compiled_step", lambda device: renewal)
 
     @pytest.mark.parametrize("pieces", PIECES)
     @pytest.mark.parametrize("name", MEMORIES)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from titans_pytorch.attention.key_values import KeyValues, joined
 from titans_pytorch.attention.masks import window_mask
+from titans_pytorch.fast_weights.precision import at_least_float32
 
 
 class Windows(NamedTuple):
@@ -48,6 +49,20 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
+def attend_apart(
+    q: Tensor, unplaced: Tensor, tokens: KeyValues, prefix: KeyValues, mask: Tensor | None, *, scale: float
+) -> Tensor:
+    """`attend` where tokens are compared with q, and a prefix with other queries, without wider queries and keys.
+
+    q, unplaced: (b h i d), tokens: (b h t d), prefix: (b h p d), mask: (i p+t) of who sees whom, None: all -> (b h i d)
+    """
+    scores = torch.cat((unplaced @ prefix.keys.mT, q @ tokens.keys.mT), dim=-1)
+    scores = scores.to(at_least_float32(scores.dtype)) * scale
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    of_prefix, of_tokens = scores.softmax(dim=-1).to(tokens.values.dtype).split((prefix.length, tokens.length), dim=-1)
+    return of_tokens @ tokens.values + of_prefix @ prefix.values
+
+
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every query sees all keys up to its own; queries are the last of the tokens that keys belong to.
 
@@ -69,6 +84,7 @@ def attend_in_windows(
     *,
     scale: float | None = None,
     dropout: float = 0.0,
+    unplaced: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last n of the tokens to the prefix, which all see, and to the windows before them.
 
@@ -76,30 +92,44 @@ def attend_in_windows(
     before it as its queries see.
 
     q: (b h n d), tokens: (b h t d), which begin where a window does or hold what the first query sees;
-    prefix: (b or 1, h p d) -> (b h n e)
+    prefix: (b or 1, h p d); unplaced: (b h n d), with which the prefix is compared instead, at the usual scale
+    and without dropout
+    -> (b h n e)
     """
     batch, count, num_before = q.shape[0], q.shape[2], tokens.length - q.shape[2]
 
-    def attended(queries: Tensor, tokens: KeyValues, num_windows: int) -> Tensor:
-        seen = tokens if prefix is None else joined(for_each_window(prefix, batch, num_windows), tokens)
-        mask = windows.mask(queries.shape[2], tokens.length, seen.length - tokens.length, queries.device)
-        return attend(queries, *seen, mask, scale=scale, dropout=dropout)
+    def attended(tokens: KeyValues, num_windows: int, queries: Tensor, unplaced: Tensor | None = None) -> Tensor:
+        before = None if prefix is None else for_each_window(prefix, batch, num_windows)
+        num_prefix = 0 if before is None else before.length
+        mask = windows.mask(queries.shape[2], tokens.length, num_prefix, queries.device)
+        if before is not None and unplaced is not None:
+            return attend_apart(queries, unplaced, tokens, before, mask, scale=q.shape[-1] ** -0.5)
+        return attend(queries, *joined(before, tokens), mask, scale=scale, dropout=dropout)
 
+    asking = [q] if unplaced is None else [q, unplaced]
     num_first = windows.num_first(count, num_before)
     stop = num_before + num_first
-    first = attended(q[:, :, :num_first], tokens.at(0, stop), 1)
+    first = attended(tokens.at(0, stop), 1, *(x[:, :, :num_first] for x in asking))
     if num_first == count:
         return first
 
     length, rest, lookback = windows.length, count - num_first, windows.num_kept
     padding = (0, 0, 0, -rest % length)
 
-    def overlapping(x: Tensor) -> Tensor:
-        stretches = F.pad(x[:, :, stop - lookback :], padding).unfold(2, lookback + length, length)
-        return rearrange(stretches, "b h w d j -> (b w) h j d")
+    def apart(x: Tensor) -> Tensor:
+        """(b h w·i d) -> (b w h i d)"""
+        return x.unflatten(2, (-1, length)).transpose(1, 2)
 
-    queries = rearrange(F.pad(q[:, :, num_first:], padding), "b h (w i) d -> (b w) h i d", i=length)
-    later = attended(queries, tokens.map(overlapping), queries.shape[0] // batch)
+    def overlapping(x: Tensor) -> Tensor:
+        stretch = F.pad(x[:, :, stop - lookback :], padding)
+        own = apart(stretch[:, :, lookback:])
+        if lookback > 0:
+            before = apart(stretch[:, :, : stretch.shape[2] - lookback])[:, :, :, :lookback]
+            own = torch.cat((before, own), dim=3)
+        return own.flatten(0, 1)
+
+    later_asking = [apart(F.pad(x[:, :, num_first:], padding)).flatten(0, 1) for x in asking]
+    later = attended(tokens.map(overlapping), len(later_asking[0]) // batch, *later_asking)
     return torch.cat((first, rearrange(later, "(b w) h i d -> b h (w i) d", b=batch)[:, :, :rest]), dim=2)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from titans_pytorch.decoding.due import TokenStep
 from titans_pytorch.decoding.row_model import RowModel
+from titans_pytorch.fast_weights.loop.compiled import HOW
 
 MAX_GRAPHS = 64
 """Models and numbers of rows that one process may compile graphs for; torch gives up after 8 of a function"""
@@ -28,9 +29,9 @@ def logits_of(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep) -> Te
 
 
 @cache
-def compiled_step() -> Callable[..., Tensor]:
-    """`logits_of`, compiled where it is first called."""
-    return torch.compile(logits_of, fullgraph=True)
+def compiled_step(device: str) -> Callable[..., Tensor]:
+    """`logits_of` on this kind of device, compiled where it is first called."""
+    return torch.compile(logits_of, fullgraph=True, options=HOW.get(device))
 
 
 def compiled_logits(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep) -> Tensor:
@@ -38,7 +39,7 @@ def compiled_logits(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep)
     if step.chunks is not None and model.cadence.chunk > LONG_CHUNK:
         return model.logits(ids, buffers, step)
     with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
-        return compiled_step()(model, ids, buffers, of_few_forms(step))
+        return compiled_step(ids.device.type)(model, ids, buffers, of_few_forms(step))
 
 
 def of_few_forms(step: TokenStep) -> TokenStep:

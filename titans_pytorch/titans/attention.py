@@ -58,7 +58,10 @@ def attend_sliding(q: Tensor, turns: Turns, tokens: KeyValues, prefix: KeyValues
 
     q: (b h n d), not turned, of the last n of the tokens, before which are at most window - 1 others -> (b h n d)
     """
-    scale, placed = q.shape[-1] ** -0.5, turned(q, *turns)
-    if prefix is not None:
-        placed, tokens, prefix = with_unplaced(placed, q, tokens, prefix)
-    return attend_in_windows(placed, tokens, prefix, Windows(window, lookback=window - 1), scale=scale)
+    placed, windows = turned(q, *turns), Windows(window, lookback=window - 1)
+    if prefix is None:
+        return attend_in_windows(placed, tokens, prefix, windows)
+    if q.is_cpu:  # which has no kernel for values of another width, and pays for every zero
+        return attend_in_windows(placed, tokens, prefix, windows, unplaced=q)
+    wide, tokens, prefix = with_unplaced(placed, q, tokens, prefix)
+    return attend_in_windows(wide, tokens, prefix, windows, scale=q.shape[-1] ** -0.5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,14 @@ from titans_pytorch.memory_models import NORM_GAIN
 MAX_GRAPHS = 64
 """Forms of a step, and shapes of its tensors, that one process may compile; torch gives up after 8 of a function"""
 
+HOW: dict[str, dict[str, Any]] = {"cpu": {"cpp_wrapper": True}}
+"""Options of inductor by kind of device: what calls the kernels is no Python either, where calling takes a share"""
+
 
 @cache
-def compiled_step() -> Callable[..., Stepped]:
-    """`step.renewal`, compiled where it is first called."""
-    return torch.compile(renewal, fullgraph=True, dynamic=False)
+def compiled_step(device: str) -> Callable[..., Stepped]:
+    """`step.renewal` on this kind of device, compiled where it is first called."""
+    return torch.compile(renewal, fullgraph=True, dynamic=False, options=HOW.get(device))
 
 
 def compiled_renewals(shape: Shape, inputs: Inputs) -> Results:
@@ -35,10 +39,11 @@ def compiled_renewals(shape: Shape, inputs: Inputs) -> Results:
         return renewals(shape, inputs)
     steps: list[Stepped] = []
     with full_precision(inputs.tokens.keys), torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
-        first = slots = first_slots(shape, inputs)
+        step, first = compiled_step(inputs.tokens.keys.device.type), first_slots(shape, inputs)
+        slots = first
         base = first_base(shape, inputs)
         for n, given in enumerate(given_of_renewals(shape, inputs)):
-            steps.append(compiled_step()(form_of(shape, n), given, base, slots))
+            steps.append(step(form_of(shape, n), given, base, slots))
             slots, base = steps[-1].slots, None
         return results_of(shape, first, steps)
 
