@@ -146,6 +146,25 @@ def test_a_prefix_without_a_position_is_compared_apart_or_by_wider_keys(
     )
 
 
+def test_a_window_that_was_kept_in_half_precision_goes_on() -> None:
+    """As after a piece that was read under autocast; and half precision is as near as it can be."""
+    torch.manual_seed(0)
+    q, tokens, prefix = (
+        torch.randn(2, 2, 9, 8),
+        KeyValues(*torch.randn(2, 2, 2, 9, 8)),
+        KeyValues(*torch.randn(2, 1, 2, 3, 8)),
+    )
+    turns = RotaryEmbedding(8).turns(0, 9, q)
+    expected = attend_sliding(q, turns, tokens, prefix, 4)
+    mixed = attend_sliding(q, turns, tokens, prefix.map(Tensor.bfloat16), 4)
+    assert mixed.dtype == torch.float32
+    halves = attend_sliding(q.bfloat16(), turns, tokens.map(Tensor.bfloat16), prefix.map(Tensor.bfloat16), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = attend_sliding(q, turns, tokens, prefix, 4)
+    for found, share in ((mixed, 0.02), (halves, 0.02), (under_autocast, 0.02)):
+        assert (found.float() - expected).square().mean().sqrt() < share * expected.square().mean().sqrt()
+
+
 def test_masks_are_kept_up_to_a_number_of_bytes() -> None:
     masks, built = KeptMasks(max_bytes=100), []
 

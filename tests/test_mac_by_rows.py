@@ -92,15 +92,59 @@ def test_conversations_with_the_transformer_are_each_as_alone(name: str) -> None
 
 @torch.no_grad()
 def test_a_pool_goes_on_with_parameters_as_they_are_now() -> None:
-    model = build(num_longterm_mem_tokens=1)
+    """Persistent and long-term tokens, positions and connections among them; and with parts that are new."""
+    model = build(num_longterm_mem_tokens=1, num_persist_mem_tokens=2)
     talk = Talk(model)
     talk.say({talk.open(): length for length in LENGTHS})
     talk.say(dict.fromkeys(talk.texts, 1))
-    state, ids = talk.pool.state(1), torch.tensor([3])
-    connection: Any = model.layers[0]
-    connection.attention_connection.static_alpha.add_(0.3)
-    found = talk.pool.advance(dict.fromkeys(talk.texts, ids))[1]
-    assert_close(found, model.logits_and_state(ids[None], state)[0][0, -1], **EXACT)
+    states, ids = {each: talk.pool.state(each) for each in talk.texts}, torch.tensor([3])
+    for parameter in model.parameters():
+        parameter.add_(0.1)
+    model.norm = nn.RMSNorm(8).double()
+    for _ in range(4):  # over the beginning of a segment
+        found = talk.pool.advance(dict.fromkeys(talk.texts, ids))
+        for each in talk.texts:
+            expected, states[each] = model.logits_and_state(ids[None], states[each])
+            assert_close(found[each], expected[0, -1], **EXACT)
+
+
+@torch.no_grad()
+def test_rows_of_half_precision_and_of_inference_mode_go_on() -> None:
+    model, texts = build(**CASES["long-term and persistent tokens"]).bfloat16(), texts_of(6)
+    with torch.inference_mode():
+        rows, expected = rows_of(model, texts), alone(model, texts)
+        found = [run(rows, texts, 1)]
+    moved = [torch.cat((text[:, 1:], text[:, :1]), dim=1) for text in texts]  # as one token of each has been read
+    found.append(run(rows, moved, 4))
+    assert found[0].dtype == torch.bfloat16
+    assert_close(torch.cat(found, dim=1), expected[:, :5], rtol=0.1, atol=0.2)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
+    model, text = build(num_longterm_mem_tokens=1), texts_of(0)[1]
+    _, one = model.logits_and_state(text[:, :5])
+    _, other = build(num_longterm_mem_tokens=1, neural_memory_layers=(2,)).logits_and_state(text[:, :5])
+    how: dict[str, Any] = dict(temperature=0, show_progress=False, use_cache=True, compile=True)
+    with pytest.raises(ValueError, match="cache must be of this model's 3 layers, 3 of them with a memory, got"):
+        model.sample(text[:, :1], 3, cache=other, **how)
+    with pytest.raises(ValueError, match="must"):
+        model.sample(text[:, :1].repeat(2, 1), 3, cache=one, **how)
+
+
+def test_a_layer_in_a_wrapper_trains() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *arguments: Any) -> Any:
+            return self.layer(*arguments)
+
+    model, ids = build(), texts_of(0)[1]
+    expected = model.loss(ids)
+    model.layers[1] = Wrapped(model.layers[1])
+    assert_close(model.loss(ids), expected)
 
 
 @pytest.mark.parametrize("name", ["long-term and persistent tokens", "short chunks", "sliding"])
@@ -117,7 +161,10 @@ def test_padded_prompts_of_the_transformer_are_sampled_as_one_batch(name: str) -
 # ---- compiled steps
 
 
-@pytest.mark.parametrize("name, num_graphs", [("long-term and persistent tokens", 1), ("short chunks", 2)])
+@pytest.mark.parametrize(
+    "name, num_graphs",
+    [("long-term and persistent tokens", 1), ("short chunks", 2), ("no memory", 1), ("sliding, long chunks", 2)],
+)
 def test_steps_of_the_transformer_are_captured_once(name: str, num_graphs: int, graphs: Callable[[], int]) -> None:
     """Where chunks are windows they end with a long-term token, which no step reads."""
     model, prompt = build(**CASES[name]), texts_of(0)[1][:, :5].repeat(3, 1)
@@ -129,10 +176,20 @@ def test_steps_of_the_transformer_are_captured_once(name: str, num_graphs: int, 
     assert graphs() == num_graphs
 
 
+def test_a_pool_of_captured_steps_is_as_alone(graphs: Callable[[], int]) -> None:
+    """Of rows of which some begin a segment where others do not."""
+    talk = Talk(build(**CASES["long-term and persistent tokens"]), compile=True)
+    talk.say({talk.open(): length for length in LENGTHS})
+    for _ in range(7):
+        talk.say(dict.fromkeys(talk.texts, 1))
+    assert graphs() == 1
+    talk.check()
+
+
 def test_the_end_of_a_long_chunk_is_not_compiled(graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
     from titans_pytorch.decoding import compiled
 
-    monkeypatch.setattr(compiled, "LONG_CHUNK", 2)
+    monkeypatch.setattr(compiled, "RARE", 2)
     model, prompt = build(), texts_of(0)[1][:, :5]
     how: dict[str, Any] = dict(temperature=0, use_cache=True, show_progress=False)
     assert torch.equal(model.sample(prompt, 15, compile=True, **how), model.sample(prompt, 15, **how))
@@ -168,6 +225,10 @@ def test_a_sentence_says_why_a_transformer_goes_by_groups() -> None:
     handle = layer.register_forward_hook(lambda *_: None)
     assert model.why_by_groups == begins + "has hooks around its layers, which would not be called"
     handle.remove()
+    positions = model.axial_pos_emb
+    model.axial_pos_emb = nn.Identity()  # type: ignore[assignment]
+    assert model.why_by_groups == begins + "embeds positions in a way of its own"
+    model.axial_pos_emb = positions
     layer.attention.scale = 0.5
     assert model.why_by_groups == begins + "has attention of another kind"
     layer.attention.scale = None
@@ -206,11 +267,13 @@ MUTANTS: dict[str, Patch] = {
     ),
     "long-term tokens go to other rows": lambda patcher: patcher.setattr(
         by_rows_file,
-        "put",
-        lambda kept, rows, new, batch, put=by_rows_file.put: put(kept, [(r + 1) % batch for r in rows], new, batch),
+        "write_rows",
+        lambda kept, rows, new, batch, write=by_rows_file.write_rows: write(
+            kept, [(row + 1) % batch for row in rows], new, batch
+        ),
     ),
     "positions are embedded as those of the first row": step_becomes(
-        lambda step: step._replace(places=step.places[:1].expand_as(step.places))
+        lambda step: step._replace(positions=step.positions[:1].expand_as(step.positions))
     ),
     "windows show what is not there": step_becomes(lambda step: step._replace(hidden=torch.zeros_like(step.hidden))),
     "values of the first attention are not mixed in": wraps(

@@ -264,10 +264,15 @@ class CausalLM(nn.Module, Generic[State]):
         """What decodes rows at positions of their own as one batch; None: `why_by_groups` says why not."""
         return None
 
+    def why_not_by_rows(self) -> str:
+        """What keeps the model from decoding by rows, as the end of a sentence; empty: nothing does."""
+        return "has no way to decode rows"
+
     @property
     def why_by_groups(self) -> str:
         """Why rows at positions of their own are decoded group by group, in a sentence; empty: they are one batch."""
-        return f"rows are decoded by groups of equal length, as {type(self).__name__} has no way to decode rows"
+        why = self.why_not_by_rows()
+        return f"rows are decoded by groups of equal length, as {type(self).__name__} {why}" if why else ""
 
     def reader(self, state: State | None, num_tokens: int | None) -> Callable[..., tuple[Tensor, State]]:
         """`hidden_states`, with what can be computed once for the tokens that follow; None: not known how many."""
@@ -327,7 +332,7 @@ class Decoder(Generic[State]):
 
     def __call__(self, ids: Tensor) -> Tensor:
         if self.uses_state and self.mask is None and ids.shape[1] == 1:
-            self.go_by_rows()
+            self.go_by_rows(len(ids))
         if self.batch is not None:
             return self.batch.run(ids[:, 0])
         if self.uses_state:
@@ -343,13 +348,14 @@ class Decoder(Generic[State]):
             hidden, _ = self.hidden(self.read, self.mask)
         return self.logits(hidden[:, -1])
 
-    def go_by_rows(self) -> None:
-        """Rows at positions of their own become one batch, if the model can decode that."""
+    def go_by_rows(self, num_rows: int) -> None:
+        """So many rows at positions of their own become one batch, if the model can decode that."""
         state, model = self.state, self.by_rows
         if model is None or state is None or not (model.compiles or isinstance(state, RaggedState)):
             return
         groups = groups_of(state)
-        if all(model.fits(group.state) for group in groups):
+        is_whole = sum(len(group.rows) for group in groups) == num_rows  # else it is refused where states are read
+        if is_whole and all(model.fits(group.state) for group in groups):
             self.batch, self.state = RowBatch.of_groups(model.prepared(), groups), None
 
     def hidden(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:

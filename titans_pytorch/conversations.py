@@ -236,11 +236,13 @@ class ConversationPool:
             if isinstance(first, LiveRow):
                 is_whole = rows == list(range(first.batch.batch))
                 if is_whole and len(rows) == len(order):
+                    first.batch.model = model  # as it is now
                     return first.batch, order
                 batches.append(first.batch if is_whole else first.batch.select(rows))
             else:
                 batches.append(RowBatch.of(model, [first.state.select(rows)]))
         batch = batches[0] if len(batches) == 1 else RowBatch.join(batches)
+        batch.model = model
         self.points |= {each: LiveRow(batch, row) for row, each in enumerate(order)}
         return batch, order
 

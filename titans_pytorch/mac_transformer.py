@@ -19,7 +19,7 @@ from titans_pytorch.decoding import RowModel
 from titans_pytorch.layers.calling import Call, plainly
 from titans_pytorch.mac.ahead import Ahead
 from titans_pytorch.mac.axial import AxialPositions, Factors
-from titans_pytorch.mac.by_rows import MACByRows, why_not_by_rows
+from titans_pytorch.mac.by_rows import MACByRows, why_not_stack_by_rows
 from titans_pytorch.mac.cache import MACCache
 from titans_pytorch.mac.config import MACConfig
 from titans_pytorch.mac.layer import MACLayer
@@ -298,7 +298,7 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         between them, and what the layer hands on
         """
         if state is not None:
-            self.check_cache(state, x.shape[0])
+            self.stack.check_cache(state, x.shape[0])
         return self.stack.read(
             x, state, disable_flex_attn=disable_flex_attn, factors=factorized_pos_emb, ahead=ahead, call=call
         )
@@ -307,19 +307,24 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
     def stack(self) -> Stack:
         """What every way to read tokens goes through."""
         layers = cast(Sequence[MACLayer], self.layers)
-        return Stack(self.lengthened, self.longterm_mems, self.axial_pos_emb, self.expand_streams, layers, self.norm)
+        return Stack(
+            self.lengthened,
+            self.longterm_mems,
+            self.axial_pos_emb,
+            self.expand_streams,
+            layers,
+            self.norm,
+            gives_views=self.config.neural_memory_qkv_receives_diff_views,
+        )
 
     def by_rows(self, compiles: bool = False) -> RowModel | None:
         """What decodes rows at positions of their own as one batch; None: `why_by_groups` says why not."""
         return None if self.why_by_groups else MACByRows(self.stack, self.token_emb, self.to_logits, compiles)
 
-    @property
-    def why_by_groups(self) -> str:
-        """Why rows at positions of their own are decoded group by group, in a sentence; empty: they are one batch."""
+    def why_not_by_rows(self) -> str:
         ours, own = MemoryAsContextTransformer, ("hidden_states", "hidden_of", "logits")
         is_own = all(getattr(type(self), name) is getattr(ours, name) for name in own)
-        why = why_not_by_rows(self.layers) if is_own else "reads tokens in a way of its own"
-        return f"rows are decoded by groups of equal length, as {type(self).__name__} {why}" if why else ""
+        return why_not_stack_by_rows(self.stack) if is_own else "reads tokens in a way of its own"
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(... dim), before the last norm -> (... num_tokens)"""
@@ -390,21 +395,3 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
         """Refuse what are not ids of this vocabulary; an embedding of the user's knows itself what it takes."""
         in_range = None if self.has_own_embedding else self.num_tokens
         tensor_checks.check_ids(name, ids, in_range, at_least)
-
-    def check_cache(self, cache: MACCache, batch: int) -> None:
-        """Refuse a cache of another model or another number of sequences."""
-        if not isinstance(cache, MACCache):
-            raise TypeError(f"cache must be a MACCache, got {type(cache).__name__}")
-        wanted = (len(self.layers), sum(self.have_memory))
-        if (got := (len(cache.windows), len(cache.memories))) != wanted:
-            raise ValueError(
-                f"cache must be of this model's {wanted[0]} layers, {wanted[1]} of them with a memory, got one of "
-                f"{got[0]} layers, {got[1]} with a memory"
-            )
-        tensor_checks.check_batch("cache", cache.batch, batch)
-        position = self.lengthened.length(cache.num_tokens)
-        for number, window in enumerate(cache.windows, start=1):
-            if window.num_seen != position:
-                raise ValueError(
-                    f"cache must be of this model at position {position}, layer {number} is at {window.num_seen}"
-                )

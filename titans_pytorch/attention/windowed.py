@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from titans_pytorch.attention.key_values import KeyValues, joined
 from titans_pytorch.attention.masks import window_mask
-from titans_pytorch.fast_weights.precision import at_least_float32
+from titans_pytorch.fast_weights.precision import at_least_float32, full_precision
 
 
 class Windows(NamedTuple):
@@ -50,17 +50,28 @@ def attend(
 
 
 def attend_apart(
-    q: Tensor, unplaced: Tensor, tokens: KeyValues, prefix: KeyValues, mask: Tensor | None, *, scale: float
+    q: Tensor,
+    unplaced: Tensor,
+    tokens: KeyValues,
+    prefix: KeyValues,
+    mask: Tensor | None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """`attend` where tokens are compared with q, and a prefix with other queries, without wider queries and keys.
 
+    All in at least float32, as `attend` does it on a CPU.
     q, unplaced: (b h i d), tokens: (b h t d), prefix: (b h p d), mask: (i p+t) of who sees whom, None: all -> (b h i d)
     """
-    scores = torch.cat((unplaced @ prefix.keys.mT, q @ tokens.keys.mT), dim=-1)
-    scores = scores.to(at_least_float32(scores.dtype)) * scale
-    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-    of_prefix, of_tokens = scores.softmax(dim=-1).to(tokens.values.dtype).split((prefix.length, tokens.length), dim=-1)
-    return of_tokens @ tokens.values + of_prefix @ prefix.values
+    dtype, scale = at_least_float32(q.dtype), q.shape[-1] ** -0.5 if scale is None else scale
+    with full_precision(q):
+        before, near = (each.map(lambda x: x.to(dtype)) for each in (prefix, tokens))
+        scores = torch.cat((unplaced.to(dtype) @ before.keys.mT, q.to(dtype) @ near.keys.mT), dim=-1) * scale
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        weights = F.dropout(scores.softmax(dim=-1), dropout) if dropout else scores.softmax(dim=-1)
+        of_before, of_near = weights.split((before.length, near.length), dim=-1)
+        return (of_near @ near.values + of_before @ before.values).to(q.dtype)
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -92,9 +103,7 @@ def attend_in_windows(
     before it as its queries see.
 
     q: (b h n d), tokens: (b h t d), which begin where a window does or hold what the first query sees;
-    prefix: (b or 1, h p d); unplaced: (b h n d), with which the prefix is compared instead, at the usual scale
-    and without dropout
-    -> (b h n e)
+    prefix: (b or 1, h p d); unplaced: (b h n d), with which the prefix is compared instead -> (b h n e)
     """
     batch, count, num_before = q.shape[0], q.shape[2], tokens.length - q.shape[2]
 
@@ -103,7 +112,7 @@ def attend_in_windows(
         num_prefix = 0 if before is None else before.length
         mask = windows.mask(queries.shape[2], tokens.length, num_prefix, queries.device)
         if before is not None and unplaced is not None:
-            return attend_apart(queries, unplaced, tokens, before, mask, scale=q.shape[-1] ** -0.5)
+            return attend_apart(queries, unplaced, tokens, before, mask, scale=scale, dropout=dropout)
         return attend(queries, *joined(before, tokens), mask, scale=scale, dropout=dropout)
 
     asking = [q] if unplaced is None else [q, unplaced]
@@ -116,19 +125,19 @@ def attend_in_windows(
     length, rest, lookback = windows.length, count - num_first, windows.num_kept
     padding = (0, 0, 0, -rest % length)
 
-    def apart(x: Tensor) -> Tensor:
+    def by_window(x: Tensor) -> Tensor:
         """(b h w·i d) -> (b w h i d)"""
         return x.unflatten(2, (-1, length)).transpose(1, 2)
 
     def overlapping(x: Tensor) -> Tensor:
         stretch = F.pad(x[:, :, stop - lookback :], padding)
-        own = apart(stretch[:, :, lookback:])
+        own = by_window(stretch[:, :, lookback:])
         if lookback > 0:
-            before = apart(stretch[:, :, : stretch.shape[2] - lookback])[:, :, :, :lookback]
+            before = by_window(stretch[:, :, : stretch.shape[2] - lookback])[:, :, :, :lookback]
             own = torch.cat((before, own), dim=3)
         return own.flatten(0, 1)
 
-    later_asking = [apart(F.pad(x[:, :, num_first:], padding)).flatten(0, 1) for x in asking]
+    later_asking = [by_window(F.pad(x[:, :, num_first:], padding)).flatten(0, 1) for x in asking]
     later = attended(tokens.map(overlapping), len(later_asking[0]) // batch, *later_asking)
     return torch.cat((first, rearrange(later, "(b w) h i d -> b h (w i) d", b=batch)[:, :, :rest]), dim=2)
 

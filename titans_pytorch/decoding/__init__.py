@@ -6,6 +6,6 @@ renewed. They are tensors of a step (`due`), which a function of tensors alone t
 
 from titans_pytorch.decoding.batch import RowBatch
 from titans_pytorch.decoding.due import Cadence, Due, TokenStep
-from titans_pytorch.decoding.row_model import RowModel
+from titans_pytorch.decoding.row_model import RowModel, have_hooks
 
-__all__ = ["Cadence", "Due", "RowBatch", "RowModel", "TokenStep"]
+__all__ = ["Cadence", "Due", "RowBatch", "RowModel", "TokenStep", "have_hooks"]

@@ -1,6 +1,7 @@
 """A step of rows under `torch.compile`: one graph where nobody's chunk ends and one where some do, at any positions.
 
-The same graphs serve every token, every state and models of one shape; with segments and a memory there are two more.
+The same graphs serve every token, every state and models of one shape; for `TitansMAC`, whose memories are asked before
+segments, there are two more. Where the ends of chunks are rare, the step that stores them has none.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from titans_pytorch.decoding.due import TokenStep
 from titans_pytorch.decoding.row_model import RowModel
-from titans_pytorch.fast_weights.loop.compiled import HOW
+from titans_pytorch.inductor import OPTIONS
 
 MAX_GRAPHS = 64
 """Models and numbers of rows that one process may compile graphs for; torch gives up after 8 of a function"""
 
-LONG_CHUNK = 32
-"""Tokens from which on a chunk's end is so rare that compiling the step that stores it, in most of a minute, is lost"""
+RARE = 32
+"""Steps to one that stores a chunk, beyond which that one is not compiled, which would take half a minute: a guess"""
 
 
 def logits_of(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep) -> Tensor:
@@ -31,12 +32,12 @@ def logits_of(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep) -> Te
 @cache
 def compiled_step(device: str) -> Callable[..., Tensor]:
     """`logits_of` on this kind of device, compiled where it is first called."""
-    return torch.compile(logits_of, fullgraph=True, options=HOW.get(device))
+    return torch.compile(logits_of, fullgraph=True, options=OPTIONS.get(device))
 
 
 def compiled_logits(model: RowModel, ids: Tensor, buffers: Any, step: TokenStep) -> Tensor:
-    """`RowModel.logits` by a graph; where a long chunk ends, without one."""
-    if step.chunks is not None and model.cadence.chunk > LONG_CHUNK:
+    """`RowModel.logits` by a graph; where a chunk ends, which is rare in long chunks of few rows, without one."""
+    if step.chunks is not None and (model.cadence.chunk or 0) > RARE * len(ids):
         return model.logits(ids, buffers, step)
     with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
         return compiled_step(ids.device.type)(model, ids, buffers, of_few_forms(step))

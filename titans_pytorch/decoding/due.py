@@ -1,4 +1,7 @@
-"""What is due at the next token of every row: whose chunk or segment ends, whose base is renewed, where each writes."""
+"""What is due at the next token of every row: whose chunk or segment ends, whose base is renewed, where each writes.
+
+Positions count all that layers are given: where long-term tokens are inserted between those of a text, these as well.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class Cadence(NamedTuple):
     has_context: bool  # a segment is a sequence by itself, [what was read for it | persistent tokens | its tokens]
     num_persistent: int  # tokens that attention sees
     num_stored_before: int  # tokens that the memory has stored before the first
-    chunk: int  # of the memory
+    chunk: int | None  # of the memory; None: there is none
     refresh: int | None  # after which its base is renewed
 
     def num_visible(self, position: int) -> int:
@@ -46,12 +49,13 @@ class Due(NamedTuple):
         """positions: how many tokens each row has read"""
         slots = [position % cadence.window for position in positions]
         seen = [position + cadence.num_stored_before for position in positions]
-        chunks = [row for row, count in enumerate(seen) if (count + 1) % cadence.chunk == 0]
+        chunk = cadence.chunk
+        chunks = [] if chunk is None else [row for row, count in enumerate(seen) if (count + 1) % chunk == 0]
         is_last = [cadence.is_segmented and slot == cadence.window - 1 for slot in slots]
         return Due(
             slots=slots,
             newest=slots if cadence.is_segmented else list(positions),
-            waiting=[count % cadence.chunk for count in seen],
+            waiting=[0 if chunk is None else count % chunk for count in seen],
             chunks=chunks,
             renewals=[cadence.refresh is not None and (seen[row] + 1) % cadence.refresh == 0 for row in chunks],
             segments=[row for row, ends in enumerate(is_last) if ends],
@@ -62,7 +66,7 @@ class TokenStep(NamedTuple):
     """What is due, as tensors: all that a step has to know of where its rows stand."""
 
     rows: Tensor  # (b)  0, 1, ...
-    places: Tensor  # (b)  how many tokens each has read
+    positions: Tensor  # (b)
     slots: Tensor  # (b)
     waiting: Tensor  # (b)
     hidden: Tensor  # (b 1 1 s)  what a row does not see of [what was read for it | persistent tokens | window]
@@ -78,15 +82,15 @@ class TokenStep(NamedTuple):
         """like: a parameter, for its device and dtype"""
         due, device = Due.of(cadence, positions), like.device
         numbers = torch.tensor([list(positions), due.slots, due.newest, due.waiting], device=device)
-        places, slots, newest, waiting = numbers.unbind(0)
-        place, read_turns = places, None
+        position, slots, newest, waiting = numbers.unbind(0)
+        place, read_turns = position, None
         if cadence.has_context:  # S~ is a sequence by itself: [persistent | what was read | segment]
             place = slots + cadence.num_persistent
             read_turns = None if rotary is None else turns_of_rows(rotary, place, like)
             place = place + cadence.window
         return TokenStep(
             rows=torch.arange(len(positions), device=device),
-            places=places,
+            positions=position,
             slots=slots,
             waiting=waiting,
             hidden=hidden(cadence, newest),

@@ -6,9 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from titans_pytorch.decoding.due import Cadence, TokenStep
+
+
+def have_hooks(*modules: nn.Module | None) -> bool:
+    """Whether somebody watches calls of these modules, which decoding by rows does not make."""
+    return any(
+        each._forward_hooks or each._forward_pre_hooks or hasattr(each, "_hf_hook")
+        for each in modules
+        if each is not None
+    )
 
 
 class RowModel(ABC):

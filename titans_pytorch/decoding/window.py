@@ -9,13 +9,13 @@ from torch import Tensor
 
 from titans_pytorch.attention.key_values import KeyValues, joined
 from titans_pytorch.decoding.due import Cadence, TokenStep
-from titans_pytorch.fast_weights.precision import at_least_float32
+from titans_pytorch.fast_weights.precision import at_least_float32, full_precision
 
 
 class WindowRows(NamedTuple):
     """What attention may see of every row, in place: [what was read for tokens | persistent tokens | window].
 
-    The first part is only there in segments with a memory. Which slots hold tokens follows from a row's position.
+    The first part is only there where segments have a context. Which slots hold tokens follows from a row's position.
     """
 
     keys: Tensor  # (b h s d)
@@ -25,6 +25,12 @@ class WindowRows(NamedTuple):
         """The keys and values of one token of each row, into its slot after the `first` ones."""
         for kept, new in zip(self, tokens, strict=True):
             kept[step.rows, :, first + step.slots] = new[:, :, 0].to(kept.dtype)
+
+    def write_prefix(self, prefix: KeyValues | None) -> None:
+        """Keys and values of tokens that all rows see, into the first slots.  (b or 1, h p d) each"""
+        if prefix is not None:
+            for kept, new in zip(self, prefix, strict=True):
+                kept[:, :, : prefix.length] = new
 
     def read(self, row: int, slots: list[int], first: int = 0) -> KeyValues:
         """Some slots of a row, after the `first` ones, as copies."""
@@ -48,9 +54,12 @@ def window_rows(cadence: Cadence, position: int, *parts: KeyValues | None) -> Wi
 
 def attend_rows(rows: WindowRows, placed: Tensor, unplaced: Tensor, num_unplaced: int, step: TokenStep) -> Tensor:
     """One query of each row over what it may see.  placed: (b h 1 d), turned; unplaced: as the first keys see it"""
-    scores = placed @ rows.keys[:, :, num_unplaced:].mT
-    if num_unplaced:
-        scores = torch.cat((unplaced @ rows.keys[:, :, :num_unplaced].mT, scores), dim=-1)
-    hidden = step.hidden[..., -scores.shape[-1] :]
-    scores = (scores.to(at_least_float32(scores.dtype)) * placed.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
-    return scores.softmax(dim=-1).to(rows.values.dtype) @ rows.values
+    dtype = at_least_float32(placed.dtype)
+    with full_precision(placed):
+        keys, values = (x.to(dtype) for x in rows)
+        scores = placed.to(dtype) @ keys[:, :, num_unplaced:].mT
+        if num_unplaced:
+            scores = torch.cat((unplaced.to(dtype) @ keys[:, :, :num_unplaced].mT, scores), dim=-1)
+        hidden = step.hidden[..., -scores.shape[-1] :]
+        weights = (scores * placed.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        return (weights @ values).to(placed.dtype)

@@ -143,6 +143,8 @@ class TitansCache:
             return False
         if differs and all(map(model.fits, state.states)):
             self.rows, self.state = RowBatch.of_groups(model, state.groups), None
+        if self.rows is not None:
+            self.rows.model = model  # as it is now
         return self.rows is not None
 
     def settle(self) -> None:

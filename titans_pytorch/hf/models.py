@@ -14,8 +14,7 @@ from titans_pytorch.hf.cache import Fed, TitansCache
 from titans_pytorch.hf.config import LibraryConfig, MACTransformerConfig, TitansModelConfig
 from titans_pytorch.hf.documents import marks_of_call
 from titans_pytorch.hf.pretrained_model import TitansPreTrainedModel
-from titans_pytorch.mac.by_rows import MACByRows
-from titans_pytorch.mac.by_rows import why_not_by_rows as why_not_layers_by_rows
+from titans_pytorch.mac.by_rows import MACByRows, why_not_stack_by_rows
 from titans_pytorch.mac_transformer import MACCache, MemoryAsContextTransformer
 from titans_pytorch.ragged import read_without_state
 from titans_pytorch.titans.backbone import TitansBackbone
@@ -175,7 +174,7 @@ class MACTransformerModel(StreamingModel):
 
     def by_rows(self) -> RowModel | None:
         stack = self.transformer.stack
-        return None if why_not_layers_by_rows(stack.layers) else MACByRows(stack, self.embed_tokens, nn.Identity())
+        return None if why_not_stack_by_rows(stack) else MACByRows(stack, self.embed_tokens, nn.Identity())
 
 
 def part(model: nn.Module, name: str) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from titans_pytorch.attention.key_values import KeyValueCache
 from titans_pytorch.attention.rotary import Turns
 from titans_pytorch.attention.segmented import SegmentedAttention
-from titans_pytorch.decoding import Cadence, RowModel, TokenStep
+from titans_pytorch.decoding import Cadence, RowModel, TokenStep, have_hooks
 from titans_pytorch.decoding.memory import MemoryByRows, MemoryRows, fits_rows, why_not_memory_by_rows
 from titans_pytorch.decoding.window import WindowRows, attend_rows, window_rows
 from titans_pytorch.mac.ahead import NOTHING_AHEAD, LayerAhead, connections_ahead
@@ -20,7 +20,7 @@ from titans_pytorch.mac.cache import LayerCache, MACCache
 from titans_pytorch.mac.layer import MACLayer
 from titans_pytorch.mac.residual_streams import expand, open_branch
 from titans_pytorch.mac.stack import Stack
-from titans_pytorch.memory.rows import joined, put
+from titans_pytorch.memory.rows import joined, write_rows
 
 
 class LayerRows(NamedTuple):
@@ -60,9 +60,10 @@ class MACLayerByRows:
         layer, gates = self.layer, None
         if self.memory is not None and rows.memory is not None:
             branch = open_branch(layer.memory_connection, streams, ahead.memory_connection)
-            streams, gates = layer.joined(branch, self.memory.advance(branch.input, rows.memory, step))
+            streams, gates = layer.placed(branch, self.memory.advance(branch.input, rows.memory, step))
         branch = open_branch(layer.attention_connection, streams, ahead.attention_connection)
         q, tokens, own_values = layer.attention.projected(branch.input, values, cast(Turns, step.turns))
+        rows.window.write_prefix(layer.attention.prefix(tokens))  # as parameters are now
         rows.window.write(tokens, step, self.cadence.num_persistent)
         attended = layer.attention.answer(attend_rows(rows.window, q, q, 0, step), gates)
         streams = branch.add(attended)
@@ -71,20 +72,21 @@ class MACLayerByRows:
 
 
 class KnownPositions:
-    """Embeddings of positions of which only new rows have to be worked out, while parameters do not change."""
+    """Embedded positions, while parameters do not change: only where a row of positions begins something is new."""
 
     def __init__(self, positions: AxialPositions) -> None:
         self.positions, self.columns = positions, positions.factors(0)[1]  # (width dim)
-        self.rows: dict[int, Tensor] = {}  # (dim)  by number
+        self.known: dict[int, Tensor] = {}  # (dim)  of rows of positions, by number
 
-    def at(self, places: Sequence[int], tensor: Tensor) -> Tensor:
-        """places, also as a tensor: (b) -> (b dim)"""
+    def at(self, places: Sequence[int], on_device: Tensor) -> Tensor:
+        """places, which a tensor on the device has as well: (b) -> (b dim)"""
         numbers = [place // self.positions.width for place in places]
-        if not self.rows.keys() >= set(numbers):
-            wanted = torch.tensor(sorted(set(numbers)), device=tensor.device)
-            self.rows = dict(zip(wanted.tolist(), self.positions.embed(0, wanted), strict=True))
-        row_of = torch.stack([self.rows[number] for number in numbers])
-        return row_of + self.columns[tensor % self.positions.width]
+        if not self.known.keys() >= set(numbers):
+            wanted = sorted(set(numbers))
+            embedded = self.positions.embed(0, torch.tensor(wanted, device=on_device.device))
+            self.known = dict(zip(wanted, embedded, strict=True))
+        row_of = torch.stack([self.known[number] for number in numbers])
+        return row_of + self.columns[on_device % self.positions.width]
 
 
 class MACByRows(RowModel):
@@ -98,10 +100,12 @@ class MACByRows(RowModel):
         self.connections = [NOTHING_AHEAD] * len(self.layers)
         self.known_positions: KnownPositions | None = None
 
+    @torch.no_grad()
     def prepared(self) -> MACByRows:
-        self.connections = [connections_ahead(layer) for layer in self.stack.layers]
-        self.known_positions = KnownPositions(self.stack.positions)
-        return self
+        found = MACByRows(self.stack, self.token_emb, self.to_logits, self.compiles)
+        found.connections = [connections_ahead(layer) for layer in self.stack.layers]
+        found.known_positions = KnownPositions(self.stack.positions)
+        return found
 
     def fits(self, state: Any) -> bool:
         if not isinstance(state, MACCache):
@@ -110,6 +114,7 @@ class MACByRows(RowModel):
         return state.num_tokens > 0 and all(fits_rows(memory, place) for memory in state.memories)
 
     def enter(self, state: MACCache) -> tuple[LayerRows, ...]:
+        self.stack.check_cache(state, state.batch)
         return self.entered(state.layers(self.stack.have_memory))
 
     def entered(self, caches: Iterable[LayerCache]) -> tuple[LayerRows, ...]:
@@ -134,13 +139,13 @@ class MACByRows(RowModel):
             befores = joined([tuple(self.left(buffers, row, position)) for row in rows])
             x = self.stack.longterm.expand(len(rows), -1, -1)
             _, after = self.stack.through_layers(x, self.stack.lengthened.length(position), befores)
-            put(buffers, rows, self.entered(after), len(positions))
+            write_rows(buffers, rows, self.entered(after), len(positions))
 
     def step(self, positions: Sequence[int]) -> TokenStep:
         places = [self.stack.lengthened.length(position + 1) - 1 for position in positions]
         step = TokenStep.of(self.cadence, places, self.rotary, self.stack.longterm)
         known = self.known_positions
-        embedded = self.stack.positions.at(step.places) if known is None else known.at(places, step.places)
+        embedded = self.stack.positions.at(step.positions) if known is None else known.at(places, step.positions)
         return step._replace(embedded=embedded[:, None])
 
     def hidden(self, x: Tensor, buffers: tuple[LayerRows, ...], step: TokenStep) -> Tensor:
@@ -158,29 +163,32 @@ class MACByRows(RowModel):
 def cadence_of(stack: Stack) -> Cadence:
     """How the transformer cuts time, in places of the lengthened sequence."""
     attention: SegmentedAttention = stack.layers[0].attention
-    layouts = [layer.memory.layout for layer in stack.layers if layer.memory is not None]
-    chunk, refresh = (layouts[0].store_chunk, layouts[0].batch) if layouts else (attention.window, None)
+    layout = next((layer.memory.layout for layer in stack.layers if layer.memory is not None), None)
     return Cadence(
         window=attention.window + 1 if attention.sliding else attention.window,  # its own token and those before
         is_segmented=not attention.sliding,
         has_context=False,
         num_persistent=attention.persistent_memory.shape[2],
         num_stored_before=0,
-        chunk=chunk,
-        refresh=refresh,
+        chunk=None if layout is None else layout.store_chunk,
+        refresh=None if layout is None else layout.batch,
     )
 
 
-def why_not_by_rows(layers: Iterable[nn.Module]) -> str:
+def why_not_stack_by_rows(stack: Stack) -> str:
     """What keeps a transformer from being decoded by rows, as the end of a sentence; empty: nothing does."""
-    for layer in layers:
+    if type(stack.positions) is not AxialPositions:
+        return "embeds positions in a way of its own"
+    chunks: set[Any] = set()
+    for layer in stack.layers:
         if type(layer) is not MACLayer:
             return "has layers that were replaced"
         if type(layer.attention) is not SegmentedAttention or layer.attention.scale is not None:
             return "has attention of another kind"
-        parts = [each for each in (layer, layer.attention, layer.memory) if each is not None]
-        if any(each._forward_hooks or each._forward_pre_hooks or hasattr(each, "_hf_hook") for each in parts):
+        if have_hooks(stack.positions, layer, layer.attention, layer.memory):
             return "has hooks around its layers, which would not be called"
-        if layer.memory is not None and (why := why_not_memory_by_rows(layer.memory)):
-            return why
-    return ""
+        if layer.memory is not None:
+            if why := why_not_memory_by_rows(layer.memory):
+                return why
+            chunks.add((layer.memory.layout.store_chunk, layer.memory.layout.batch))
+    return "has memories with chunks of their own" if len(chunks) > 1 else ""

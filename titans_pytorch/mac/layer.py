@@ -125,9 +125,9 @@ class MACLayer(nn.ModuleList):
         accepts = memory.to_learned_weight_residual_mix is not None
         prev_weights = passed.memory if accepts else None
         retrieved, state = memory(seq, state=state, prev_weights=prev_weights)
-        return *self.joined(branch, retrieved), state
+        return *self.placed(branch, retrieved), state
 
-    def joined(self, branch: Branch, retrieved: Tensor) -> tuple[Tensor, Tensor | None]:
+    def placed(self, branch: Branch, retrieved: Tensor) -> tuple[Tensor, Tensor | None]:
         """Where what is read goes: the streams, or gates of attention.  retrieved: (b n d) -> streams, gates"""
         if self.gates_attention:
             return branch.streams, retrieved.sigmoid()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from titans_pytorch.checks import tensor_checks
 from titans_pytorch.layers.calling import Call, plainly
 from titans_pytorch.mac.ahead import NOTHING_AHEAD, Ahead
 from titans_pytorch.mac.axial import AxialPositions, Factors
@@ -25,6 +26,7 @@ class Stack(NamedTuple):
     expand_streams: nn.Module
     layers: Sequence[Any]  # MACLayer
     norm: nn.Module
+    gives_views: bool  # memories are given mixes of what earlier layers saw
 
     def read(self, x: Tensor, state: MACCache | None, **how: Any) -> tuple[Tensor, MACCache]:
         """The next tokens of a sequence, embedded.  x: (b n dim) -> same, before the norm, and the state after them
@@ -59,12 +61,30 @@ class Stack(NamedTuple):
         else:
             embedded, of_layers = ahead.at(place, x.shape[1])
         streams = expand(self.expand_streams, x + embedded)
-        passed = Passed(seen=() if any(layer.view_selector is not None for layer in self.layers) else None)
+        passed = Passed(seen=() if self.gives_views else None)
         kept: list[LayerCache] = []
         for layer, before, part in zip(self.layers, befores, of_layers, strict=True):
             streams, passed, after = call(layer, streams, passed, before, disable_flex_attn, part)
             kept.append(after if after.memory is None else after._replace(memory=after.memory.at_rest()))
         return streams.sum(dim=2), kept
+
+    def check_cache(self, cache: MACCache, batch: int) -> None:
+        """Refuse a cache of another model or another number of sequences."""
+        if not isinstance(cache, MACCache):
+            raise TypeError(f"cache must be a MACCache, got {type(cache).__name__}")
+        wanted = (len(self.layers), sum(self.have_memory))
+        if (got := (len(cache.windows), len(cache.memories))) != wanted:
+            raise ValueError(
+                f"cache must be of this model's {wanted[0]} layers, {wanted[1]} of them with a memory, got one of "
+                f"{got[0]} layers, {got[1]} with a memory"
+            )
+        tensor_checks.check_batch("cache", cache.batch, batch)
+        position = self.lengthened.length(cache.num_tokens)
+        for number, window in enumerate(cache.windows, start=1):
+            if window.num_seen != position:
+                raise ValueError(
+                    f"cache must be of this model at position {position}, layer {number} is at {window.num_seen}"
+                )
 
     @property
     def have_memory(self) -> list[bool]:

@@ -113,16 +113,19 @@ def selected(state: Tree, rows: Chosen, batch: int) -> Tree:
     return map_rows(pick, state)
 
 
-def put(state: Tree, rows: Sequence[int], new: Tree, batch: int) -> None:
-    """Write other sequences in the place of those with these numbers, of the `batch` of a state."""
+def write_rows(buffers: Tree, rows: Sequence[int], new: Tree, batch: int) -> None:
+    """Write other sequences over those with these numbers, of the `batch` of a tree that nobody shares, in place."""
+    indices: dict[torch.device, Tensor] = {}
 
     def write(axis: int, kept: Tensor, given: Tensor) -> Tensor:
         axis %= kept.ndim
-        where = torch.tensor(rows, device=kept.device)
+        if kept.device not in indices:
+            indices[kept.device] = torch.tensor(rows, device=kept.device)
+        where = indices[kept.device]
         kept.unflatten(axis, (batch, -1)).index_copy_(axis, where, given.unflatten(axis, (len(rows), -1)))
         return kept
 
-    map_rows(write, state, new)
+    map_rows(write, buffers, new)
 
 
 def check_joinable(kind: type[Tree], states: Sequence[Tree], num_seen: Callable[[Tree], int]) -> None:

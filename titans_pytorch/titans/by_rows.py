@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from titans_pytorch.decoding import Cadence, RowModel, TokenStep
+from titans_pytorch.decoding import Cadence, RowModel, TokenStep, have_hooks
 from titans_pytorch.decoding.memory import fits_rows, why_not_memory_by_rows
 from titans_pytorch.titans.backbone import TitansBackbone, TitansBlock
 from titans_pytorch.titans.mixers.by_rows import ROWS, MixerByRows, MixerRows
@@ -100,8 +100,7 @@ def why_not_by_rows(backbone: TitansBackbone) -> str:
         mixer = block.mixer
         if type(mixer) not in ROWS:
             return f"has a mixer of another kind, {type(mixer).__name__}"
-        parts = [each for each in (block, mixer, mixer.memory) if each is not None]
-        if any(each._forward_hooks or each._forward_pre_hooks or hasattr(each, "_hf_hook") for each in parts):
+        if have_hooks(block, mixer, mixer.memory):
             return "has hooks around its blocks, which would not be called"
         if mixer.memory is not None and (why := why_not_memory_by_rows(mixer.memory)):
             return why

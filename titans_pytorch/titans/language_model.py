@@ -95,13 +95,10 @@ class TitansLanguageModel(Pretrained, CausalLM[TitansState]):
         """What decodes rows at positions of their own as one batch; None: `why_by_groups` says why not."""
         return None if self.why_by_groups else TitansByRows(self.backbone, self.token_emb, self.logits, compiles)
 
-    @property
-    def why_by_groups(self) -> str:
-        """Why rows at positions of their own are decoded group by group, in a sentence; empty: they are one batch."""
+    def why_not_by_rows(self) -> str:
         ours = TitansLanguageModel
         is_own = all(getattr(type(self), name) is getattr(ours, name) for name in ("hidden_states", "hidden_of"))
-        why = why_not_by_rows(self.backbone) if is_own else "reads tokens in a way of its own"
-        return f"rows are decoded by groups of equal length, as {type(self).__name__} {why}" if why else ""
+        return why_not_by_rows(self.backbone) if is_own else "reads tokens in a way of its own"
 
     @torch.no_grad()
     def sample(

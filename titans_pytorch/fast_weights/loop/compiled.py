@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +17,17 @@ from titans_pytorch.fast_weights.loop.parts import Inputs, Results, Shape
 from titans_pytorch.fast_weights.loop.renewals import renewals
 from titans_pytorch.fast_weights.loop.step import Form, Given, Slots, Stepped, renewal
 from titans_pytorch.fast_weights.precision import full_precision
+from titans_pytorch.inductor import OPTIONS
 from titans_pytorch.memory_models import NORM_GAIN
 
 MAX_GRAPHS = 64
 """Forms of a step, and shapes of its tensors, that one process may compile; torch gives up after 8 of a function"""
 
-HOW: dict[str, dict[str, Any]] = {"cpu": {"cpp_wrapper": True}}
-"""Options of inductor by kind of device: what calls the kernels is no Python either, where calling takes a share"""
-
 
 @cache
 def compiled_step(device: str) -> Callable[..., Stepped]:
     """`step.renewal` on this kind of device, compiled where it is first called."""
-    return torch.compile(renewal, fullgraph=True, dynamic=False, options=HOW.get(device))
+    return torch.compile(renewal, fullgraph=True, dynamic=False, options=OPTIONS.get(device))
 
 
 def compiled_renewals(shape: Shape, inputs: Inputs) -> Results:
