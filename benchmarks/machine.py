@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = CHECKOUT / "benchmarks" / "results", CHECKOUT / "docs"
 
@@ -32,10 +34,12 @@ def place(record: dict[str, Any]) -> str:
 
 
 def cpu_model() -> str:
+    """Its name, and what torch computes with on it: two of one name can differ by half."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    name = models[0] if models else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def commit() -> str | None:
