@@ -15,7 +15,7 @@ from torch import Tensor
 
 from titans_pytorch.decoding.due import TokenStep
 from titans_pytorch.decoding.row_model import RowModel
-from titans_pytorch.inductor import OPTIONS
+from titans_pytorch.fast_weights.inductor import OPTIONS
 
 MAX_GRAPHS = 64
 """Models and numbers of rows that one process may compile graphs for; torch gives up after 8 of a function"""

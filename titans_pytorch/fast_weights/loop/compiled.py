@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from titans_pytorch.fast_weights.inductor import OPTIONS
 from titans_pytorch.fast_weights.loop.parts import Inputs, Results, Shape
 from titans_pytorch.fast_weights.loop.renewals import renewals
 from titans_pytorch.fast_weights.loop.step import Form, Given, Slots, Stepped, renewal
 from titans_pytorch.fast_weights.precision import full_precision
-from titans_pytorch.inductor import OPTIONS
 from titans_pytorch.memory_models import NORM_GAIN
 
 MAX_GRAPHS = 64
