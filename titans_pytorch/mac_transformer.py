@@ -384,11 +384,6 @@ class MemoryAsContextTransformer(Pretrained, CausalLM[MACCache]):
             show_progress=show_progress,
         )
 
-    @property
-    def have_memory(self) -> list[bool]:
-        """Which layers have a memory."""
-        return self.stack.have_memory
-
     # ---- what comes in
 
     def check_ids(self, name: str, ids: Tensor, at_least: int = 1) -> None:
