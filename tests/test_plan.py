@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,6 +123,27 @@ def test_long_chunks_are_blocks_of_their_own_and_short_ones_share_one() -> None:
     assert longest(1) > longest(16)
     assert longest(4, "built") == 1, "weights that are built fill memory"
     assert longest(1, "channels") <= Costs().channel_chunks[1]
+
+
+@pytest.mark.parametrize(
+    "dim, rows, tokens, is_training, blocks",
+    [
+        (384, 1, None, True, 1),  # one row of it fits four times, which is too few where no base is renewed
+        (256, 1, None, True, 9),
+        (256, 1, None, False, 1),  # what is read at the end would have to be kept
+        (384, 1, 64, True, 4),
+        (384, 2, 64, True, 1),  # too few, and long batches gain little
+        (384, 2, 32, True, 4),  # short ones gain more the wider the memory
+    ],
+)
+def test_loops_in_training_are_long_enough_to_be_worth_it(
+    dim: int, rows: int, tokens: int | None, is_training: bool, blocks: int
+) -> None:
+    memory = NeuralMemory(dim, chunk_size=tokens or 64, batch_size=tokens)
+    with torch.set_grad_enabled(is_training):
+        choice = memory.plan(rows, 1024).choice
+    assert choice.longest_series == blocks
+    assert choice.has_loop == (blocks > 1)
 
 
 def test_another_kind_of_device_has_costs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tests.mutants.breaking import mutant, wrapped
 from titans_pytorch.fast_weights.loop import by_equations, by_shares, by_table, limits, loop, mlp, storing
-from titans_pytorch.fast_weights.loop.by_equations import ByEquations
+from titans_pytorch.fast_weights.loop.by_equations import ByEquations, Momenta
 from titans_pytorch.fast_weights.loop.by_shares import ByShares
 from titans_pytorch.fast_weights.loop.by_table import ByTable
+from titans_pytorch.fast_weights.loop.equations import Source
 from titans_pytorch.fast_weights.loop.evolution import Others
 from titans_pytorch.fast_weights.loop.loop import Loop
 from titans_pytorch.fast_weights.loop.mlp import MLPSurprise
@@ -103,7 +104,32 @@ def readers_ask_for_nothing(patcher: pytest.MonkeyPatch) -> None:
 @mutant("loop", "loop of two")
 def gates_multiply_what_comes_after(patcher: pytest.MonkeyPatch) -> None:
     """Their gradients are products with weights and momenta a renewal too late."""
-    wrapped(patcher, ByEquations, "all_values_of", lambda original, *args: original(*args).roll(-1, 0))
+
+    def change(original: Any, self: ByEquations, source: Source, n: int) -> list[Tensor]:
+        return original(self, source, (n + 1) % len(self.left))
+
+    wrapped(patcher, ByEquations, "values_of", change)
+
+
+@mutant("loop of two")
+def momenta_inside_of_a_renewal_are_those_of_the_one_after_it(patcher: pytest.MonkeyPatch) -> None:
+    """They are not worked out again on the way back."""
+
+    def change(original: Any, self: ByEquations, n: int) -> None:
+        original(self, min(n + 1, len(self.left) - 1))
+
+    wrapped(patcher, ByEquations, "go_again", change)
+
+
+@mutant("loop of two")
+def momenta_inside_of_a_renewal_do_not_hear_of_weights(patcher: pytest.MonkeyPatch) -> None:
+    """A part of their gradients is dropped."""
+
+    def change(original: Any, self: ByEquations, block: int) -> None:
+        self.takers = [[] for _ in self.takers]
+        original(self, block)
+
+    wrapped(patcher, ByEquations, "start_of", change)
 
 
 @mutant("loop", "loop of two")
@@ -261,6 +287,8 @@ def without_gradients_momenta_stay_as_they_came(patcher: pytest.MonkeyPatch) -> 
 
     def change(original: Any, *args: Any) -> Any:
         kept = original(*args)
-        return kept._replace(momenta=[momenta.clone() for momenta in kept.momenta])
+        return kept._replace(
+            momenta=[Momenta(*(part if part is None else part.clone() for part in m)) for m in kept.momenta]
+        )
 
     wrapped(patcher, loop, "begin", change)

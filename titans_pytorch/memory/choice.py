@@ -55,26 +55,37 @@ def choose(
         why = "half a key's width is best for a triangular system"
         return Choice(solved // sizes.writes_per_chunk, why, max(2, span_chunks), solved_writes=solved)
     most, why = block_chunks(sizes, rows, costs)
-    at_once = costs.at_once and sizes.can_fold and layout.retrieve_chunk == layout.store_chunk
-    has_loop = sizes.has_loop and may_loop and (layout.batch or 0) <= costs.loop_tokens
     fit_together = costs.series_elements // (rows * sizes.num_elements * sizes.num_slots)
-    if has_loop and fit_together > 1 and 0 < (layout.batch or 0) <= costs.loop_chunks * layout.store_chunk:
-        most, why = 1, "in a loop each chunk of so short a batch is moved by itself"
-    has_loop = has_loop and (most == 1 or sizes.representation != "channels")  # which is written for single chunks
-    longest_series, num_places = max(1, fit_together) if has_loop or at_once else 1, None
-    if has_loop and not has_grad and most == 1:
-        num_places = renewals_together(layout, costs.read_elements // (rows * sizes.num_elements))
-    if num_places is not None:  # only tokens have to fit
-        longest_series = max(longest_series, span_chunks)
+    at_once = costs.at_once and sizes.can_fold and layout.retrieve_chunk == layout.store_chunk
+    longest_series, num_places = max(1, fit_together) if at_once else 1, None
+    batch = layout.batch or 0  # where no base is ever renewed
+    has_loop = sizes.has_loop and may_loop and batch <= costs.loop_tokens and (batch > 0 or has_grad or at_once)
+    if has_loop:
+        is_alone = fit_together > 1 and 0 < batch <= costs.loop_chunks * layout.store_chunk
+        each = 1 if is_alone else most
+        num = loop_blocks(batch, each * layout.store_chunk, costs, fit_together)
+        if batch > 0 and each == 1 and not has_grad:  # only tokens have to fit
+            num = max(num, span_chunks)
+            num_places = max(1, costs.read_elements // (rows * sizes.num_elements) * layout.store_chunk // batch)
+        has_loop = num > 0 and (each == 1 or sizes.representation != "channels")  # which is written for single chunks
+        if has_loop:
+            longest_series = max(longest_series, num)
+            most, why = (1, "in a loop each chunk of so short a batch is moved by itself") if is_alone else (most, why)
     if longest_series == 1:
         at_once, has_loop = False, False
     why = f"{why}; {not_solved}" if not_solved else why
     return Choice(most, why, longest_series, at_once, has_loop, num_places)
 
 
-def renewals_together(layout: Layout, num_chunks: int) -> int | None:
-    """How many renewals have at most so many chunks, at least one; None: the base is never renewed."""
-    return None if layout.batch is None else max(1, num_chunks * layout.store_chunk // layout.batch)
+def loop_blocks(batch: int, block: int, costs: Costs, fit_together: int) -> int:
+    """How many blocks go through one loop; 0: none, as there would be too few.
+
+    batch, block: tokens of a renewal, 0: there is none, and of a block; fit_together: blocks whose slots fit
+    """
+    fewest = costs.loop_renewals * -(-batch // block) if batch else costs.loop_blocks
+    if fit_together < fewest and block == batch <= costs.wide_loop_tokens:
+        return fewest
+    return fit_together if fit_together >= fewest else 0
 
 
 def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> tuple[int, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,10 +15,26 @@ Parts = list[tuple[Tensor, Tensor | None]]
 """Values (g r p q), and the gate (g r 1 1) that multiplies each, None: 1"""
 
 
+class Momenta(NamedTuple):
+    """Those of o orders that renewals begin with; those inside of a renewal are worked out again.
+
+    Where nobody looks back at them all lie in one place.
+    """
+
+    starts: Tensor  # (N o g r p q)
+    last: Tensor | None  # (o g r p q)  after the last block
+
+    def inside(self, num: int) -> Tensor:
+        """Room for so many more, for one renewal after the other.  -> (num o g r p q)"""
+        first = self.starts[:1]
+        is_one_place = self.starts.stride(0) == 0
+        return first.expand(num, *first.shape[1:]) if is_one_place else first.new_empty(num, *first.shape[1:])
+
+
 class ByEquations(Evolution):
     """The rule's sums, one after the other, in blocks of one chunk.
 
-    weights: (g M r k p q) of M places, and last: (g r p q) after all of them; momenta: (T+1 o g r p q);
+    weights: (g M r k p q) of M places, and last: (g r p q) after all of them;
     gates: (T G g r 1 1), those that the equations multiply by, of channels (T G g r 1 q); share: (N g·r L 1), how much
     of every token's surprise is taken, None: all; sums: (T s g r p q), sums that become no slot, and the surprises
     where a gate multiplies them
@@ -25,7 +44,7 @@ class ByEquations(Evolution):
         self,
         weights: Tensor,
         last: Tensor,
-        momenta: Tensor,
+        momenta: Momenta,
         factors: PackFactors,
         equations: tuple[Equation, ...],
         gates: Tensor,
@@ -39,11 +58,15 @@ class ByEquations(Evolution):
         places = [*(block for place in weights.unbind(1) for block in place.unbind(2)), last]
         in_place = [block % (self.num_places * k) for block in range(num_blocks)]
         self.starts, self.ends = [[places[i] for i in in_place]], [[places[i + 1] for i in in_place]]
-        for slot in momenta.unbind(1):
-            each = slot.unbind(0)
-            self.starts.append(list(each[:-1]))
-            self.ends.append(list(each[1:]))
         self.momenta = momenta
+        inside = momenta.inside(k - 1)
+        for firsts, others in zip(momenta.starts.unbind(1), inside.unbind(1), strict=True):
+            each = [moved for first in firsts.unbind(0) for moved in (first, *others.unbind(0))]
+            self.starts.append(each)
+            self.ends.append(each[1:])
+        if momenta.last is not None:
+            for ends, end in zip(self.ends[1:], momenta.last.unbind(0), strict=True):
+                ends.append(end)
         self.left, self.right = (
             [part.unflatten(1, (k, -1)).flatten(0, 1) for part in factor.unbind(0)] for factor in factors
         )  # (g·r·k l p) each
@@ -57,13 +80,14 @@ class ByEquations(Evolution):
         self.keeps_surprise = gates_surprise(equations)
         self.sorted = [sorted_terms(equation) for equation in equations]
         self.carrier = carrier_of(equations)
-        self.adds_in_place = k == 1 and adds_to_momentum(equations, self.carrier)
+        self.adds_in_place = adds_to_momentum(equations, self.carrier)
+        self.takers = [takers_of(equations, number) for number in range(len(equations))]
         self.gated = [term.source for equation in equations for term in equation.terms if term.gate is not None]
 
     def of_slot(self, slot: int, index: int) -> Tensor:
         if slot == 0:
             return self.weights[index].movedim(2, 1)
-        return self.momenta[:-1, slot - 1, index].unflatten(0, (-1, self.per_renewal))
+        raise ValueError(f"momenta inside of a renewal are not kept, got slot {slot}")
 
     def bases(self, index: int) -> Tensor:
         return self.weights[index, :, :, 0]
@@ -75,30 +99,34 @@ class ByEquations(Evolution):
         self.weights[:, 0, :, 0].copy_(self.last)
 
     def forward(self, n: int) -> None:
-        k, like = self.per_renewal, self.starts[0][0]
-        if self.adds_in_place:
-            self.forward_in_place(n)
+        k, like, all_sums = self.per_renewal, self.starts[0][0], range(len(self.sorted))
+        if k == 1 and self.adds_in_place:
+            self.move_in_place(n, self.taken_left(n), self.right[n], all_sums)
             return
         surprises = torch.bmm(self.taken_left(n).mT, self.right[n]).view(*like.shape[:2], k, *like.shape[2:])
         for block, surprise in enumerate(surprises.unbind(2), n * k):
-            if self.keeps_surprise:
-                surprise = self.each_sum[-1][block].copy_(surprise)
-            for number, (plain, gated) in enumerate(self.sorted):
-                sum_into(
-                    self.value(Source("new", number), block, surprise),
-                    [self.value(source, block, surprise) for source in plain],
-                    [(self.value(source, block, surprise), self.each_gate[gate][block]) for gate, source in gated],
-                )
+            self.move(block, self.each_sum[-1][block].copy_(surprise) if self.keeps_surprise else surprise, all_sums)
 
-    def forward_in_place(self, block: int) -> None:
-        """A renewal of one block, whose surprise is added to what it moves."""
-        for number, (plain, gated) in enumerate(self.sorted):
-            out = self.value(Source("new", number), block, self.right[block])
+    def move(self, block: int, surprise: Tensor, sums: Iterable[int]) -> None:
+        """Some of a block's sums."""
+        for number in sums:
+            plain, gated = self.sorted[number]
+            sum_into(
+                self.value(Source("new", number), block, surprise),
+                [self.value(source, block, surprise) for source in plain],
+                [(self.value(source, block, surprise), self.each_gate[gate][block]) for gate, source in gated],
+            )
+
+    def move_in_place(self, block: int, left: Tensor, right: Tensor, sums: Iterable[int]) -> None:
+        """Some of a block's sums, where its surprise is added to what it moves.  left, right: (g·r l p), (g·r l q)"""
+        for number in sums:
+            plain, gated = self.sorted[number]
+            out = self.value(Source("new", number), block, right)
             is_carrier = number == self.carrier
             values = [] if is_carrier else [self.value(source, block, out) for source in plain]
             sum_into(out, values, [(self.value(source, block, out), self.each_gate[g][block]) for g, source in gated])
             if is_carrier:
-                out.view(-1, *out.shape[2:]).baddbmm_(self.taken_left(block).mT, self.right[block])
+                out.view(-1, *out.shape[2:]).baddbmm_(left.mT, right)
 
     def taken_left(self, n: int) -> Tensor:
         """The left factors of a renewal, as far as they are taken.  -> (g·r·k l p)"""
@@ -119,21 +147,53 @@ class ByEquations(Evolution):
         # gradients at the end of a block lie where one product reads those of a whole renewal
         n, shape = len(self.left), (*like.shape[:2], self.per_renewal, *like.shape[2:])
         # only those of two renewals are needed at a time: what is written again and again stays in the cache
-        self.end_bars = two_by_turns(like.new_empty(min(2, n), len(self.starts), *shape), n)
+        before, *self.end_bars = two_by_turns(like.new_empty(2, len(self.starts), *shape), n + 1)
         self.sum_bars = [like.new_empty(shape) for _ in self.place]
         self.surprise_bar = None if self.carrier >= 0 else like.new_empty(shape)
         self.at_once = num_together(like, self.per_renewal)
         self.scratch = like.new_empty(*like.shape[:2], self.at_once, *like.shape[2:])
-        firsts = like.new_empty(len(self.starts), *like.shape)
-        self.bars = [[firsts[slot], *self.by_block(slot)] for slot in range(len(self.starts))]
+        # where the first renewal begins another one would have ended
+        self.bars = [[before[slot, :, :, -1], *self.by_block(slot)] for slot in range(len(self.starts))]
         self.each_sum_bar = [bars.unbind(2) * n for bars in self.sum_bars]
         for bars, last in zip(self.bars, last_bars, strict=True):
             _ = bars[-1].zero_() if last is None else bars[-1].copy_(last)
         self.to_start: list[Parts] = []
         self.found: list[list[Tensor | None]] = []
         self.share_bars: list[Tensor] = []
+        if self.goes_again:
+            self.lay_out_again()
         self.gate_axes = (-2, -1) if self.gates.shape[-1] == 1 else (-2,)  # those that a gate is the same for
-        self.values = [self.all_values_of(source) for source in self.gated]
+
+    @property
+    def goes_again(self) -> bool:
+        """Whether momenta inside of renewals are worked out again on the way back."""
+        return self.per_renewal > 1 and len(self.starts) > 1
+
+    def lay_out_again(self) -> None:
+        """Room for the momenta inside of one renewal, and of those that its last block leaves."""
+        self.again = self.momenta.starts.new_empty(self.per_renewal, *self.momenta.starts.shape[1:])
+        for slot, again in enumerate(self.again.unbind(1), 1):
+            ends = again.unbind(0)
+            firsts = self.momenta.starts[:, slot - 1].unbind(0)
+            self.starts[slot] = [moved for first in firsts for moved in (first, *ends[:-1])]
+            self.ends[slot] = [*ends] * len(firsts)
+        self.of_momenta = [number for number, equation in enumerate(self.equations) if equation.slot]
+
+    def go_again(self, n: int) -> None:
+        """Through the momenta of a renewal's blocks, as far as anybody asks for them."""
+        k = self.per_renewal
+        left, right = self.taken_left(n).unflatten(0, (-1, k)), self.right[n].unflatten(0, (-1, k))
+        for place in range(k if gates_new_momentum(self.equations) else k - 1):
+            block, factors = n * k + place, (left[:, place], right[:, place])
+            if self.adds_in_place:
+                self.move_in_place(block, *factors, self.of_momenta)
+            else:
+                surprise = self.each_sum[-1][block] if self.keeps_surprise else self.product(*factors)
+                self.move(block, surprise, self.of_momenta)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """A block's surprise.  (g·r l p), (g·r l q) -> (g r p q)"""
+        return torch.bmm(left.mT, right).view_as(self.starts[0][0])
 
     def of_readers(self, n: int) -> Tensor:
         self.read = torch.zeros_like(self.last) if self.others is None else self.others.of_block(n, 0)
@@ -158,6 +218,8 @@ class ByEquations(Evolution):
 
     def factor_bars(self, n: int) -> tuple[Tensor, Tensor]:
         first = n * self.per_renewal
+        if self.goes_again:
+            self.go_again(n)
         for bars in self.sum_bars:
             bars.zero_()
         for block in reversed(range(first, first + self.per_renewal)):
@@ -180,15 +242,16 @@ class ByEquations(Evolution):
         """From the gradients of a block's end to those of all its sums.  -> those of its surprise"""
         of_surprise: Parts = []
         self.to_start = [[] for _ in self.starts]
+        is_last = (block + 1) % self.per_renewal == 0  # of its renewal; of others `start_of` has done a part
         for number in reversed(range(len(self.equations))):
-            bar = self.bar(number, block)
+            bar, slot = self.bar(number, block), self.equations[number].slot
             for gate_number, source in self.equations[number].terms:
                 gate = None if gate_number is None else self.each_gate[gate_number][block]
                 if source.kind == "surprise":
                     of_surprise.append((bar, gate))
                 elif source.kind == "old":
                     self.to_start[source.number].append((bar, gate))
-                else:
+                elif is_last or slot is None or self.equations[source.number].slot is None:
                     target = self.bar(source.number, block)
                     _ = target.add_(bar) if gate is None else target.addcmul_(bar, gate)
         return of_surprise
@@ -197,10 +260,17 @@ class ByEquations(Evolution):
         self.start_of(n * self.per_renewal)
 
     def start_of(self, block: int) -> None:
-        """From the gradients of a block's sums to those of its start."""
-        for slot, parts in enumerate(self.to_start):
-            read = self.read_at(block) if slot == 0 else None
-            sum_parts(self.bars[slot][block], parts if read is None else [*parts, (read, None)])
+        """From the gradients of a block's sums to those of its start, where inside of a renewal the one before ends."""
+        is_inside = block % self.per_renewal > 0
+        for number in reversed(range(len(self.equations))):
+            if (slot := self.equations[number].slot) is None:
+                continue
+            parts, read = self.to_start[slot], self.read_at(block) if slot == 0 else None
+            parts = parts if read is None else [*parts, (read, None)]
+            if is_inside:
+                ends = ((self.bars[of][block], gate) for of, gate in self.takers[number])
+                parts += [(bar, None if gate is None else self.each_gate[gate][block - 1]) for bar, gate in ends]
+            sum_parts(self.bars[slot][block], parts)
 
     def read_at(self, block: int) -> Tensor | None:
         """The gradient of a block's weights from whoever reads them, and of a renewal's first from its surprises."""
@@ -213,46 +283,47 @@ class ByEquations(Evolution):
         """Every gate has the dot product of what it multiplies and the gradient of what it is added to."""
         found: list[Tensor | None] = [None] * self.gates.shape[1]
         uses = [(t.gate, number) for number, e in enumerate(self.equations) for t in e.terms if t.gate is not None]
-        for (gate, number), values in zip(uses, self.values, strict=True):
-            bar = self.dots(self.bars_of(number, n), values[n])
+        for (gate, number), source in zip(uses, self.gated, strict=True):
+            bar = self.dots(self.bars_of(number, n), self.values_of(source, n))
             so_far = found[gate]
             found[gate] = bar if so_far is None else so_far + bar
         self.found.append(found)
 
-    def dots(self, a: Tensor, b: Tensor) -> Tensor:
-        """Dot products, of as many blocks at once as a cache holds.  (g r k p q) -> (g r k), of channels (g r k q)"""
-        pairs = zip(a.split(self.at_once, dim=2), b.split(self.at_once, dim=2), strict=True)
-        found = [torch.mul(x, y, out=self.scratch[:, :, : x.shape[2]]).sum(dim=self.gate_axes) for x, y in pairs]
+    def dots(self, bars: Tensor, values: list[Tensor]) -> Tensor:
+        """Dot products, of as many blocks at once as `values`.  bars: (g r k p q) -> (g r k), of channels (g r k q)"""
+        found = [
+            torch.mul(x, y, out=self.scratch[:, :, : x.shape[2]]).sum(dim=self.gate_axes)
+            for x, y in zip(bars.split(self.at_once, dim=2), values, strict=True)
+        ]
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
     def gate_bars(self) -> list[Tensor]:
         shares = [torch.stack(self.share_bars[::-1])] if self.share_bars else []
         if not self.gated:
             return [torch.zeros_like(self.gates), *shares]
-        nothing = self.last.sum(dim=self.gate_axes).zero_().unsqueeze(2).repeat_interleave(self.per_renewal, dim=2)
-        each = [nothing if bar is None else bar for found in self.found[::-1] for bar in found]
-        bars = torch.stack(each).unflatten(0, (len(self.left), -1))  # (N G g r k), of channels (N G g r k q)
+        each = [bar for found in self.found[::-1] for bar in found]
+        there = next(bar for bar in each if bar is not None)
+        bars = torch.stack([torch.zeros_like(there) if bar is None else bar for bar in each])
+        bars = bars.unflatten(0, (len(self.left), -1))  # (N G g r k), of channels (N G g r k q)
         return [bars.movedim(4, 1).flatten(0, 1).reshape(self.gates.shape), *shares]
 
-    def all_values_of(self, source: Source) -> Tensor:
-        """-> (N g r k p q)"""
+    def values_of(self, source: Source, n: int) -> list[Tensor]:
+        """In the blocks of a renewal, as many at once as a cache holds.  -> (g r . p q) each"""
+        blocks = slice(n * self.per_renewal, (n + 1) * self.per_renewal)
         slot = source.number if source.kind == "old" else self.equations[source.number].slot
         if source.kind == "old" and slot == 0:
-            return self.weights.movedim(1, 0)
-        if source.kind == "surprise":
-            values = self.sums[:, -1]
-        elif slot is None:
-            values = self.sums[:, self.place[source.number]]
-        elif slot == 0:
-            values = torch.stack(self.ends[0])  # the weights after each block; no rule of ours asks for it
-        else:
-            values = self.momenta[:-1, slot - 1] if source.kind == "old" else self.momenta[1:, slot - 1]
-        return values.unflatten(0, (-1, self.per_renewal)).movedim(1, 3)
+            return list(self.weights[:, n].split(self.at_once, dim=2))
+        if source.kind == "surprise" or slot is None:
+            sums = self.sums[blocks, -1 if source.kind == "surprise" else self.place[source.number]]
+            return list(sums.movedim(0, 2).split(self.at_once, dim=2))
+        each = (self.starts if source.kind == "old" else self.ends)[slot][blocks]
+        parts = [each[first : first + self.at_once] for first in range(0, len(each), self.at_once)]
+        return [torch.stack(part, dim=2) if len(part) > 1 else part[0].unsqueeze(2) for part in parts]
 
 
 def two_by_turns(pair: Tensor, num: int) -> list[Tensor]:
-    """So many things, of which only neighbours are there at a time.  (2 ...), of one thing (1 ...) -> (...) each"""
-    return [pair[number % len(pair)] for number in range(num)]
+    """So many things, of which only neighbours are there at a time.  (2 ...) -> (...) each"""
+    return [pair[number % 2] for number in range(num)]
 
 
 def num_sums(equations: tuple[Equation, ...]) -> int:
@@ -266,6 +337,16 @@ def carrier_of(equations: tuple[Equation, ...]) -> int:
     return uses[0][0] if len(uses) == 1 and uses[0][1] is None else -1
 
 
+def takers_of(equations: tuple[Equation, ...], number: int) -> list[tuple[int, int | None]]:
+    """The slots whose equations take what another one has just worked out, and by which gates."""
+    return [
+        (equation.slot, term.gate)
+        for equation in equations
+        for term in equation.terms
+        if equation.slot is not None and term.source == Source("new", number)
+    ]
+
+
 def adds_to_momentum(equations: tuple[Equation, ...], carrier: int) -> bool:
     """Whether the surprise alone is added as it is, and to a momentum: those lie in one piece, weights do not."""
     if carrier < 0:
@@ -277,6 +358,16 @@ def adds_to_momentum(equations: tuple[Equation, ...], carrier: int) -> bool:
 def gates_surprise(equations: tuple[Equation, ...]) -> bool:
     """Whether a gate multiplies the surprise itself."""
     return any(t.gate is not None and t.source.kind == "surprise" for equation in equations for t in equation.terms)
+
+
+def gates_new_momentum(equations: tuple[Equation, ...]) -> bool:
+    """Whether a gate multiplies a momentum that has just been moved."""
+    new = {term.source.number for e in equations for term in e.terms if term.gate is not None and is_new(term.source)}
+    return any(equations[number].slot for number in new)
+
+
+def is_new(source: Source) -> bool:
+    return source.kind == "new"
 
 
 def sorted_terms(equation: Equation) -> tuple[list[Source], list[tuple[int, Source]]]:

@@ -65,19 +65,20 @@ def growth_backward(
 
         w_bar = s w'_bar - <w'_bar, w'> / (limit norm) w',  limit_bar = <w'_bar, w'> / limit
     """
-    along = sum((bar * weight).sum(dim=(0, 2, 3)) for bar, weight in zip(bars, weights, strict=True))
-    along = torch.where(norm > limit, along, 0.0)
+    first, *more = ((bar * weight).sum(dim=(0, 2, 3)) for bar, weight in zip(bars, weights, strict=True))
+    of_limit = torch.where(norm > limit, sum(more, first), 0.0) / limit
+    by_weight = (of_limit / -norm)[:, None, None]
     for bar, weight in zip(bars, weights, strict=True):
-        bar.mul_(scale[:, None, None]).addcmul_(weight, (-along / (limit * norm))[:, None, None])
-    return along / limit
+        bar.mul_(scale[:, None, None]).addcmul_(weight, by_weight)
+    return of_limit
 
 
 def limit_gradient(bar: Tensor) -> None:
     """Where the inner loop is chaotic its gradient would overflow, see `renewal.LimitGradient`.
 
-    bar: (... p q), which lies in one piece, or of which each of the first axis has rows at equal distances
+    bar: (a ... p q), whose matrices lie at equal distances, if not all of them those of each of the first axis
     """
     bound = MAX_CARRIED_GRADIENT
     bar.clamp_(-bound, bound)
-    for part in [bar] if bar.is_contiguous() else bar.unbind(0):
+    for part in [bar] if len(bar) == 1 or bar.stride(0) == bar.stride(1) * bar.shape[1] else bar.unbind(0):
         part.view(-1, bar.shape[-2:].numel()).renorm_(2, 0, bound)

@@ -43,6 +43,7 @@ class Loop:
         self.surprise = MLPSurprise(inputs.tokens, kept.products, self.inputs_of, self.errors_of, of_gain)
         self.matrices = [self.bases_of(name) for name in shape.matrices]
         self.fast_gains = None if self.gain_pack is None else self.bases_of(NORM_GAIN)
+        self.all_gains: Sequence[Tensor] | None = None
 
     def evolution(self, pack: int) -> Evolution:
         """One pack's way through the blocks."""
@@ -51,7 +52,7 @@ class Loop:
         if self.shape.equations is None and share is not None:
             return ByShares(kept.states[pack], kept.factors[pack], mix, share)
         if mix.ndim == 4:
-            return ByTable(kept.states[pack], mix, self.inputs.states[pack].shape[2])
+            return ByTable(kept.states[pack], mix, self.shape.num_slots)
         of_pack = kept.states[pack], kept.lasts[pack], kept.momenta[pack], kept.factors[pack]
         return ByEquations(*of_pack, self.shape.equations or (), mix, kept.sums[pack], share)
 
@@ -77,7 +78,10 @@ class Loop:
 
             gain = self.inputs.gain if self.gain_pack is None else weight(NORM_GAIN) + 1
             return Base([weight(name) for name in self.shape.matrices], gain)
-        gain = self.inputs.gain if self.fast_gains is None else self.fast_gains[n] + 1
+        if self.all_gains is not None:
+            gain = self.all_gains[n]
+        else:
+            gain = self.inputs.gain if self.fast_gains is None else self.fast_gains[n] + 1
         return Base([weights[n] for weights in self.matrices], gain)
 
     def gains(self) -> Tensor | None:
@@ -149,7 +153,7 @@ class Loop:
 
     def results(self) -> Results:
         places = self.shape.packing.places
-        num_slots = 1 if self.shape.equations is not None else self.kept.states[0].shape[3]
+        num_slots = 1 if self.shape.equations is not None else self.shape.num_slots
 
         def starts(name: str) -> list[Tensor]:
             place = places[name]
@@ -210,6 +214,8 @@ class Loop:
         """bars: gradients of what came out, None where there is none"""
         left, gains = self.kept.left, self.gains()
         normed = None if isinstance(left, Tensor) else left
+        if gains is not None and self.gain_pack is not None:
+            self.all_gains = gains.unbind(0)
         self.surprise.begin_backward(normed, gains, bars.error)
         for pack, evolution in enumerate(self.evolutions):
             last = bars.last[pack]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.loop.by_equations import num_sums
+from titans_pytorch.fast_weights.loop.by_equations import Momenta, gates_new_momentum, num_sums
 from titans_pytorch.fast_weights.loop.equations import Equation, moves_in_place
 from titans_pytorch.fast_weights.loop.evolution import PackFactors
 from titans_pytorch.fast_weights.loop.mlp import Normed, Products, Tokens
@@ -21,6 +22,7 @@ class Shape(NamedTuple):
     matrices: tuple[str, ...]  # of the memory model, in the order of its layers
     num_blocks: int  # T
     per_renewal: int  # blocks of a renewal, k
+    num_slots: int  # a: weights and momenta
     equations: tuple[Equation, ...] | None  # of blocks of one chunk; None: by shares
     renews_last: bool  # whether the base is renewed after the last block
     num_places: int | None = None  # renewals whose starts are kept until they are read, inside the loop; None: all
@@ -71,13 +73,19 @@ class Kept(NamedTuple):
 
     states: list[Tensor]  # by shares (T+1 g r a p q), by equations weights (g M r k p q), of a gain (N+1 r a+k-1+L d)
     lasts: list[Tensor]  # by equations, weights after the last block (g r p q)
-    momenta: list[Tensor]  # by equations (T+1 o g r p q)
+    momenta: list[Momenta]  # by equations
     factors: list[PackFactors]
     sums: list[Tensor]  # (T s g r p q) by equations
     products: list[Products]
     left: Normed | Tensor  # (N r L .)  of a norm; Tensor: its output alone, without a backward pass, or no norm
     scales: Tensor | None  # (N r)  by which a base was made smaller, 1 where it was not
     norms: Tensor | None  # (N r)
+
+    def for_backward(self, shape: Shape) -> Kept:
+        """Without what only comes out: the next loop keeps it as what it begins with."""
+        if shape.equations is None or gates_new_momentum(shape.equations):
+            return self
+        return self._replace(momenta=[momenta._replace(last=None) for momenta in self.momenta])
 
 
 def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
@@ -91,18 +99,18 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
 
     states, lasts, momenta, factors, sums = [], [], [], [], []
     for number, start in enumerate(inputs.states):
-        count, _, num_slots, p, q = start.shape
+        count, _, _, p, q = start.shape
         is_gain = shape.packing.packs[number] == (NORM_GAIN,)
         is_table = is_gain and shape.equations is not None and inputs.mixes[number].ndim == 4
         if shape.equations is None:
             states.append(start.new_empty(shape.num_blocks + 1, *start.shape))
             states[-1][0] = start
         elif is_table:
-            head = num_slots + shape.per_renewal - 1
+            head = shape.num_slots + shape.per_renewal - 1
             states.append(start.new_zeros(n + 1, rows, head + length, q))
-            states[-1][0, :, :num_slots] = start[0, :, :, 0]
+            states[-1][0, :, : shape.num_slots] = start[0, :, :, 0]
             lasts.append(start)
-            momenta.append(start)
+            momenta.append(Momenta(start, None))
             sums.append(start)
             factors.append(PackFactors(keys, states[-1][:-1, :, head:]))
             continue
@@ -114,14 +122,7 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
                 states.append(start.new_empty(count, num_places, rows, shape.per_renewal, p, q))
                 states[-1][:, 0, :, 0] = start[:, :, 0]
             lasts.append(start.new_empty(count, rows, p, q))
-            given = start[:, :, 1:].movedim(2, 0)
-            if shape.takes_states:
-                kept_momenta = given.unsqueeze(0)
-            else:
-                num_kept = shape.num_blocks + 1 if keeps_all or not moves_in_place(shape.equations) else 1
-                kept_momenta = start.new_empty(num_kept, num_slots - 1, count, rows, p, q)
-                kept_momenta[0] = given
-            momenta.append(kept_momenta.expand(shape.num_blocks + 1, *kept_momenta.shape[1:]))
+            momenta.append(room_for_momenta(shape, start[:, :, 1:].movedim(2, 0), keeps_all))
             kept_sums = start.new_empty(
                 shape.num_blocks if keeps_all else 1, num_sums(shape.equations), *start.shape[:2], p, q
             )
@@ -137,6 +138,17 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
     widths = [widths_of(inputs, shape, name) for name in shape.matrices[:-1]]
     products = [Products(*(room(rows, length, width) for _ in range(2))) for width in widths]
     return Kept(states, lasts, momenta, factors, sums, products, keys, None, None)
+
+
+def room_for_momenta(shape: Shape, given: Tensor, keeps_all: bool) -> Momenta:
+    """Room for those that renewals begin with, and in it those of the first.  given: (o g r p q)"""
+    if shape.takes_states:
+        return Momenta(given.expand(shape.num_renewals, *given.shape), given)
+    is_one_place = not keeps_all and moves_in_place(shape.equations or ())
+    starts = given.new_empty(1 if is_one_place else shape.num_renewals, *given.shape)
+    starts[0] = given
+    last = starts[0] if is_one_place else torch.empty_like(starts[0])
+    return Momenta(starts.expand(shape.num_renewals, *given.shape), last)
 
 
 def widths_of(inputs: Inputs, shape: Shape, name: str) -> int:

@@ -32,7 +32,8 @@ class LoopOperation(torch.autograd.Function):
         forms.append(form)
         ctx.set_materialize_grads(False)
         if has_backward:
-            saved, ctx.saved_form = tree_flatten((inputs, kept))
+            # what a loop begins with has been copied to its first places
+            saved, ctx.saved_form = tree_flatten((inputs._replace(states=[]), kept.for_backward(shape)))
             ctx.is_tensor = [isinstance(part, Tensor) for part in saved]
             ctx.save_for_backward(*(part for part in saved if isinstance(part, Tensor)))
             ctx.shape, ctx.form, ctx.structure = shape, form, structure

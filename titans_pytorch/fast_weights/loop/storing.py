@@ -107,8 +107,8 @@ class SeriesStore:
     def shape(self, num_renewals: int, renews_last: bool) -> Shape:
         """What one loop does."""
         k, matrices, equations = self.series.per_renewal, tuple(self.model.matrices), self.tables.equations
-        num_places = None if equations is None else self.series.num_places
-        return Shape(self.packing, matrices, num_renewals * k, k, equations, renews_last, num_places)
+        num_slots, num_places = 1 + self.num_momenta, None if equations is None else self.series.num_places
+        return Shape(self.packing, matrices, num_renewals * k, k, num_slots, equations, renews_last, num_places)
 
     def loss(self, results: Results) -> Tensor:
         """The loss of every write.  -> (r n c)"""
