@@ -211,10 +211,10 @@ def test_a_state_is_saved_forked_and_reset_with_what_its_window_sees(cut: int, r
 def test_a_state_goes_through_a_file(tmp_path: Any) -> None:
     memory = NeuralMemory.atlas(8, 2, chunk_size=4)
     x = randn(2, 20, 8).float()
-    whole, (_, state) = memory(x)[0], memory(x[:, :11])
+    _, state = memory(x[:, :11])
     save_state(state, tmp_path / "state")
     found = memory(x[:, 11:], state=load_state(tmp_path / "state"))[0]
-    assert_close(found, whole[:, 11:], rtol=1e-5, atol=1e-5)
+    assert_close(found, memory(x[:, 11:], state=state)[0], rtol=0, atol=0)
 
 
 def test_a_memory_is_saved_and_loaded_by_name(tmp_path: Any) -> None:
