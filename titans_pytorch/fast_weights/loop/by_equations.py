@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.loop.equations import Equation, Source
+from titans_pytorch.fast_weights.loop.equations import (
+    Equation,
+    Source,
+    adds_to_momentum,
+    carrier_of,
+    gates_new_momentum,
+    gates_surprise,
+    sorted_terms,
+    takers_of,
+)
 from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, PackFactors, num_together
 
 Parts = list[tuple[Tensor, Tensor | None]]
@@ -60,8 +69,8 @@ class ByEquations(Evolution):
         self.starts, self.ends = [[places[i] for i in in_place]], [[places[i + 1] for i in in_place]]
         self.momenta = momenta
         inside = momenta.inside(k - 1)
-        for firsts, others in zip(momenta.starts.unbind(1), inside.unbind(1), strict=True):
-            each = [moved for first in firsts.unbind(0) for moved in (first, *others.unbind(0))]
+        for firsts, later in zip(momenta.starts.unbind(1), inside.unbind(1), strict=True):
+            each = [moved for first in firsts.unbind(0) for moved in (first, *later.unbind(0))]
             self.starts.append(each)
             self.ends.append(each[1:])
         if momenta.last is not None:
@@ -324,56 +333,6 @@ class ByEquations(Evolution):
 def two_by_turns(pair: Tensor, num: int) -> list[Tensor]:
     """So many things, of which only neighbours are there at a time.  (2 ...) -> (...) each"""
     return [pair[number % 2] for number in range(num)]
-
-
-def num_sums(equations: tuple[Equation, ...]) -> int:
-    """How many sums there are to keep beside the slots."""
-    return sum(equation.slot is None for equation in equations) + gates_surprise(equations)
-
-
-def carrier_of(equations: tuple[Equation, ...]) -> int:
-    """The one equation that adds the surprise as it is, so its gradient is that of the surprise; -1: none is."""
-    uses = [(number, t.gate) for number, e in enumerate(equations) for t in e.terms if t.source.kind == "surprise"]
-    return uses[0][0] if len(uses) == 1 and uses[0][1] is None else -1
-
-
-def takers_of(equations: tuple[Equation, ...], number: int) -> list[tuple[int, int | None]]:
-    """The slots whose equations take what another one has just worked out, and by which gates."""
-    return [
-        (equation.slot, term.gate)
-        for equation in equations
-        for term in equation.terms
-        if equation.slot is not None and term.source == Source("new", number)
-    ]
-
-
-def adds_to_momentum(equations: tuple[Equation, ...], carrier: int) -> bool:
-    """Whether the surprise alone is added as it is, and to a momentum: those lie in one piece, weights do not."""
-    if carrier < 0:
-        return False
-    plain, _ = sorted_terms(equations[carrier])
-    return len(plain) == 1 and (equations[carrier].slot or 0) > 0
-
-
-def gates_surprise(equations: tuple[Equation, ...]) -> bool:
-    """Whether a gate multiplies the surprise itself."""
-    return any(t.gate is not None and t.source.kind == "surprise" for equation in equations for t in equation.terms)
-
-
-def gates_new_momentum(equations: tuple[Equation, ...]) -> bool:
-    """Whether a gate multiplies a momentum that has just been moved."""
-    new = {term.source.number for e in equations for term in e.terms if term.gate is not None and is_new(term.source)}
-    return any(equations[number].slot for number in new)
-
-
-def is_new(source: Source) -> bool:
-    return source.kind == "new"
-
-
-def sorted_terms(equation: Equation) -> tuple[list[Source], list[tuple[int, Source]]]:
-    """What an equation adds as it is, and what it multiplies by gates."""
-    plain = [term.source for term in equation.terms if term.gate is None]
-    return plain, [(term.gate, term.source) for term in equation.terms if term.gate is not None]
 
 
 def sum_into(out: Tensor, plain: list[Tensor], gated: list[tuple[Tensor, Tensor]]) -> None:

@@ -211,6 +211,9 @@ def where_stored(made: Equations, is_stored: Tensor) -> Equations:
     return Equations(tuple(map(of, made.each)), gates)
 
 
+# ---- what a loop asks of them
+
+
 def moves_in_place(equations: tuple[Equation, ...]) -> bool:
     """Whether no equation looks at a momentum as it was after another one has moved it."""
     moved: set[int] = set()
@@ -219,3 +222,49 @@ def moves_in_place(equations: tuple[Equation, ...]) -> bool:
             return False
         moved |= set() if equation.slot is None else {equation.slot}
     return True
+
+
+def sorted_terms(equation: Equation) -> tuple[list[Source], list[tuple[int, Source]]]:
+    """What an equation adds as it is, and what it multiplies by gates."""
+    plain = [term.source for term in equation.terms if term.gate is None]
+    return plain, [(term.gate, term.source) for term in equation.terms if term.gate is not None]
+
+
+def num_sums(equations: tuple[Equation, ...]) -> int:
+    """How many sums there are to keep beside the slots."""
+    return sum(equation.slot is None for equation in equations) + gates_surprise(equations)
+
+
+def gates_surprise(equations: tuple[Equation, ...]) -> bool:
+    """Whether a gate multiplies the surprise itself."""
+    return any(t.gate is not None and t.source.kind == "surprise" for equation in equations for t in equation.terms)
+
+
+def gates_new_momentum(equations: tuple[Equation, ...]) -> bool:
+    """Whether a gate multiplies a momentum that has just been moved."""
+    gated = [term.source for equation in equations for term in equation.terms if term.gate is not None]
+    return any(source.kind == "new" and equations[source.number].slot for source in gated)
+
+
+def carrier_of(equations: tuple[Equation, ...]) -> int:
+    """The one equation that adds the surprise as it is, so its gradient is that of the surprise; -1: none is."""
+    uses = [(number, t.gate) for number, e in enumerate(equations) for t in e.terms if t.source.kind == "surprise"]
+    return uses[0][0] if len(uses) == 1 and uses[0][1] is None else -1
+
+
+def adds_to_momentum(equations: tuple[Equation, ...], carrier: int) -> bool:
+    """Whether the surprise alone is added as it is, and to a momentum: those lie in one piece, weights do not."""
+    if carrier < 0:
+        return False
+    plain, _ = sorted_terms(equations[carrier])
+    return len(plain) == 1 and (equations[carrier].slot or 0) > 0
+
+
+def takers_of(equations: tuple[Equation, ...], number: int) -> list[tuple[int, int | None]]:
+    """The slots whose equations take what another one has just worked out, and by which gates."""
+    return [
+        (equation.slot, term.gate)
+        for equation in equations
+        for term in equation.terms
+        if equation.slot is not None and term.source == Source("new", number)
+    ]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.loop.by_equations import Momenta, gates_new_momentum, num_sums
-from titans_pytorch.fast_weights.loop.equations import Equation, moves_in_place
+from titans_pytorch.fast_weights.loop.by_equations import Momenta
+from titans_pytorch.fast_weights.loop.equations import Equation, gates_new_momentum, moves_in_place, num_sums
 from titans_pytorch.fast_weights.loop.evolution import PackFactors
 from titans_pytorch.fast_weights.loop.mlp import Normed, Products, Tokens
 from titans_pytorch.fast_weights.loop.packing import Packing
