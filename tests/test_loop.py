@@ -17,6 +17,7 @@ from tests.support.configurations import Case, cases
 from tests.test_exactness import check
 from titans_pytorch import MemoryAsContextTransformer, NeuralMemory
 from titans_pytorch.fast_weights.loop.storing import SeriesStore
+from titans_pytorch.fast_weights.rules.atlas import SteppedByLength
 from titans_pytorch.memory.costs import COSTS, Costs
 
 IN_LOOPS: dict[str, Any] = {
@@ -88,10 +89,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 REAL = dict(dim=128, heads=4, dim_head=32, default_step_transform_max_lr=1e-2, default_model_kwargs=dict(depth=2))
 
 
-def results(memory: NeuralMemory, seq: Tensor) -> list[Tensor]:
+def results(memory: NeuralMemory, seq: Tensor, **how: Any) -> list[Tensor]:
     """What is read, the last weights, and gradients of the input and of every parameter."""
     seq = seq.detach().requires_grad_()
-    reads, state = memory(seq)
+    reads, state = memory(seq, **how)
     total = reads.square().mean() + sum(w.square().mean() for w in state.current.values())
     wanted = [seq, *memory.parameters()]
     found = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
@@ -123,6 +124,32 @@ def block_by_block(monkeypatch: pytest.MonkeyPatch) -> Any:
             return results(memory, seq)
 
     return run
+
+
+OWN_RULES: dict[str, Any] = {
+    "a gate multiplies the momentum just moved": lambda: SteppedByLength(1),
+    "a gate multiplies a mix of two": lambda: SteppedByLength(2, 2),
+    "and of a third that is made of them": lambda: SteppedByLength(2, 3),
+}
+
+
+@pytest.mark.parametrize("rule", OWN_RULES)
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_a_rule_of_ones_own_in_a_loop_is_what_its_blocks_are(
+    rule: str, chunks: int, has_mask: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sums are worked out in any order that they allow, there and back."""
+    torch.manual_seed(0)
+    monkeypatch.setitem(COSTS, "cpu", Costs(loop_chunks=3))
+    memory = NeuralMemory(8, 2, 2 * chunks, heads=2, dim_head=4, rule=OWN_RULES[rule]()).double()
+    seq = torch.randn(2, 25, 8, dtype=torch.float64)
+    mask = torch.rand(2, 25) < 0.7 if has_mask else None
+    assert memory.plan(2, 25).choice.has_loop
+    found = results(memory, seq, store_mask=mask)
+    monkeypatch.setitem(COSTS, "cpu", BLOCK_BY_BLOCK)
+    assert not memory.plan(2, 25).choice.has_loop
+    compare(found, results(memory, seq, store_mask=mask), 1e-10)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -291,6 +318,10 @@ def test_small_memories_hold_what_a_span_of_tokens_needs() -> None:
     memory = NeuralMemory(dim=128, chunk_size=8, batch_size=16, heads=4, dim_head=32)
     with torch.no_grad():
         assert held_bytes(lambda: memory(torch.ones(4, 1024, 128))) <= 39e6
+    with torch.no_grad():
+        pair = NeuralMemory(dim=256, chunk_size=16, batch_size=32)
+        one = held_bytes(lambda: pair(torch.ones(1, 32, 256)))
+    assert one <= 20.8e6, "momenta of a single renewal move where they lie, too"
     held = held_bytes(lambda: memory(torch.randn(4, 1024, 128))[0].square().mean().backward())
     assert held <= 229e6, "momenta inside of renewals are worked out again (242.5e6 at 564baa4)"
 

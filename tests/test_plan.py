@@ -133,7 +133,8 @@ def test_long_chunks_are_blocks_of_their_own_and_short_ones_share_one() -> None:
         (256, 1, None, False, 1),  # what is read at the end would have to be kept
         (384, 1, 64, True, 4),
         (384, 2, 64, True, 1),  # too few, and long batches gain little
-        (384, 2, 32, True, 4),  # short ones gain more the wider the memory
+        (384, 2, 32, True, 4),  # short ones gain more
+        (384, 4, 32, True, 1),  # not even two fit
     ],
 )
 def test_loops_in_training_are_long_enough_to_be_worth_it(
@@ -144,6 +145,13 @@ def test_loops_in_training_are_long_enough_to_be_worth_it(
         choice = memory.plan(rows, 1024).choice
     assert choice.longest_series == blocks
     assert choice.has_loop == (blocks > 1)
+
+
+def test_without_room_for_a_series_everything_goes_block_by_block_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the error of a loop that is differentiated twice says."""
+    monkeypatch.setitem(COSTS, "cpu", Costs(series_elements=0))
+    for options in ({}, {"num_kv_per_token": 4}, {"channelwise_decay": True}):
+        assert not NeuralMemory(384, chunk_size=32, batch_size=32, **options).plan(2, 1024).choice.has_loop
 
 
 def test_another_kind_of_device_has_costs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,8 +126,9 @@ def momenta_inside_of_a_renewal_do_not_hear_of_weights(patcher: pytest.MonkeyPat
     """A part of their gradients is dropped."""
 
     def change(original: Any, self: ByEquations, block: int) -> None:
-        self.takers = [[] for _ in self.takers]
+        takers, self.takers = self.takers, [[] for _ in self.takers]
         original(self, block)
+        self.takers = takers
 
     wrapped(patcher, ByEquations, "start_of", change)
 

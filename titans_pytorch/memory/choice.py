@@ -63,7 +63,7 @@ def choose(
     if has_loop:
         is_alone = fit_together > 1 and 0 < batch <= costs.loop_chunks * layout.store_chunk
         each = 1 if is_alone else most
-        num = loop_blocks(batch, each * layout.store_chunk, costs, fit_together)
+        num = loop_blocks(batch, each * layout.store_chunk, costs, fit_together, has_grad=has_grad)
         if batch > 0 and each == 1 and not has_grad:  # only tokens have to fit
             num = max(num, span_chunks)
             num_places = max(1, costs.read_elements // (rows * sizes.num_elements) * layout.store_chunk // batch)
@@ -77,15 +77,15 @@ def choose(
     return Choice(most, why, longest_series, at_once, has_loop, num_places)
 
 
-def loop_blocks(batch: int, block: int, costs: Costs, fit_together: int) -> int:
+def loop_blocks(batch: int, block: int, costs: Costs, fit_together: int, *, has_grad: bool) -> int:
     """How many blocks go through one loop; 0: none, as there would be too few.
 
     batch, block: tokens of a renewal, 0: there is none, and of a block; fit_together: blocks whose slots fit
     """
     fewest = costs.loop_renewals * -(-batch // block) if batch else costs.loop_blocks
-    if fit_together < fewest and block == batch <= costs.wide_loop_tokens:
+    if has_grad and 1 < fit_together < fewest and block == batch <= costs.wide_loop_tokens:
         return fewest
-    return fit_together if fit_together >= fewest else 0
+    return fit_together if fit_together >= (fewest if has_grad else 2) else 0
 
 
 def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> tuple[int, str]:

@@ -23,7 +23,7 @@ class Costs(NamedTuple):
     series_elements: int = 10 * 2**20  # of the weights and momenta of blocks that go through one loop
     loop_renewals: int = 4  # fewest of a loop in training: it begins with a copy, and what it ends with is kept as well
     loop_blocks: int = 8  # fewest of a loop in training, where no base is ever renewed
-    wide_loop_tokens: int = 32  # of a batch of one chunk, up to which so many are worth it whatever they take
+    wide_loop_tokens: int = 32  # of a batch of one chunk, up to which two that fit are enough for a loop of so many
     read_elements: int = 2**21  # of weights that are read together inside a loop, where no backward pass follows
     loop_chunks: int = 2  # of a batch, up to which each is a block of its own in a loop
     loop_tokens: int = 64  # of a batch, up to which there are loops; they keep the start of every block

@@ -16,6 +16,7 @@ from titans_pytorch.fast_weights.loop.equations import (
     gates_new_momentum,
     gates_surprise,
     sorted_terms,
+    sums_new_slots,
     takers_of,
 )
 from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, PackFactors, num_together
@@ -25,23 +26,20 @@ Parts = list[tuple[Tensor, Tensor | None]]
 
 
 class Momenta(NamedTuple):
-    """Those of o orders that renewals begin with; those inside of a renewal are worked out again.
+    """Those of o orders where renewals begin, where blocks inside of one begin, and after the last block.
 
-    Where nobody looks back at them all lie in one place.
+    On the way back those inside are worked out again. Where nobody looks back at them all lie in one place.
     """
 
     starts: Tensor  # (N o g r p q)
-    last: Tensor | None  # (o g r p q)  after the last block
-
-    def inside(self, num: int) -> Tensor:
-        """Room for so many more, for one renewal after the other.  -> (num o g r p q)"""
-        first = self.starts[:1]
-        is_one_place = self.starts.stride(0) == 0
-        return first.expand(num, *first.shape[1:]) if is_one_place else first.new_empty(num, *first.shape[1:])
+    inside: Tensor | None  # (k-1 o g r p q)  of one renewal after the other; None: on the way back
+    last: Tensor | None  # (o g r p q)
 
 
 class ByEquations(Evolution):
     """The rule's sums, one after the other, in blocks of one chunk.
+
+    On the way back the starts and ends of momenta inside of a renewal are there from `go_again` for it on.
 
     weights: (g M r k p q) of M places, and last: (g r p q) after all of them;
     gates: (T G g r 1 1), those that the equations multiply by, of channels (T G g r 1 q); share: (N g·r L 1), how much
@@ -68,14 +66,11 @@ class ByEquations(Evolution):
         in_place = [block % (self.num_places * k) for block in range(num_blocks)]
         self.starts, self.ends = [[places[i] for i in in_place]], [[places[i + 1] for i in in_place]]
         self.momenta = momenta
-        inside = momenta.inside(k - 1)
-        for firsts, later in zip(momenta.starts.unbind(1), inside.unbind(1), strict=True):
-            each = [moved for first in firsts.unbind(0) for moved in (first, *later.unbind(0))]
+        for slot, firsts in enumerate(momenta.starts.unbind(1)):
+            later = () if momenta.inside is None else momenta.inside[:, slot].unbind(0)
+            each = [moved for first in firsts.unbind(0) for moved in (first, *later)]
             self.starts.append(each)
-            self.ends.append(each[1:])
-        if momenta.last is not None:
-            for ends, end in zip(self.ends[1:], momenta.last.unbind(0), strict=True):
-                ends.append(end)
+            self.ends.append(each[1:] if momenta.last is None else [*each[1:], momenta.last[slot]])
         self.left, self.right = (
             [part.unflatten(1, (k, -1)).flatten(0, 1) for part in factor.unbind(0)] for factor in factors
         )  # (g·r·k l p) each
@@ -90,7 +85,12 @@ class ByEquations(Evolution):
         self.sorted = [sorted_terms(equation) for equation in equations]
         self.carrier = carrier_of(equations)
         self.adds_in_place = adds_to_momentum(equations, self.carrier)
-        self.takers = [takers_of(equations, number) for number in range(len(equations))]
+        # what a new slot is a part of gives its gradient where a block ends, unless other sums have a part in that
+        hands_over = not sums_new_slots(equations)
+        self.takers = [
+            takers_of(equations, number) if hands_over and equation.slot is not None else []
+            for number, equation in enumerate(equations)
+        ]
         self.gated = [term.source for equation in equations for term in equation.terms if term.gate is not None]
 
     def of_slot(self, slot: int, index: int) -> Tensor:
@@ -161,7 +161,7 @@ class ByEquations(Evolution):
         self.surprise_bar = None if self.carrier >= 0 else like.new_empty(shape)
         self.at_once = num_together(like, self.per_renewal)
         self.scratch = like.new_empty(*like.shape[:2], self.at_once, *like.shape[2:])
-        # where the first renewal begins another one would have ended
+        # gradients of what the first renewal begins with: where those of one before it would end
         self.bars = [[before[slot, :, :, -1], *self.by_block(slot)] for slot in range(len(self.starts))]
         self.each_sum_bar = [bars.unbind(2) * n for bars in self.sum_bars]
         for bars, last in zip(self.bars, last_bars, strict=True):
@@ -251,7 +251,7 @@ class ByEquations(Evolution):
         """From the gradients of a block's end to those of all its sums.  -> those of its surprise"""
         of_surprise: Parts = []
         self.to_start = [[] for _ in self.starts]
-        is_last = (block + 1) % self.per_renewal == 0  # of its renewal; of others `start_of` has done a part
+        is_last = (block + 1) % self.per_renewal == 0  # of its renewal; of others `start_of` has asked the takers
         for number in reversed(range(len(self.equations))):
             bar, slot = self.bar(number, block), self.equations[number].slot
             for gate_number, source in self.equations[number].terms:
@@ -260,7 +260,7 @@ class ByEquations(Evolution):
                     of_surprise.append((bar, gate))
                 elif source.kind == "old":
                     self.to_start[source.number].append((bar, gate))
-                elif is_last or slot is None or self.equations[source.number].slot is None:
+                elif is_last or (slot, gate_number) not in self.takers[source.number]:
                     target = self.bar(source.number, block)
                     _ = target.add_(bar) if gate is None else target.addcmul_(bar, gate)
         return of_surprise

@@ -268,3 +268,9 @@ def takers_of(equations: tuple[Equation, ...], number: int) -> list[tuple[int, i
         for term in equation.terms
         if equation.slot is not None and term.source == Source("new", number)
     ]
+
+
+def sums_new_slots(equations: tuple[Equation, ...]) -> bool:
+    """Whether a sum that becomes no slot is made of slots that have just been worked out."""
+    sources = [term.source for equation in equations for term in equation.terms if equation.slot is None]
+    return any(source.kind == "new" and equations[source.number].slot is not None for source in sources)

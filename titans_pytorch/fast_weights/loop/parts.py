@@ -82,10 +82,12 @@ class Kept(NamedTuple):
     norms: Tensor | None  # (N r)
 
     def for_backward(self, shape: Shape) -> Kept:
-        """Without what only comes out: the next loop keeps it as what it begins with."""
-        if shape.equations is None or gates_new_momentum(shape.equations):
+        """Without momenta inside of renewals, which are worked out again, and those that only come out."""
+        if shape.equations is None:
             return self
-        return self._replace(momenta=[momenta._replace(last=None) for momenta in self.momenta])
+        is_needed = shape.per_renewal == 1 and gates_new_momentum(shape.equations)  # a gate multiplies the last ones
+        momenta = [Momenta(starts, None, last if is_needed else None) for starts, _, last in self.momenta]
+        return self._replace(momenta=momenta)
 
 
 def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
@@ -110,7 +112,7 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
             states.append(start.new_zeros(n + 1, rows, head + length, q))
             states[-1][0, :, : shape.num_slots] = start[0, :, :, 0]
             lasts.append(start)
-            momenta.append(Momenta(start, None))
+            momenta.append(Momenta(start, None, None))
             sums.append(start)
             factors.append(PackFactors(keys, states[-1][:-1, :, head:]))
             continue
@@ -141,14 +143,14 @@ def begin(shape: Shape, inputs: Inputs, keeps_all: bool) -> Kept:
 
 
 def room_for_momenta(shape: Shape, given: Tensor, keeps_all: bool) -> Momenta:
-    """Room for those that renewals begin with, and in it those of the first.  given: (o g r p q)"""
-    if shape.takes_states:
-        return Momenta(given.expand(shape.num_renewals, *given.shape), given)
-    is_one_place = not keeps_all and moves_in_place(shape.equations or ())
-    starts = given.new_empty(1 if is_one_place else shape.num_renewals, *given.shape)
+    """Room for all momenta, and in it those of the first renewal.  given: (o g r p q)"""
+    n, inside = shape.num_renewals, shape.per_renewal - 1
+    if shape.takes_states or (not keeps_all and moves_in_place(shape.equations or ())):
+        place = given if shape.takes_states else given.clone()
+        return Momenta(place.expand(n, *given.shape), place.expand(inside, *given.shape), place)
+    starts = given.new_empty(n, *given.shape)
     starts[0] = given
-    last = starts[0] if is_one_place else torch.empty_like(starts[0])
-    return Momenta(starts.expand(shape.num_renewals, *given.shape), last)
+    return Momenta(starts, given.new_empty(inside, *given.shape), torch.empty_like(starts[0]))
 
 
 def widths_of(inputs: Inputs, shape: Shape, name: str) -> int:

@@ -2,7 +2,7 @@
 
 Only what is sequential is in it; what is read is read afterwards, for all blocks at once. Its backward pass is written
 out as well, so a renewal is a few dozen operations on tensors that stay where they are. What is kept for it are the
-weights at the start of every block and a few numbers of every token.
+weights at the start of every block, the momenta at the start of every renewal and a few numbers of every token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LoopOperation(torch.autograd.Function):
         forms.append(form)
         ctx.set_materialize_grads(False)
         if has_backward:
-            # what a loop begins with has been copied to its first places
+            # what a loop begins with lies in its first places as well
             saved, ctx.saved_form = tree_flatten((inputs._replace(states=[]), kept.for_backward(shape)))
             ctx.is_tensor = [isinstance(part, Tensor) for part in saved]
             ctx.save_for_backward(*(part for part in saved if isinstance(part, Tensor)))
