@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from benchmarks.learning.loop import training
 from benchmarks.machine import CHECKOUT, RESULTS
 from benchmarks.records import add, load
-from benchmarks.speed import conversations, decode_kernels, one_core, replay
+from benchmarks.speed import conversations, decode_kernels, held, one_core, replay
 from benchmarks.speed.measure import Side, Worker
 from benchmarks.speed.worker import direct_form
 from benchmarks.speed.workloads import Case
@@ -132,6 +132,11 @@ def call(args):
     buf2 = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(buf1, buf1, buf1)
 """
     assert decode_kernels.calls("cpp_fused_add_mul_0 = async_compile.cpp_pybinding(['float*'], '')" + code) == (1, 2)
+
+
+def test_what_holds_more_than_before_is_bold() -> None:
+    rows = held.table({"a memory": [10**7, 3 * 10**8]}, {"a memory": [2 * 10**7, 2 * 10**8]})
+    assert rows[1:] == [["a memory", "10 MB", "**20 MB**", "300 MB", "200 MB"]]
 
 
 def test_one_core_times_a_checkout() -> None:
