@@ -115,8 +115,8 @@ def gates_multiply_what_comes_after(patcher: pytest.MonkeyPatch) -> None:
 def momenta_inside_of_a_renewal_are_those_of_the_one_after_it(patcher: pytest.MonkeyPatch) -> None:
     """They are not worked out again on the way back."""
 
-    def change(original: Any, self: ByEquations, n: int) -> None:
-        original(self, min(n + 1, len(self.left) - 1))
+    def change(original: Any, self: ByEquations, n: int, left: Tensor) -> None:
+        original(self, min(n + 1, len(self.left) - 1), left)
 
     wrapped(patcher, ByEquations, "go_again", change)
 

@@ -187,12 +187,13 @@ class ByEquations(Evolution):
             self.starts[slot] = [moved for first in firsts for moved in (first, *ends[:-1])]
             self.ends[slot] = [*ends] * len(firsts)
         self.of_momenta = [number for number, equation in enumerate(self.equations) if equation.slot]
+        self.num_again = self.per_renewal - (not gates_new_momentum(self.equations))
 
-    def go_again(self, n: int) -> None:
-        """Through the momenta of a renewal's blocks, as far as anybody asks for them."""
+    def go_again(self, n: int, left: Tensor) -> None:
+        """Through the momenta of a renewal's blocks, as far as anybody asks for them.  left: its `taken_left`"""
         k = self.per_renewal
-        left, right = self.taken_left(n).unflatten(0, (-1, k)), self.right[n].unflatten(0, (-1, k))
-        for place in range(k if gates_new_momentum(self.equations) else k - 1):
+        left, right = left.unflatten(0, (-1, k)), self.right[n].unflatten(0, (-1, k))
+        for place in range(self.num_again):
             block, factors = n * k + place, (left[:, place], right[:, place])
             if self.adds_in_place:
                 self.move_in_place(block, *factors, self.of_momenta)
@@ -226,9 +227,9 @@ class ByEquations(Evolution):
         return self.sum_bars[self.place[number]] if slot is None else self.end_bars[n][slot]
 
     def factor_bars(self, n: int) -> tuple[Tensor, Tensor]:
-        first = n * self.per_renewal
+        first, left = n * self.per_renewal, self.taken_left(n)
         if self.goes_again:
-            self.go_again(n)
+            self.go_again(n, left)
         for bars in self.sum_bars:
             bars.zero_()
         for block in reversed(range(first, first + self.per_renewal)):
@@ -240,7 +241,7 @@ class ByEquations(Evolution):
         self.add_gate_bars(n)
         bars = self.bars_of(self.carrier, n) if self.surprise_bar is None else self.surprise_bar
         bar = bars.flatten(0, 2)
-        left_bar, right_bar = torch.bmm(self.right[n], bar.mT), torch.bmm(self.taken_left(n), bar)
+        left_bar, right_bar = torch.bmm(self.right[n], bar.mT), torch.bmm(left, bar)
         if self.shares is not None:
             self.share_bars.append((left_bar * self.left[n]).sum(dim=-1))
             left_bar = left_bar * self.shares[n]
