@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from titans_pytorch import NeuralMemory
+from titans_pytorch.fast_weights.noted import Notes, current_notes, taking
 from titans_pytorch.fast_weights.rules import orthogonal
 from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
 from titans_pytorch.memory import streaming
@@ -33,15 +34,20 @@ def gradients(memory: NeuralMemory, previous: NeuralMemory, seq: Tensor) -> list
     return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
 
 
+def small_memories(**options: Any) -> tuple[NeuralMemory, NeuralMemory, Tensor]:
+    """A memory, one before it, and tokens."""
+    torch.manual_seed(0)
+    shape = dict(dim=8, chunk_size=4, default_step_transform_max_lr=0.1)
+    memory, previous = NeuralMemory(**shape, **options).double(), NeuralMemory(**shape).double()
+    return memory, previous, torch.randn(2, 50, 8, dtype=torch.float64, requires_grad=True)
+
+
 @pytest.mark.parametrize("block_elements", [0, 2**26], ids=["blocks made again", "blocks kept"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_recomputing_spans_changes_no_gradient(
     options: dict[str, Any], block_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    shape = dict(dim=8, chunk_size=4, default_step_transform_max_lr=0.1)
-    memory, previous = NeuralMemory(**shape, **options).double(), NeuralMemory(**shape).double()
-    seq = torch.randn(2, 50, 8, dtype=torch.float64, requires_grad=True)
+    memory, previous, seq = small_memories(**options)
     kept = gradients(memory, previous, seq)
     used = []
     original = streaming.recomputed
@@ -50,6 +56,52 @@ def test_recomputing_spans_changes_no_gradient(
     monkeypatch.setitem(COSTS, "cpu", costs)
     assert_close(gradients(memory, previous, seq), kept, rtol=1e-9, atol=1e-9)
     assert used
+
+
+@pytest.mark.parametrize("noted_elements, known", [(0, "none"), (2000, "some"), (2**25, "all")])
+def test_factors_of_spectral_steps_are_made_once_as_far_as_there_is_room_for_them(
+    noted_elements: int, known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, previous, seq = small_memories(spectral_norm_surprises=True)
+    kept = gradients(memory, previous, seq)
+    monkeypatch.setitem(COSTS, "cpu", Costs(kept_elements=1, span_tokens=16, noted_elements=noted_elements))
+    taken: list[int] = []
+    take = Notes.taken
+
+    def watched(self: Notes, num: int) -> list[Tensor]:
+        found = take(self, num)
+        taken.append(len(found))
+        return found
+
+    monkeypatch.setattr(Notes, "taken", watched)
+    assert_close(gradients(memory, previous, seq), kept, rtol=1e-9, atol=1e-9)
+    assert taken
+    assert {"none": not any(taken), "some": any(taken) and not all(taken), "all": all(taken)}[known]
+
+
+def test_a_factor_of_other_steps_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, previous, seq = small_memories(spectral_norm_surprises=True)
+    kept = gradients(memory, previous, seq)
+    monkeypatch.setitem(COSTS, "cpu", Costs(kept_elements=1, span_tokens=16))
+    take = Notes.taken
+    monkeypatch.setattr(Notes, "taken", lambda self, num: [factor.roll(1, dims=0) for factor in take(self, num)])
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(gradients(memory, previous, seq), kept, rtol=1e-3, atol=1e-3)
+
+
+def test_notes_come_back_in_the_order_in_which_they_were_made() -> None:
+    first = Notes(room=5)
+    made = [first.noted(lambda size=size: torch.full((size,), float(size))) for size in (3, 1, 2, 1)]
+    assert [note.numel() for note in first.made] == [3, 1], "what comes after one that has no room is not noted either"
+    second = Notes(known=first.made)
+    assert second.taken(1)[0] is made[0]
+    assert second.noted(lambda: torch.zeros(1)) is made[1]
+    assert second.taken(1) == []
+    assert second.made == []
+    with taking(second):
+        assert current_notes() is second
+    assert current_notes().taken(1) == [], "outside of such a run nothing is known"
+    assert current_notes().room == 0
 
 
 def test_a_spectral_step_keeps_little_and_can_be_differentiated_twice() -> None:

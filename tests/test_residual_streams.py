@@ -6,11 +6,13 @@ import pytest
 import torch
 from einops import rearrange
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from benchmarks.operations import operations
 from tests.support.streams import disturbed
+from titans_pytorch.mac import gradients
+from titans_pytorch.mac.gradients import added, coefficients, mixed, with_lengths
 from titans_pytorch.mac.residual_streams import (
     SINKHORN_ITERATIONS,
     combined,
@@ -60,6 +62,71 @@ def test_scaling_takes_one_operation_for_rows_and_one_for_columns() -> None:
     gradient = torch.randn_like(logits)
     both = operations(lambda: torch.autograd.grad(doubly_stochastic(logits), logits, gradient))
     assert both == 2 * (2 * SINKHORN_ITERATIONS + 1)
+
+
+def streams_and_map() -> tuple[Tensor, Tensor, Tensor]:
+    """Streams, of which one vector is zero and one is shorter than any that is divided by, a map and its constants."""
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 3, 2, 4), (5, 4), (2, 5)))
+    x[0, 0, 0], x[0, 1, 1] = 0.0, 1e-14 * x[0, 1, 1]
+    return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+
+
+def streams_and_answer() -> tuple[Tensor, Tensor, Tensor]:
+    """Streams, what is added to them, and the share of each."""
+    shapes = ((1, 3, 2, 4), (1, 3, 1, 4), (1, 3, 2, 1))
+    streams, answer, shares = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    return streams, answer, shares
+
+
+def test_gradients_by_hand_are_those_of_autograd() -> None:
+    """Also of a vector of no length, and of one so short that it is not divided by its length."""
+    of_map, of_sum = streams_and_map(), streams_and_answer()
+    streams, answer, shares = of_sum
+    for by_hand, by_autograd, inputs in (
+        (coefficients(*of_map), with_lengths(*of_map)[0], of_map),
+        (added(*of_sum), streams.addcmul(answer, shares, value=2), of_sum),
+    ):
+        assert torch.equal(by_hand, by_autograd)
+        later = torch.randn_like(by_hand)
+        assert_close(torch.autograd.grad(by_hand, inputs, later), torch.autograd.grad(by_autograd, inputs, later))
+
+
+def test_gradients_by_hand_can_be_differentiated_themselves() -> None:
+    x, weight, bias = streams_and_map()
+    longer = (x.detach() + 0.5).requires_grad_()  # a length of zero has no second derivative
+    assert torch.autograd.gradgradcheck(coefficients, (longer, weight, bias))
+    assert torch.autograd.gradgradcheck(added, streams_and_answer())
+
+
+@pytest.mark.parametrize("together", [1, 30, 2**20], ids=["one by one", "some", "all"])
+def test_views_are_mixed_by_hand_as_at_once(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "TOGETHER", together)
+    torch.manual_seed(0)
+    weights = torch.randn(2, 3, 3, 5, dtype=torch.float64, requires_grad=True)
+    candidates = [torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+    inputs = (weights, *candidates)
+    by_hand, by_autograd = mixed(weights, candidates), weights @ torch.stack(candidates, dim=2)
+    assert_close(by_hand, by_autograd)
+    with torch.no_grad():
+        assert_close(mixed(weights, candidates), by_autograd)
+    later = torch.randn_like(by_hand)
+    assert_close(torch.autograd.grad(by_hand, inputs, later), torch.autograd.grad(by_autograd, inputs, later))
+    assert torch.autograd.gradgradcheck(lambda weights, *candidates: mixed(weights, list(candidates)), inputs)
+
+
+def test_gradients_by_hand_take_fewer_operations() -> None:
+    of_map, of_sum = streams_and_map(), streams_and_answer()
+    streams, answer, shares = of_sum
+
+    def backward(out: Tensor, inputs: tuple[Tensor, ...]) -> int:
+        gradient = torch.ones_like(out)
+        return operations(lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True))
+
+    assert backward(coefficients(*of_map), of_map) == 14
+    assert backward(with_lengths(*of_map)[0], of_map) == 19
+    assert backward(added(*of_sum), of_sum) == 4
+    assert backward(streams.addcmul(answer, shares, value=2), of_sum) == 6
 
 
 @pytest.mark.parametrize("writes", [True, False])

@@ -7,10 +7,12 @@ products alone are measured of this library only.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,23 @@ def build(library: Any, workload: dict[str, Any]) -> Any:
     return MemoryAsContextTransformer(**kwargs)
 
 
-def training(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Seconds of forward and backward, and how far the first one raises the high-water mark of memory."""
+def training_step(model: Any, workload: dict[str, Any]) -> Callable[[], float]:
+    """Seconds of forward and backward."""
     ids = torch.randint(0, workload["kwargs"]["num_tokens"], (workload["batch"], workload["tokens"] + 1))
-    before, seconds = high_water(), []
-    for _ in range(repeats + 1):
+
+    def step() -> float:
         model.zero_grad(set_to_none=True)
         start = time.perf_counter()
         model(ids, return_loss=True).backward()
-        seconds.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    return step
+
+
+def training(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Seconds of forward and backward, and how far the first one raises the high-water mark of memory."""
+    step, before = training_step(model, workload), high_water()
+    seconds = [step() for _ in range(repeats + 1)]
     timed = seconds[1:] or seconds
     return {"seconds": statistics.median(timed), "all": seconds, "peak_bytes": high_water() - before}
 
@@ -48,14 +58,22 @@ def products(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, An
     """Seconds of the products of a training step alone (only this library)."""
     from benchmarks.speed import replay
 
-    ids = torch.randint(0, workload["kwargs"]["num_tokens"], (workload["batch"], workload["tokens"] + 1))
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        model(ids, return_loss=True).backward()
-
-    asked, _ = replay.parts(replay.recorded(step), 0)
+    asked, _ = replay.parts(replay.recorded(training_step(model, workload)), 0)
     return {"seconds": replay.seconds_alone(asked, repeats, time.perf_counter)}
+
+
+def on_request(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """A training step for every line that comes in, and its seconds as a line that goes out.
+
+    Freed memory is kept if the library's training scripts keep it.
+    """
+    if importlib.util.find_spec("titans_pytorch.training.allocator") is not None:
+        importlib.import_module("titans_pytorch.training.allocator").keep_freed_memory()
+    step = training_step(model, workload)
+    step()
+    for _ in sys.stdin:
+        print(json.dumps({"seconds": step()}), flush=True)
+    return {}
 
 
 def sampling(model: Any, workload: dict[str, Any], repeats: int, **how: Any) -> dict[str, Any]:
@@ -97,7 +115,9 @@ def decoding(model: Any, workload: dict[str, Any], repeats: int) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("measurement", choices=["training", "products", "sampling", "compiled", "decoding"])
+    parser.add_argument(
+        "measurement", choices=["training", "products", "on_request", "sampling", "compiled", "decoding"]
+    )
     parser.add_argument("workload", help="JSON")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

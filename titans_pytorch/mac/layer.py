@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from titans_pytorch.layers.feed_forward import feed_forward
 from titans_pytorch.mac.ahead import NOTHING_AHEAD, LayerAhead
 from titans_pytorch.mac.cache import LayerCache
 from titans_pytorch.mac.config import MACConfig
+from titans_pytorch.mac.gradients import mixed
 from titans_pytorch.mac.residual_streams import Branch, make_connection, open_branch
 from titans_pytorch.memory.state import NeuralMemState
 from titans_pytorch.neural_memory import NeuralMemory
@@ -36,7 +36,7 @@ class ViewSelector(nn.Sequential):
     def views(self, candidates: list[Tensor]) -> Tensor:
         """candidates: (b n d) each, the first being the layer's own input -> (3 b n d)"""
         weights = rearrange(self(candidates[0]), "b n (views k) -> b n views k", views=3).softmax(dim=-1)
-        return (weights @ torch.stack(candidates, dim=2).to(weights.dtype)).permute(2, 0, 1, 3)
+        return mixed(weights, candidates).permute(2, 0, 1, 3)
 
 
 class Passed(NamedTuple):

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from titans_pytorch.attention.kept import by_itself
 from titans_pytorch.fast_weights.precision import at_least_float32
 from titans_pytorch.initialization import write
+from titans_pytorch.mac.gradients import added, coefficients
 
 SINKHORN_ITERATIONS = 20
 SMALL = 0.01  # what scales of learned coefficients begin with
 SMALLEST_LOG = math.log(1e-30)  # relative to the sum of a column, so that no sum of a row is zero
-SMALLEST_LENGTH = 1e-12
 
 
 def make_connection(num_streams: int, dim: int, number: int, *, writes: bool = True) -> nn.Module:
@@ -100,7 +100,7 @@ class Branch(NamedTuple):
     def add(self, answer: Tensor) -> Tensor:
         """answer: (b n d) -> streams (b n s d)"""
         answer = answer.unsqueeze(2)
-        return self.streams + answer if self.shares is None else self.streams.addcmul(answer, self.shares, value=2)
+        return self.streams + answer if self.shares is None else added(self.streams, answer, self.shares)
 
 
 def combined(connection: nn.Module) -> Combined | None:
@@ -128,12 +128,10 @@ def open_branch(connection: nn.Module, streams: Tensor, known: Combined | None =
         return Branch(streams.squeeze(2), streams, None)
     dtype, count = streams.dtype, streams.shape[2]
     x = streams.to(at_least_float32(dtype))
-    length = F.threshold(torch.linalg.vector_norm(x, dim=-1, keepdim=True), SMALLEST_LENGTH, SMALLEST_LENGTH)
-    raw = F.linear(x, known.weight.to(x.dtype))
-    coefficients = torch.addcdiv(known.bias.to(x.dtype), raw, length, value=x.shape[-1] ** 0.5)
+    found = coefficients(x, known.weight.to(x.dtype), known.bias.to(x.dtype))
     if not connection.add_branch_out_to_residual:
-        return Branch((coefficients[..., :1].sigmoid() * x).sum(dim=2).to(dtype), streams, None)
-    gates, mixing = coefficients.split((2, count), dim=-1)
+        return Branch((found[..., :1].sigmoid() * x).sum(dim=2).to(dtype), streams, None)
+    gates, mixing = found.split((2, count), dim=-1)
     shares, read = gates.sigmoid().split(1, dim=-1)
     mixed = torch.cat((read, doubly_stochastic(mixing)), dim=-1).mT @ x
     read_streams, others = mixed.split((1, count), dim=2)

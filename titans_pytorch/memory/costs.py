@@ -19,6 +19,7 @@ class Costs(NamedTuple):
     span_tokens: int = 16_384  # of all rows together, that are projected at once
     span_elements: int = 2**26  # that training keeps of a span
     kept_elements: int = 2**28  # that training keeps of a call (1 GB in float32); more are computed again
+    noted_elements: int = 2**25  # of a call that is computed again: what takes long to make is kept, up to so many
     block_elements: int = 2**26  # of all blocks of a call that are kept for a next layer rather than made again
     series_elements: int = 10 * 2**20  # of the weights and momenta of blocks that go through one loop
     loop_renewals: int = 4  # fewest of a loop in training: it begins with a copy, and what it ends with is kept as well
@@ -42,6 +43,7 @@ COSTS = {
         span_tokens=2**20,
         span_elements=2**30,
         kept_elements=2**31,
+        noted_elements=2**28,
         block_elements=2**28,
         series_elements=2**28,
         read_elements=2**28,

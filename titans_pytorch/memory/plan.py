@@ -36,6 +36,7 @@ class CallPlan(NamedTuple):
     recomputes: bool  # a span is computed again in the backward pass
     keeps_blocks: bool  # blocks stay for whoever looks at the weights; else they are made again
     choice: Choice
+    noted: int = 0  # numbers of each span that are kept all the same where it is computed again, at most
 
     @property
     def num_chunks(self) -> int:
@@ -86,7 +87,8 @@ def plan_call(
     recomputes = has_grad and can_recompute and num_chunks * kept > costs.kept_elements
     is_small = num_chunks * rows * held_elements(sizes) <= costs.block_elements
     keeps_blocks = num_blocks <= 1 or (has_grad and (is_small or not recomputes))
-    return CallPlan(in_spans(blocks, longest), recomputes, keeps_blocks, choice)
+    spans = in_spans(blocks, longest)
+    return CallPlan(spans, recomputes, keeps_blocks, choice, costs.noted_elements // len(spans) if recomputes else 0)
 
 
 def in_spans(blocks: list[BlockPlan], longest: int) -> tuple[tuple[BlockPlan, ...], ...]:

@@ -51,7 +51,8 @@ class Stream:
 
     def run(self, plan: CallPlan, moment: Moment, seq: Tensor | None, stored: Stored) -> CallResult:
         """All of a call, as planned.  seq: (b t dim), what is read; None: only store"""
-        run, previous, renewal = self.runner(plan.recomputes), self.previous_blocks, self.renewal_of(plan, stored)
+        run = self.runner(plan.recomputes, plan.noted)
+        previous, renewal = self.previous_blocks, self.renewal_of(plan, stored)
         reads, reports, blocks = Pieces(0 if seq is None else seq.shape[1]), [], []
         begin = moment
         for span in plan.spans:
@@ -83,11 +84,15 @@ class Stream:
         renews = any(block.renews_base for span in plan.spans for block in span)
         return self.renewal(len(stored.new.keys)) if renews else None
 
-    def runner(self, recomputes: bool) -> RunSpan:
-        """How a span is run: as it is, or so that only what goes in and comes out is kept for the backward pass."""
+    def runner(self, recomputes: bool, noted: int = 0) -> RunSpan:
+        """How a span is run: as it is, or so that only what goes in and comes out is kept for the backward pass.
+
+        noted: how many other numbers may be kept, of those that take long to make
+        """
         if not recomputes:
             return self.run_span
-        return partial(recomputed, self.run_span, parameters=[p for p in self.layers.parameters() if p.requires_grad])
+        trained = [p for p in self.layers.parameters() if p.requires_grad]
+        return partial(recomputed, self.run_span, parameters=trained, room=noted)
 
     @property
     def previous_blocks(self) -> list[Block] | None:

@@ -14,6 +14,7 @@ from torch import nn
 from titans_pytorch.causal_lm import CausalLM
 from titans_pytorch.public_names import public_name
 from titans_pytorch.training import checkpoints, data
+from titans_pytorch.training.allocator import keep_freed_memory
 from titans_pytorch.training.errors import SettingsError, report_errors
 from titans_pytorch.training.files import disk_errors
 from titans_pytorch.training.plan import Plan, Presets, make_plan
@@ -23,7 +24,13 @@ from titans_pytorch.training.worth import worth
 
 
 def start(script: str, model_kind: type[Any], presets: Presets, arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says; the exit code.  presets: settings of the model and the loop, by name"""
+    """Train as the command line says; the exit code.
+
+    presets: settings of the model and the loop, by name; arguments: instead of those of this process, which then is not
+    only there to train
+    """
+    if arguments is None:
+        keep_freed_memory()
     return report_errors(lambda: train(make_plan(script, model_kind, presets, arguments)))
 
 

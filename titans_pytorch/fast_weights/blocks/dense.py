@@ -5,7 +5,7 @@ Rules that act on each step as a matrix need them, and memory models that do mor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,6 +121,11 @@ def sums(share: Tensor, steps: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Te
     out = share @ (steps.flatten(2) if shape else steps[..., None])
     if parts:
         shares, tensors = zip(*parts, strict=True)
-        flat = torch.stack([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
-        out = torch.baddbmm(out, torch.stack(shares, dim=-1), flat)
+        flat = together([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
+        out = out.baddbmm_(together(shares, dim=-1), flat)
     return out.unflatten(2, shape) if shape else out.squeeze(2)
+
+
+def together(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """As `torch.stack`; a single one is not copied."""
+    return tensors[0].unsqueeze(dim) if len(tensors) == 1 else torch.stack(list(tensors), dim)

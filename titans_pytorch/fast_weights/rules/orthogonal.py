@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titans_pytorch.fast_weights.norms import safe_norm
+from titans_pytorch.fast_weights.noted import current_notes
 from titans_pytorch.fast_weights.precision import full_precision
 from titans_pytorch.fast_weights.rules.gates import ChunkGates, Gates
 from titans_pytorch.fast_weights.rules.rule import Coefficients, Rule, Term
@@ -64,9 +66,13 @@ class Orthogonal(Rule):
 def orthogonalised(t: Tensor) -> Tensor:
     """t: (... i j) -> (... i j), every matrix on its own"""
     flat = t.flatten(0, -3)
-    is_transformed = torch._C._are_functorch_transforms_active()
-    has_graph = flat.requires_grad and torch.is_grad_enabled() and not is_transformed
-    out: Tensor = Iterated.apply(flat) if has_graph else joined([iterated(part) for part in slices(flat)])
+    parts = slices(flat)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        out = joined([iterated(part) for part in parts])
+    elif flat.requires_grad and torch.is_grad_enabled():
+        out = Iterated.apply(flat, *current_notes().taken(len(parts)))
+    else:
+        out = applied((current_notes().noted(partial(whole_factor, part)) for part in parts), flat)
     return out.unflatten(0, t.shape[:-2])
 
 
@@ -81,97 +87,116 @@ class Iteration(NamedTuple):
 class Iterated(torch.autograd.Function):
     """All iterations.  Of what they make, the Gram matrices are kept, which cost most to make and to a quarter fill it.
 
+    known: the factor of each part, if an earlier run noted it; then nothing is kept, and they are made on the way back
     (m i j) -> same
     """
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        outs: list[Tensor] = []
+    def forward(ctx: Any, t: Tensor, *known: Tensor) -> Tensor:
+        ctx.num_known = len(known)
+        if known:
+            ctx.save_for_backward(t, *known)
+            return applied(known, t)
+        factors: list[Tensor] = []
         kept: list[Tensor] = []
         for part in slices(t):
             gram, norm = scaled_gram(part)
-            grams, _, factors = zip(*iterations(gram), strict=True)
-            outs.append(on_small_side(factors[-1] / norm, part))
-            kept += grams[1:]
+            done = list(iterations(gram))
+            factors.append(done[-1].factor / norm)
+            kept += [iteration.gram for iteration in done[1:]]
         ctx.save_for_backward(t, *kept)
-        return joined(outs)
+        return applied(factors, t)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         t, *kept = ctx.saved_tensors
         parts = slices(t)
         if torch.is_grad_enabled():  # it will be differentiated itself, so all is made of t again
             kept = []
-        size = len(kept) // len(parts)
+        known, grams = (kept, []) if ctx.num_known else ([], kept)
+        size = len(grams) // len(parts)
         with full_precision(gradient):
             of_parts = [
-                gradient_of_iterated(part, of_part, kept[i * size : (i + 1) * size])
+                gradient_of_iterated(part, of_part, grams[i * size : (i + 1) * size], known[i] if known else None)
                 for i, (part, of_part) in enumerate(
                     zip(parts, gradient.split([len(part) for part in parts]), strict=True)
                 )
             ]
-        return joined(of_parts)
+        return joined(of_parts), *(None,) * ctx.num_known
 
 
 def iterated(t: Tensor) -> Tensor:
     """All iterations, of which nothing is kept.  (m i j) -> same"""
+    return torch.bmm(*on_small_side(whole_factor(t), t))
+
+
+def whole_factor(t: Tensor) -> Tensor:
+    """What all iterations multiply with, the division by the norm included.  (m i j) -> (m i i), (m j j)"""
     gram, norm = scaled_gram(t)
     (last,) = deque(iterations(gram), maxlen=1)
-    return on_small_side(last.factor / norm, t)
+    return last.factor / norm
 
 
-def gradient_of_iterated(t: Tensor, gradient: Tensor, kept: Sequence[Tensor]) -> Tensor:
+def gradient_of_iterated(t: Tensor, gradient: Tensor, kept: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
     """The gradient of what went in, for that of what came out.  (m i j) each -> same
 
     With the norm n of t, u = t / n and the gradient G of u, which is found as the head of this file says, that of t is
     (G - u <u, G>) / n.  Both are sums of t and the gradient that came in, with factors that are made on the small side.
     kept: the Gram matrices of all iterations but the first; none: they are made again
+    known: `whole_factor` of t, if an earlier run noted it
     """
     gram, norm = scaled_gram(t)
-    moves = doubled(small_side(t, gradient) / norm)
-    factor, change = factor_and_change(iterations(gram, kept), moves)
-    along = (change * gram).add(factor * moves, alpha=0.5).sum(dim=(-2, -1), keepdim=True)
+    half_move = small_side(t, gradient) / norm
+    moves = doubled(half_move)
+    factor, change = factor_and_change(iterations(gram, kept, known), half_move)
+    whole = factor / norm if known is None else known
+    along = (change * gram).add(whole * moves * norm, alpha=0.5).sum(dim=(-2, -1), keepdim=True)
     along = torch.where(norm > SMALLEST_NORM, along, 0.0)  # a norm that is clamped does not move
     change = (change - along * eye_like(gram)) / norm.square()
-    return on_small_side(factor / norm, gradient) + on_small_side(change, t)
+    return torch.bmm(*on_small_side(whole, gradient)).baddbmm_(*on_small_side(change, t))
 
 
-def iterations(gram: Tensor, later: Sequence[Tensor] = ()) -> Iterator[Iteration]:
-    """All iterations, from the Gram matrices of what they begin with.  (m i i); later: those that follow, if known"""
-    identity = eye_like(gram)
-    step = factor = polynomial(gram, identity)
+def iterations(gram: Tensor, later: Sequence[Tensor] = (), last: Tensor | None = None) -> Iterator[Iteration]:
+    """All iterations, from the Gram matrices of what they begin with.  (m i i)
+
+    later: those that follow, if they are known; last: what is handed on as the factor after all iterations
+    """
+    step = factor = polynomial(gram)
     yield Iteration(gram, step, factor)
     for number in range(NUM_ITERATIONS - 1):
-        gram = later[number] if later else gram @ step @ step
-        step = polynomial(gram, identity)
-        factor = step @ factor
+        gram = later[number] if later else torch.bmm(torch.bmm(gram, step), step)
+        step = polynomial(gram)
+        is_last = number == NUM_ITERATIONS - 2
+        factor = torch.bmm(step, factor) if last is None or not is_last else last
         yield Iteration(gram, step, factor)
 
 
-def factor_and_change(done: Iterable[Iteration], moves: Tensor) -> tuple[Tensor, Tensor]:
-    """F and F' after all iterations, where the first Gram matrix A moves by A'.  moves: (m i i), symmetric -> same"""
+def factor_and_change(done: Iterable[Iteration], half_move: Tensor) -> tuple[Tensor, Tensor]:
+    """F and F' after all iterations, where the first Gram matrix A moves by A' = H + H^T.  half_move: H, (m i i)
+
+    Products are added to what has just been made, in place, which reads and writes less.
+    """
     _, b, c = COEFFICIENTS
-
-    def of_step(iteration: Iteration, moves: Tensor) -> Tensor:
-        """P' = b A' + c (A A)'"""
-        return doubled(torch.baddbmm(moves, iteration.gram, moves, beta=b / 2, alpha=c))
-
     rest = iter(done)
     last = next(rest)
-    change = step_moves = of_step(last, moves)
+    moves = doubled(half_move)
+    change = step_moves = doubled(half_move.baddbmm_(last.gram, moves, beta=b, alpha=c))  # P' = b A' + c (A A)'
     for iteration in rest:
-        gram, step, factor = last
-        moves = doubled(torch.baddbmm(step_moves @ gram, step, moves, alpha=0.5) @ step)  # (P A P)'
-        step_moves = of_step(iteration, moves)
-        change = torch.baddbmm(step_moves @ factor, iteration.step, change)  # (P F)' = P' F + P F'
+        half_move = torch.bmm(step_moves, last.gram).baddbmm_(last.step, moves, alpha=0.5)
+        half_move = torch.bmm(half_move, last.step)  # of (P A P)'
+        moves = doubled(half_move)
+        step_moves = doubled(half_move.baddbmm_(iteration.gram, moves, beta=b, alpha=c))
+        change = torch.bmm(step_moves, last.factor).baddbmm_(iteration.step, change)  # (P F)' = P' F + P F'
         last = iteration
     return last.factor, change
 
 
-def polynomial(gram: Tensor, identity: Tensor) -> Tensor:
-    """P = a + A (b + c A).  (m i i) -> same"""
+def polynomial(gram: Tensor) -> Tensor:
+    """P = a + b A + c A A.  (m i i) -> same"""
     a, b, c = COEFFICIENTS
-    return torch.baddbmm((a * identity).expand_as(gram), gram, torch.add(b * identity, gram, alpha=c))
+    step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    step.diagonal(dim1=-2, dim2=-1).add_(a)
+    return step
 
 
 def scaled_gram(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,12 +219,20 @@ def eye_like(gram: Tensor) -> Tensor:
 
 def small_side(x: Tensor, y: Tensor) -> Tensor:
     """Products of the rows of two matrices, of their columns if these are fewer.  (m i j) each -> (m i i), (m j j)"""
-    return x.mT @ y if x.shape[-2] > x.shape[-1] else x @ y.mT
+    return torch.bmm(x.mT, y) if x.shape[-2] > x.shape[-1] else torch.bmm(x, y.mT)
 
 
-def on_small_side(factor: Tensor, t: Tensor) -> Tensor:
-    """A symmetric factor (m i i) before t (m i j), or one (m j j) behind it.  -> same as t"""
-    return t @ factor.mT if t.shape[-2] > t.shape[-1] else factor @ t
+def on_small_side(factor: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What to multiply: a symmetric factor (m i i) before t (m i j), or one (m j j) behind it."""
+    return (t, factor.mT) if t.shape[-2] > t.shape[-1] else (factor, t)
+
+
+def applied(factors: Iterable[Tensor], t: Tensor) -> Tensor:
+    """The factor of every part, on its small side; without a graph.  (m i j) -> same"""
+    out = torch.empty_like(t)
+    for factor, part, to in zip(factors, slices(t), slices(out), strict=True):
+        torch.bmm(*on_small_side(factor, part), out=to)
+    return out
 
 
 def slices(matrices: Tensor) -> Sequence[Tensor]:
