@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from titans_pytorch import NeuralMemory
+from titans_pytorch import MemoryMLP, NeuralMemory
 from titans_pytorch.fast_weights.noted import Notes, current_notes, taking
 from titans_pytorch.fast_weights.rules import orthogonal
 from titans_pytorch.fast_weights.rules.orthogonal import orthogonalised
@@ -89,6 +89,24 @@ def test_a_factor_of_other_steps_would_be_noticed(monkeypatch: pytest.MonkeyPatc
         assert_close(gradients(memory, previous, seq), kept, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("noted_elements", [600, 1300, 4000])
+@pytest.mark.parametrize(
+    "options, num_tokens",
+    [({"batch_size": 32}, 48), ({"batch_size": 32}, 36), ({"model": MemoryMLP(8, depth=3, expansion_factor=2.0)}, 50)],
+    ids=["a shorter last block", "a much shorter one", "matrices of several sizes"],
+)
+def test_room_for_notes_may_end_anywhere(
+    options: dict[str, Any], num_tokens: int, noted_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also inside of a call whose parts are more than those of the next."""
+    monkeypatch.setattr(orthogonal, "CACHED_BYTES", 4 * 8 * 8 * 8)
+    memory, previous, seq = small_memories(spectral_norm_surprises=True, **options)
+    seq = seq[:, :num_tokens].detach().requires_grad_()
+    kept = gradients(memory, previous, seq)
+    monkeypatch.setitem(COSTS, "cpu", Costs(kept_elements=1, noted_elements=noted_elements))
+    assert_close(gradients(memory, previous, seq), kept, rtol=1e-9, atol=1e-9)
+
+
 def test_notes_come_back_in_the_order_in_which_they_were_made() -> None:
     first = Notes(room=5)
     made = [first.noted(lambda size=size: torch.full((size,), float(size))) for size in (3, 1, 2, 1)]
@@ -98,6 +116,9 @@ def test_notes_come_back_in_the_order_in_which_they_were_made() -> None:
     assert second.noted(lambda: torch.zeros(1)) is made[1]
     assert second.taken(1) == []
     assert second.made == []
+    third = Notes(known=first.made)
+    assert third.taken(3) == []
+    assert third.taken(1) == [], "what is left belongs to the call before"
     with taking(second):
         assert current_notes() is second
     assert current_notes().taken(1) == [], "outside of such a run nothing is known"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from einops import rearrange
 from hyper_connections import mc_get_init_and_expand_reduce_stream_functions
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from benchmarks.operations import operations
@@ -79,6 +82,11 @@ def streams_and_answer() -> tuple[Tensor, Tensor, Tensor]:
     return streams, answer, shares
 
 
+def mixed_in_pairs(streams: Tensor, answer: Tensor, shares: Tensor) -> Tensor:
+    """Two candidates, for `mixed`."""
+    return mixed(shares.mT, [streams[:, :, 0], answer.squeeze(2)])
+
+
 def test_gradients_by_hand_are_those_of_autograd() -> None:
     """Also of a vector of no length, and of one so short that it is not divided by its length."""
     of_map, of_sum = streams_and_map(), streams_and_answer()
@@ -97,6 +105,40 @@ def test_gradients_by_hand_can_be_differentiated_themselves() -> None:
     longer = (x.detach() + 0.5).requires_grad_()  # a length of zero has no second derivative
     assert torch.autograd.gradgradcheck(coefficients, (longer, weight, bias))
     assert torch.autograd.gradgradcheck(added, streams_and_answer())
+
+
+@pytest.mark.parametrize("together", [1, 2**20], ids=["one by one", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_are_mixed_under_autocast_as_by_autograd(
+    together: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A softmax gives weights in float32 on some devices, and in half precision on others."""
+    monkeypatch.setattr(gradients, "TOGETHER", together)
+    torch.manual_seed(0)
+    weights = torch.randn(2, 3, 3, 5, dtype=dtype, requires_grad=True)
+    candidates = [torch.randn(2, 3, 2, dtype=kind, requires_grad=True) for kind in (torch.float32, torch.bfloat16)] * 2
+    candidates.append(torch.randn(2, 3, 2, requires_grad=True))
+    inputs = (weights, *candidates)
+    with torch.autocast("cpu", torch.bfloat16):
+        by_hand = mixed(weights, candidates)
+        by_autograd = weights @ torch.stack([candidate.float() for candidate in candidates], dim=2)
+    assert by_hand.dtype == by_autograd.dtype == torch.bfloat16
+    assert_close(by_hand, by_autograd, rtol=0.02, atol=0.05)
+    later = torch.randn_like(by_hand)
+    found = torch.autograd.grad(by_hand, inputs, later)
+    assert [gradient.dtype for gradient in found] == [tensor.dtype for tensor in inputs]
+    assert_close(found, torch.autograd.grad(by_autograd, inputs, later), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("carried", [coefficients, added, mixed_in_pairs])
+def test_derivatives_can_be_carried_forward(carried: Callable[..., Tensor]) -> None:
+    inputs = streams_and_map() if carried is coefficients else streams_and_answer()
+    moves = tuple(torch.randn_like(tensor) for tensor in inputs)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(tensor, move) for tensor, move in zip(inputs, moves, strict=True)]
+        found = forward_ad.unpack_dual(carried(*duals)).tangent
+    _, expected = torch.func.jvp(carried, tuple(tensor.detach() for tensor in inputs), moves)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("together", [1, 30, 2**20], ids=["one by one", "some", "all"])

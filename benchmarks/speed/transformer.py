@@ -105,9 +105,13 @@ class Stepper:
         requests, answers = self.process.stdin, self.process.stdout
         assert requests is not None
         assert answers is not None
-        requests.write("\n")
-        requests.flush()
-        if not (line := answers.readline()):
+        try:
+            requests.write("\n")
+            requests.flush()
+            line = answers.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
             raise WorkerError(f"process ended with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -54,6 +54,11 @@ def by_autograd(objective: Objective, inputs: list[Tensor]) -> Gradients:
     return Gradients(list(found[: len(inputs)]), list(found[len(inputs) :]), aux)
 
 
+def is_forward_mode() -> bool:
+    """Whether derivatives are carried forward, which a function with a backward pass of its own does not know."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def by_transform(objective: Objective, inputs: list[Tensor], taps: list[Tensor]) -> Gradients:
     def with_zeros(inputs: list[Tensor], taps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         rest = iter(taps)

@@ -22,7 +22,7 @@ class Notes:
     """
 
     def __init__(self, room: int = 0, known: Iterable[Tensor] = ()) -> None:
-        self.room, self.known = room, deque(known)
+        self.room, self.known, self.is_full = room, deque(known), False
         self.made: list[Tensor] = []
 
     def noted(self, make: Callable[[], Tensor]) -> Tensor:
@@ -30,16 +30,18 @@ class Notes:
         if self.known:
             return self.known.popleft()
         made = make()
-        if made.numel() <= self.room:
+        self.is_full |= made.numel() > self.room  # what comes later is not noted either: the order tells which is which
+        if not self.is_full:
             self.room -= made.numel()
             self.made.append(made)
-        else:
-            self.room = 0  # what comes later is not noted either, so that the order tells which is which
         return made
 
     def taken(self, num: int) -> list[Tensor]:
-        """The next so many notes of the run before; none if it had no room for all of them."""
-        return [self.known.popleft() for _ in range(num)] if len(self.known) >= num else []
+        """The next so many notes of the run before; none, and none from now on, if it had no room for all of them."""
+        if len(self.known) < num:
+            self.known.clear()
+            return []
+        return [self.known.popleft() for _ in range(num)]
 
 
 NOTHING = Notes()

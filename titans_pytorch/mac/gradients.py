@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from titans_pytorch.fast_weights.inner_gradient import is_forward_mode, plain_autograd_works
+from titans_pytorch.fast_weights.precision import full_precision, is_autocasting
+
 SMALLEST_LENGTH = 1e-12
 TOGETHER = 6 * 2**20
 """Numbers of candidates that a CPU mixes at once (24 MB in float32): allocators keep tensors of up to 32 MB"""
@@ -20,7 +23,7 @@ TOGETHER = 6 * 2**20
 
 def by_hand(*tensors: Tensor) -> bool:
     """Whether a gradient will be asked for, by autograd alone: a compiler fuses for itself."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_forward_mode() or not plain_autograd_works():
         return False
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -68,7 +71,8 @@ class MapOfDirections(torch.autograd.Function):
         of_raw = gradient * (x.shape[-1] ** 0.5 / length)
         along = torch.where(length > SMALLEST_LENGTH, (of_raw * raw).sum(dim=-1, keepdim=True) / length.square(), 0.0)
         of_x = (of_raw.to(weight.dtype) @ weight).to(x.dtype).addcmul_(x, along, value=-1)
-        of_weight = (of_raw.flatten(0, -2).mT.to(x.dtype) @ x.flatten(0, -2)).to(weight.dtype)
+        rows = of_raw.reshape(-1, of_raw.shape[-1]).to(x.dtype)
+        of_weight = (rows.mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, gradient.sum(dim=(0, 1))
 
 
@@ -82,8 +86,9 @@ class Added(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         answer, shares = ctx.saved_tensors
-        of_answer = (2 * shares).to(gradient.dtype).mT @ gradient
-        of_shares = gradient @ (2 * answer).to(gradient.dtype).mT
+        with full_precision(gradient):
+            of_answer = (2 * shares).to(gradient.dtype).mT @ gradient
+            of_shares = gradient @ (2 * answer).to(gradient.dtype).mT
         return gradient.to(ctx.dtype), of_answer.to(answer.dtype), of_shares.to(shares.dtype)
 
 
@@ -91,20 +96,30 @@ class Mixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, *candidates: Tensor) -> Tensor:
         ctx.save_for_backward(weights, *candidates)
-        return sum_of_products(groups(weights, candidates)).unflatten(0, weights.shape[:2])
+        ctx.dtype = dtype_of_products(weights)
+        with full_precision(weights):
+            return sum_of_products(groups(weights, candidates, ctx.dtype)).unflatten(0, weights.shape[:2])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         weights, *candidates = ctx.saved_tensors
-        gradient = gradient.flatten(0, 1)
+        rows = gradient.reshape(-1, *gradient.shape[2:]).to(ctx.dtype)
         of_weights: list[Tensor] = []
         of_candidates: list[Tensor] = []
-        for shares, group in groups(weights, candidates):
-            of_weights.append(torch.bmm(gradient, group.mT))
-            of_candidates += torch.bmm(shares.mT, gradient).unflatten(0, weights.shape[:2]).unbind(dim=2)
+        with full_precision(weights):
+            for shares, group in groups(weights, candidates, ctx.dtype):
+                of_weights.append(torch.bmm(rows, group.mT))
+                of_candidates += torch.bmm(shares.mT, rows).unflatten(0, weights.shape[:2]).unbind(dim=2)
         found = zip(of_candidates, candidates, strict=True)
-        of_all = torch.cat(of_weights, dim=-1).unflatten(0, weights.shape[:2])
+        of_all = torch.cat(of_weights, dim=-1).unflatten(0, weights.shape[:2]).to(weights.dtype)
         return of_all, *(of_one.to(one.dtype) for of_one, one in found)
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x, under autocast or not."""
+    if is_autocasting(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def sum_of_products(pairs: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
@@ -115,11 +130,12 @@ def sum_of_products(pairs: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     return total
 
 
-def groups(weights: Tensor, candidates: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def groups(weights: Tensor, candidates: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """Some candidates after the others, and their weights.  (b n v k), (b n d) each -> (b·n v g), (b·n g d) each"""
+    weights = weights.to(dtype)
     size = len(candidates)
     if weights.device.type == "cpu":
         size = max(1, TOGETHER // max(1, candidates[0].numel()))
     for start in range(0, len(candidates), size):
-        group = torch.stack(list(candidates[start : start + size]), dim=2).to(weights.dtype)
+        group = torch.stack(list(candidates[start : start + size]), dim=2).to(dtype)
         yield weights[..., start : start + size].flatten(0, 1), group.flatten(0, 1)

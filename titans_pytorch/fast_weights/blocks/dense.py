@@ -6,6 +6,7 @@ Rules that act on each step as a matrix need them, and memory models that do mor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -122,7 +123,9 @@ def sums(share: Tensor, steps: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Te
     if parts:
         shares, tensors = zip(*parts, strict=True)
         flat = together([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
-        out = out.baddbmm_(together(shares, dim=-1), flat)
+        is_transformed = torch._C._are_functorch_transforms_active()  # there is no rule for a sum in place
+        add = partial(torch.baddbmm, out) if is_transformed else out.baddbmm_
+        out = add(together(shares, dim=-1), flat)
     return out.unflatten(2, shape) if shape else out.squeeze(2)
 
 
