@@ -23,7 +23,7 @@ TOGETHER = 6 * 2**20
 
 def by_hand(*tensors: Tensor) -> bool:
     """Whether a gradient will be asked for, by autograd alone: a compiler fuses for itself."""
-    if is_forward_mode() or not plain_autograd_works():
+    if not plain_autograd_works() or is_forward_mode():
         return False
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

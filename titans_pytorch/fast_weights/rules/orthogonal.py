@@ -68,7 +68,7 @@ def orthogonalised(t: Tensor) -> Tensor:
     """t: (... i j) -> (... i j), every matrix on its own"""
     flat = t.flatten(0, -3)
     parts = slices(flat)
-    if is_forward_mode() or not plain_autograd_works():
+    if not plain_autograd_works() or is_forward_mode():
         out = joined([iterated(part) for part in parts])
     elif flat.requires_grad and torch.is_grad_enabled():
         out = Iterated.apply(flat, *current_notes().taken(len(parts)))
