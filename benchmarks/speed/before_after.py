@@ -2,7 +2,6 @@
 
     git worktree add ../before COMMIT
     python -m benchmarks.speed.before_after ../before
-
     python -m benchmarks.speed.before_after ../before --only transformers   # prints, and leaves the table as it is
 
 Memories are those of `workloads`, both sides with the same seed 0, float32. Every side has a process, and they take
@@ -22,7 +21,7 @@ from pathlib import Path
 from benchmarks.machine import CHECKOUT, DOCS, describe_machine
 from benchmarks.pages import markdown, put
 from benchmarks.speed.measure import Answer, Effort, Side, Worker, alternate, check_side
-from benchmarks.speed.transformer import WORKLOADS, Stepper, measure
+from benchmarks.speed.transformer import WORKLOADS, measure, stepper
 from benchmarks.speed.workloads import GROUPS, Case
 
 RENEWAL = Case("renewal", dict(dim=128, dim_head=32, heads=4, chunk_size=8, batch_size=16), batch=4)
@@ -49,8 +48,7 @@ def transformers(sides: dict[str, Side], is_quick: bool) -> Iterator[list[str]]:
     for name, workload in WORKLOADS.items():
         sized = workload | dict(tokens=64, batch=1) if is_quick else workload
         with ExitStack() as stack:
-            steppers = {which: stack.enter_context(Stepper(side, sized)) for which, side in sides.items()}
-            turns = {which: stepper.step for which, stepper in steppers.items()}
+            turns = {which: stack.enter_context(stepper(side, sized)).answer for which, side in sides.items()}
             yield row(f"transformer: {name}", "training step", alternate(turns, QUICK if is_quick else STEPS))
         found = measure(sides["after"].python, "products", sized, 1 if is_quick else 3, sides["after"].checkout)
         if "error" in found:

@@ -19,14 +19,20 @@ from typing import Any
 from benchmarks.machine import CHECKOUT, DOCS
 from benchmarks.pages import markdown, put
 from benchmarks.speed.before_after import commit_of
+from benchmarks.speed.transformer import WORKLOADS
 
 WORKER = Path(__file__).with_name("held_worker.py")
+TRANSFORMERS = {
+    "the README's transformer": WORKLOADS["readme"],
+    "train_mac, 4 × 512 tokens": WORKLOADS["train_mac"],
+    "the same, no spectral norm": WORKLOADS["train_mac, no spectral norm"],
+}
 HEADER = ["1,024 tokens", "forward, before", "now", "forward + backward, before", "now"]
 
 
 def bytes_of(checkout: Path) -> dict[str, list[int]]:
     """By workload, forward and in training, in a process of its own."""
-    command = [sys.executable, "-P", str(WORKER), str(checkout.resolve()), str(CHECKOUT)]
+    command = [sys.executable, "-P", str(WORKER), str(checkout.resolve()), str(CHECKOUT), json.dumps(TRANSFORMERS)]
     found: dict[str, list[int]] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found
 

@@ -1,6 +1,9 @@
-"""One side of `held`: prints what each workload holds at most, forward and in training.  usage: CHECKOUT COUNTER
+"""One side of `held`: prints what each workload holds at most, forward and in training.
 
-CHECKOUT: where titans_pytorch is taken from; COUNTER: the checkout whose counting is used
+usage: CHECKOUT COUNTER TRANSFORMERS
+
+CHECKOUT: where titans_pytorch is taken from; COUNTER: the checkout whose counting is used; TRANSFORMERS: workloads of
+`transformer` by name, as JSON
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 SMALL: dict[str, Any] = dict(heads=4, batch_size=16)
+ORTHOGONAL: dict[str, Any] = dict(
+    dim=384, dim_head=64, heads=4, chunk_size=4, batch_size=128, spectral_norm_surprises=True
+)
 MEMORIES: dict[str, tuple[dict[str, Any], int, int]] = {
     "dim 384, chunk 64, 1 sequence": (dict(dim=384, chunk_size=64), 1, 1024),
     "the same, 4,096 tokens": (dict(dim=384, chunk_size=64), 1, 4096),
@@ -23,18 +29,18 @@ MEMORIES: dict[str, tuple[dict[str, Any], int, int]] = {
     "dim 384, chunk 16, renewed every 16, 2 sequences": (dict(dim=384, chunk_size=16, batch_size=16), 2, 1024),
     "16 rows, d 32, h 128, chunk 8, renewed every 16": (SMALL | dict(dim=128, dim_head=32, chunk_size=8), 4, 1024),
     "8 rows, d 64, h 256, chunk 16, renewed every 16": (SMALL | dict(dim=256, dim_head=64, chunk_size=16), 2, 1024),
+    "16 rows, d 64, h 256, chunk 4, renewed every 128, spectral norm, 512 tokens": (ORTHOGONAL, 4, 512),
 }
 """Arguments of `NeuralMemory`, sequences, tokens"""
-TRANSFORMER: dict[str, Any] = dict(
-    num_tokens=256, dim=256, depth=2, segment_len=128, num_persist_mem_tokens=4, num_longterm_mem_tokens=16
-)
 
 
-def calls() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+def calls(transformers: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
     """Each workload, forward without gradients and in training."""
     import torch
+    from transformer_worker import build
 
-    from titans_pytorch import MemoryAsContextTransformer, NeuralMemory
+    import titans_pytorch
+    from titans_pytorch import NeuralMemory
 
     def both(module: Any, loss: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
         def forward() -> None:
@@ -51,9 +57,10 @@ def calls() -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
         torch.manual_seed(0)
         memory, seq = NeuralMemory(**arguments), torch.randn(sequences, tokens, arguments["dim"])
         yield name, *both(memory, partial(loss_of, memory, seq))
-    torch.manual_seed(0)
-    model, ids = MemoryAsContextTransformer(**TRANSFORMER), torch.randint(0, 256, (1, 1024))
-    yield "the README's transformer", *both(model, partial(model, ids, return_loss=True))
+    for name, workload in transformers.items():
+        model = build(titans_pytorch, workload)
+        ids = torch.randint(0, workload["kwargs"]["num_tokens"], (workload["batch"], workload["tokens"] + 1))
+        yield name, *both(model, partial(model, ids, return_loss=True))
 
 
 def loss_of(memory: Any, seq: Any) -> Any:
@@ -72,14 +79,16 @@ def counter(checkout: Path) -> Callable[[Callable[[], Any]], int]:
 
 
 def main() -> None:
-    checkout, counting = map(Path, sys.argv[1:])
+    checkout, counting = map(Path, sys.argv[1:3])
     sys.path.insert(0, str(checkout))
+    sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
     import titans_pytorch
 
     if not Path(titans_pytorch.__file__).is_relative_to(checkout):
         raise SystemExit(f"{checkout} must be a checkout with titans_pytorch in it, got {titans_pytorch.__file__}")
     held_bytes = counter(counting)
-    print(json.dumps({name: [held_bytes(forward), held_bytes(training)] for name, forward, training in calls()}))
+    workloads = calls(json.loads(sys.argv[3]))
+    print(json.dumps({name: [held_bytes(forward), held_bytes(training)] for name, forward, training in workloads}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from typing_extensions import Self
+
 from benchmarks.machine import CHECKOUT
 from benchmarks.speed.workloads import Case
 
@@ -41,41 +43,51 @@ class Effort:
     matmul_size: int
 
 
-class Worker:
-    """One side's process.  Requests are method names of worker.Session with their arguments."""
+class Process:
+    """A script of one side that answers every line with one of JSON."""
 
-    def __init__(self, side: Side, device: str) -> None:
-        command = [side.python, "-I", str(WORKER), "--device", device]
+    def __init__(self, side: Side, script: Path, *arguments: str) -> None:
+        command = [side.python, "-I", str(script), *arguments]
         command += ["--checkout", str(side.checkout)] if side.checkout else []
-        self.side = side
-        self.broken = ""  # why the module could not be built, the answer to everything after
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
 
-    def ask(self, do: str, **arguments: Any) -> Answer:
-        if self.broken:
-            raise WorkerError(self.broken)
+    def answer(self, line: str = "") -> Answer:
         requests, answers = self.process.stdin, self.process.stdout
         assert requests is not None
         assert answers is not None
         try:
-            requests.write(json.dumps({"do": do, **arguments}) + "\n")
+            requests.write(f"{line}\n")
             requests.flush()
-            line = answers.readline()
+            told = answers.readline()
         except BrokenPipeError:
-            line = ""
-        if not line:
+            told = ""
+        if not told:
             raise WorkerError(f"process ended with status {self.process.wait()} (-9: killed, as when memory runs out)")
-        answer: Answer = json.loads(line)
+        answer: Answer = json.loads(told)
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer
+
+
+class Worker(Process):
+    """One side's process.  Requests are method names of worker.Session with their arguments."""
+
+    def __init__(self, side: Side, device: str) -> None:
+        super().__init__(side, WORKER, "--device", device)
+        self.side = side
+        self.broken = ""  # why the module could not be built, the answer to everything after
+
+    def ask(self, do: str, **arguments: Any) -> Answer:
+        if self.broken:
+            raise WorkerError(self.broken)
+        return self.answer(json.dumps({"do": do, **arguments}))
 
     def build(self, case: Case, dtype: str) -> None:
         memory = case.memory | self.side.extra

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.machine import CHECKOUT, DOCS, describe_machine
 from benchmarks.pages import put
-from benchmarks.speed.measure import Side, WorkerError
+from benchmarks.speed.measure import Process, Side
 
 WORKER = Path(__file__).with_name("transformer_worker.py")
 RESULTS = machine.RESULTS / "transformer.json"
@@ -85,36 +85,9 @@ def measure(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-class Stepper:
-    """A process that trains a workload's transformer a step at a time, when it is asked."""
-
-    def __init__(self, side: Side, workload: dict[str, Any]) -> None:
-        command = [side.python, "-I", str(WORKER), "on_request", json.dumps(workload)]
-        command += ["--checkout", str(side.checkout)] if side.checkout else []
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Stepper:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def step(self) -> dict[str, Any]:
-        """-> its seconds"""
-        requests, answers = self.process.stdin, self.process.stdout
-        assert requests is not None
-        assert answers is not None
-        try:
-            requests.write("\n")
-            requests.flush()
-            line = answers.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise WorkerError(f"process ended with status {self.process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+def stepper(side: Side, workload: dict[str, Any]) -> Process:
+    """Trains a workload's transformer a step at a time: every answer has the seconds of one."""
+    return Process(side, WORKER, "on_request", json.dumps(workload))
 
 
 def compare(name: str, peer: str | None) -> dict[str, Any]:

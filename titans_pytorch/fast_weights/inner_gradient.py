@@ -29,12 +29,20 @@ def gradients(objective: Objective, inputs: list[Tensor], taps: list[Tensor]) ->
 
 
 def plain_autograd_works() -> bool:
-    return written_gradients_work() and not torch.is_inference_mode_enabled()
+    return not is_traced() and not torch.is_inference_mode_enabled()
 
 
 def written_gradients_work() -> bool:
-    """Whether operations whose gradient is written out may be used: neither while compiling nor in transforms."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    """Whether operations whose gradient is written out may be used: neither while compiling nor in transforms.
+
+    Nor where derivatives are carried forward: they are written for the way back alone.
+    """
+    return not is_traced() and torch.autograd.forward_ad._current_level < 0
+
+
+def is_traced() -> bool:
+    """Whether what runs is made into something else, by a compiler or a transform."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def by_autograd(objective: Objective, inputs: list[Tensor]) -> Gradients:
@@ -52,11 +60,6 @@ def by_autograd(objective: Objective, inputs: list[Tensor]) -> Gradients:
         found = torch.autograd.grad(total, wanted, create_graph=is_differentiable, materialize_grads=True)
     aux = aux if is_differentiable else [x.detach() for x in aux]
     return Gradients(list(found[: len(inputs)]), list(found[len(inputs) :]), aux)
-
-
-def is_forward_mode() -> bool:
-    """Whether derivatives are carried forward, which a function with a backward pass of its own does not know."""
-    return torch.autograd.forward_ad._current_level >= 0
 
 
 def by_transform(objective: Objective, inputs: list[Tensor], taps: list[Tensor]) -> Gradients:

@@ -22,7 +22,7 @@ class Notes:
     """
 
     def __init__(self, room: int = 0, known: Iterable[Tensor] = ()) -> None:
-        self.room, self.known, self.is_full = room, deque(known), False
+        self.room, self.known, self.is_full = room, deque(known), room == 0
         self.made: list[Tensor] = []
 
     def noted(self, make: Callable[[], Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.inner_gradient import is_forward_mode, plain_autograd_works
+from titans_pytorch.fast_weights.inner_gradient import written_gradients_work
 from titans_pytorch.fast_weights.precision import full_precision, is_autocasting
 
 SMALLEST_LENGTH = 1e-12
@@ -22,10 +22,9 @@ TOGETHER = 6 * 2**20
 
 
 def by_hand(*tensors: Tensor) -> bool:
-    """Whether a gradient will be asked for, by autograd alone: a compiler fuses for itself."""
-    if not plain_autograd_works() or is_forward_mode():
-        return False
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    """Whether a gradient may be asked for, by autograd alone: a compiler fuses for itself."""
+    is_asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return is_asked and written_gradients_work()
 
 
 def coefficients(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans_pytorch.fast_weights.blocks.factored import scaled_over_chunks, summed_over_chunks
+from titans_pytorch.fast_weights.inner_gradient import written_gradients_work
 from titans_pytorch.fast_weights.interface import Block, Carry, Entries, PerParameter, Weights, record
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.omega import counted
@@ -123,8 +124,7 @@ def sums(share: Tensor, steps: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Te
     if parts:
         shares, tensors = zip(*parts, strict=True)
         flat = together([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
-        is_transformed = torch._C._are_functorch_transforms_active()  # there is no rule for a sum in place
-        add = partial(torch.baddbmm, out) if is_transformed else out.baddbmm_
+        add = out.baddbmm_ if written_gradients_work() else partial(torch.baddbmm, out)  # no transform knows the former
         out = add(together(shares, dim=-1), flat)
     return out.unflatten(2, shape) if shape else out.squeeze(2)
 

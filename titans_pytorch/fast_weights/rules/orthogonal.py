@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.inner_gradient import is_forward_mode, plain_autograd_works
+from titans_pytorch.fast_weights.inner_gradient import written_gradients_work
 from titans_pytorch.fast_weights.norms import safe_norm
 from titans_pytorch.fast_weights.noted import current_notes
 from titans_pytorch.fast_weights.precision import full_precision
@@ -68,7 +68,7 @@ def orthogonalised(t: Tensor) -> Tensor:
     """t: (... i j) -> (... i j), every matrix on its own"""
     flat = t.flatten(0, -3)
     parts = slices(flat)
-    if not plain_autograd_works() or is_forward_mode():
+    if not written_gradients_work():
         out = joined([iterated(part) for part in parts])
     elif flat.requires_grad and torch.is_grad_enabled():
         out = Iterated.apply(flat, *current_notes().taken(len(parts)))
