@@ -197,6 +197,7 @@ def test_the_end_of_a_long_chunk_is_not_compiled(graphs: Callable[[], int], monk
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two graphs of a whole model: 155 s of compiling where nothing else runs
 @pytest.mark.parametrize("name", ["long-term and persistent tokens", "two heads", "sliding"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_samples_of_the_transformer_are_samples(name: str) -> None:

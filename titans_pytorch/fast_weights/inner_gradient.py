@@ -29,20 +29,18 @@ def gradients(objective: Objective, inputs: list[Tensor], taps: list[Tensor]) ->
 
 
 def plain_autograd_works() -> bool:
-    return not is_traced() and not torch.is_inference_mode_enabled()
+    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not is_traced and not torch.is_inference_mode_enabled()
 
 
 def written_gradients_work() -> bool:
-    """Whether operations whose gradient is written out may be used: neither while compiling nor in transforms.
-
-    Nor where derivatives are carried forward: they are written for the way back alone.
-    """
-    return not is_traced() and torch.autograd.forward_ad._current_level < 0
+    """Whether operations whose gradient is written out are to be used: a compiler makes its own."""
+    return not (torch.compiler.is_compiling() or is_transformed())
 
 
-def is_traced() -> bool:
-    """Whether what runs is made into something else, by a compiler or a transform."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def is_transformed() -> bool:
+    """Whether a gradient that is written for the way back alone would not do: in transforms, or carried forward."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def by_autograd(objective: Objective, inputs: list[Tensor]) -> Gradients:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 
@@ -59,5 +60,5 @@ def taking(notes: Notes) -> Iterator[Notes]:
 
 
 def current_notes() -> Notes:
-    """Those of this run; without one, nothing is known and there is no room."""
-    return CURRENT.get()
+    """Those of this run; without one, nothing is known and there is no room, nor while compiling."""
+    return Notes() if torch.compiler.is_compiling() else CURRENT.get()

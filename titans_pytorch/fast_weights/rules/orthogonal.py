@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.inner_gradient import written_gradients_work
+from titans_pytorch.fast_weights.inner_gradient import is_transformed
 from titans_pytorch.fast_weights.norms import safe_norm
 from titans_pytorch.fast_weights.noted import current_notes
 from titans_pytorch.fast_weights.precision import full_precision
@@ -68,12 +68,13 @@ def orthogonalised(t: Tensor) -> Tensor:
     """t: (... i j) -> (... i j), every matrix on its own"""
     flat = t.flatten(0, -3)
     parts = slices(flat)
-    if not written_gradients_work():
+    notes = current_notes()
+    if is_transformed():
         out = joined([iterated(part) for part in parts])
     elif flat.requires_grad and torch.is_grad_enabled():
-        out = Iterated.apply(flat, *current_notes().taken(len(parts)))
+        out = Iterated.apply(flat, *notes.taken(len(parts)))
     else:
-        out = applied((current_notes().noted(partial(whole_factor, part)) for part in parts), flat)
+        out = applied((notes.noted(partial(whole_factor, part)) for part in parts), flat)
     return out.unflatten(0, t.shape[:-2])
 
 
@@ -230,8 +231,12 @@ def on_small_side(factor: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def applied(factors: Iterable[Tensor], t: Tensor) -> Tensor:
     """The factor of every part, on its small side; without a graph.  (m i j) -> same"""
+    parts = slices(t)
+    if len(parts) == 1:
+        (factor,) = factors
+        return torch.bmm(*on_small_side(factor, t))
     out = torch.empty_like(t)
-    for factor, part, to in zip(factors, slices(t), slices(out), strict=True):
+    for factor, part, to in zip(factors, parts, slices(out), strict=True):
         torch.bmm(*on_small_side(factor, part), out=to)
     return out
 
