@@ -98,18 +98,21 @@ def by_products(rule: Rule, memory: Memory, surprise: Tensor, gates: Gates) -> E
         return chunk_by_chunk(rule, memory, surprise, gates)
     found = rule.coefficients(gates)
     momenta = memory.moved
-    step = sums(found.step.surprise, surprise, list(zip(found.step.past, momenta, strict=False)))
+    added = step = sums(found.step.surprise, surprise, list(zip(found.step.past, momenta, strict=False)))
     if rule.transform is not None and step.ndim == 4:
-        step = rule.transform(step)
+        step = rule.transform(added)
     parts = [(found.keep[..., 0], memory.weights)]
     if found.start is not None and memory.start is not None:
         parts.append((found.start, memory.start))
     weights = sums(found.keep[..., 1:], step, parts)
-    last = [
+    last = list(zip(found.last_past, found.last_surprise, strict=True))
+    moved = [
         sums(of.unsqueeze(-2), surprise, [(p.unsqueeze(-1), m) for p, m in zip(past, momenta, strict=False)]).squeeze(1)
-        for past, of in zip(found.last_past, found.last_surprise, strict=True)
+        for past, of in (last[:-1] if found.adds_last_momentum else last)
     ]
-    return Evolved(weights, tuple(last))
+    if found.adds_last_momentum:
+        moved.append(added[:, -1].clone())
+    return Evolved(weights, tuple(moved))
 
 
 def sums(share: Tensor, steps: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -117,14 +117,17 @@ class Iterated(torch.autograd.Function):
             kept = []
         known, grams = (kept, []) if ctx.num_known else ([], kept)
         size = len(grams) // len(parts)
+        out = torch.empty_like(t) if len(parts) > 1 and not torch.is_grad_enabled() else None
+        places = [None] * len(parts) if out is None else slices(out)
+        of_parts = gradient.split([len(part) for part in parts])
         with full_precision(gradient):
-            of_parts = [
-                gradient_of_iterated(part, of_part, grams[i * size : (i + 1) * size], known[i] if known else None)
-                for i, (part, of_part) in enumerate(
-                    zip(parts, gradient.split([len(part) for part in parts]), strict=True)
+            found = [
+                gradient_of_iterated(
+                    part, of_part, grams[i * size : (i + 1) * size], known[i] if known else None, places[i]
                 )
+                for i, (part, of_part) in enumerate(zip(parts, of_parts, strict=True))
             ]
-        return joined(of_parts), *(None,) * ctx.num_known
+        return joined(found) if out is None else out, *(None,) * ctx.num_known
 
 
 def iterated(t: Tensor) -> Tensor:
@@ -139,13 +142,15 @@ def whole_factor(t: Tensor) -> Tensor:
     return last.factor / norm
 
 
-def gradient_of_iterated(t: Tensor, gradient: Tensor, kept: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
+def gradient_of_iterated(
+    t: Tensor, gradient: Tensor, kept: Sequence[Tensor], known: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """The gradient of what went in, for that of what came out.  (m i j) each -> same
 
     With the norm n of t, u = t / n and the gradient G of u, which is found as the head of this file says, that of t is
     (G - u <u, G>) / n.  Both are sums of t and the gradient that came in, with factors that are made on the small side.
     kept: the Gram matrices of all iterations but the first; none: they are made again
-    known: `whole_factor` of t, if an earlier run noted it
+    known: `whole_factor` of t, if an earlier run noted it; out: where it is written to
     """
     gram, norm = scaled_gram(t)
     half_move = small_side(t, gradient) / norm
@@ -155,7 +160,7 @@ def gradient_of_iterated(t: Tensor, gradient: Tensor, kept: Sequence[Tensor], kn
     along = (change * gram).add(whole * moves * norm, alpha=0.5).sum(dim=(-2, -1), keepdim=True)
     along = torch.where(norm > SMALLEST_NORM, along, 0.0)  # a norm that is clamped does not move
     change = (change - along * eye_like(gram)) / norm.square()
-    return torch.bmm(*on_small_side(whole, gradient)).baddbmm_(*on_small_side(change, t))
+    return torch.bmm(*on_small_side(whole, gradient), out=out).baddbmm_(*on_small_side(change, t))
 
 
 def iterations(gram: Tensor, later: Sequence[Tensor] = (), last: Tensor | None = None) -> Iterator[Iteration]:

@@ -76,6 +76,7 @@ class Coefficients(NamedTuple):
     start: Tensor | None  # (... n+1)  share of the learned start after chunk j; None: none
     last_past: Tensor  # (o o ...)  of the momenta before the block in those after it
     last_surprise: Tensor  # (o ... n)  of the surprises in those
+    adds_last_momentum: bool = False  # whether the last of the momenta is what each chunk adds to the weights
 
     def shares(self) -> Shares:
         """The weights after each chunk, in place of what each adds to them."""

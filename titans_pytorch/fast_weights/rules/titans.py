@@ -91,7 +91,8 @@ class Titans(Rule):
         past = self.mix(list(shares), [order.past for order in orders])
         surprise = self.mix([share.unsqueeze(-1) for share in shares], [order.surprise for order in orders])
         (keep,) = gates.products("keep")
-        return Coefficients(Sums(past, surprise), keep, None, *ends(orders[1:], like))
+        adds_last = self.num_momenta > 0 and "combine" not in gates.shares
+        return Coefficients(Sums(past, surprise), keep, None, *ends(orders[1:], like), adds_last)
 
 
 def ends(orders: list[Sums], like: Tensor) -> tuple[Tensor, Tensor]:
