@@ -98,21 +98,20 @@ def by_products(rule: Rule, memory: Memory, surprise: Tensor, gates: Gates) -> E
         return chunk_by_chunk(rule, memory, surprise, gates)
     found = rule.coefficients(gates)
     momenta = memory.moved
-    added = step = sums(found.step.surprise, surprise, list(zip(found.step.past, momenta, strict=False)))
+    step = sums(found.step.surprise, surprise, list(zip(found.step.past, momenta, strict=False)))
+    known = [step[:, -1].clone()] if found.adds_last_momentum else []
     if rule.transform is not None and step.ndim == 4:
-        step = rule.transform(added)
+        step = rule.transform(step)
     parts = [(found.keep[..., 0], memory.weights)]
     if found.start is not None and memory.start is not None:
         parts.append((found.start, memory.start))
     weights = sums(found.keep[..., 1:], step, parts)
     last = list(zip(found.last_past, found.last_surprise, strict=True))
-    moved = [
+    made = [
         sums(of.unsqueeze(-2), surprise, [(p.unsqueeze(-1), m) for p, m in zip(past, momenta, strict=False)]).squeeze(1)
-        for past, of in (last[:-1] if found.adds_last_momentum else last)
+        for past, of in last[: len(last) - len(known)]
     ]
-    if found.adds_last_momentum:
-        moved.append(added[:, -1].clone())
-    return Evolved(weights, tuple(moved))
+    return Evolved(weights, (*made, *known))
 
 
 def sums(share: Tensor, steps: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
