@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks.operations import held_bytes
 from titans_pytorch import MemoryMLP, NeuralMemory
 from titans_pytorch.fast_weights.noted import Notes, current_notes, taking
 from titans_pytorch.fast_weights.rules import orthogonal
@@ -163,3 +164,13 @@ def test_a_compiled_spectral_step_is_the_same_step() -> None:
         assert torch.equal(torch.autograd.grad(out, steps, later)[0], torch.autograd.grad(expected, steps, later)[0])
         with torch.no_grad():
             assert torch.equal(compiled(steps), orthogonalised(steps))
+
+
+@pytest.mark.slow
+def test_a_memory_with_spectral_steps_holds_no_more_than_before_its_factors_were_noted() -> None:
+    torch.manual_seed(0)
+    memory = NeuralMemory(384, 4, batch_size=128, dim_head=64, heads=4, spectral_norm_surprises=True)
+    seq = torch.randn(4, 512, 384)
+    with torch.no_grad():
+        assert held_bytes(lambda: memory(seq)) <= 74e6, "88.9e6 at 564baa4"
+    assert held_bytes(lambda: memory(seq)[0].square().mean().backward()) <= 277e6, "277.0e6 at 564baa4"
