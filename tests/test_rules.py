@@ -72,6 +72,7 @@ def surprises(shape: tuple[int, ...], is_stored: Tensor | None) -> Tensor:
 
 def check_equal(left: Evolved, right: Evolved) -> None:
     assert_close(left.weights, right.weights, **EXACT)
+    assert_close(left.last, right.last, **EXACT)
     assert_close(left.momenta, right.momenta, **EXACT)
 
 
@@ -117,6 +118,16 @@ def test_closed_forms_are_what_the_equations_make_of_unit_vectors(name: str, has
 
     assert_close(entries(closed), entries(derived), **EXACT)
     assert_close(last(closed), last(derived), **EXACT)
+
+
+@pytest.mark.parametrize("channels", [None, 4], ids=["of rows", "of channels"])
+@pytest.mark.parametrize("name", RULES)
+def test_coefficients_of_all_blocks_at_once_are_those_of_each(name: str, channels: int | None) -> None:
+    rule = RULES[name]
+    gates = gates_of(rule, True, channels).select(slice(1, 5))
+    of_each = [rule.coefficients(gates.select(chunks)) for chunks in (slice(0, 2), slice(2, 4))]
+    for found, expected in zip(rule.coefficients(gates.blocks(2)).blocks(2), of_each, strict=True):
+        assert_close(tuple(found), tuple(expected), **EXACT)
 
 
 @pytest.mark.parametrize("inner", ["momentum", "orders combined", "towards the start"])

@@ -112,6 +112,9 @@ CASES = {
     "read apart": case(PLAIN | {"chunk_size": (3, 2), "momentum": False}),
     "attention": case(PLAIN | {"model": "attention", "chunk_size": 4}, mask=True, seed=4),
     "spectral": case(PLAIN | {"spectral_norm_surprises": True, "batch_size": 4}, engine="dense"),
+    "spectral, equal blocks": case(
+        PLAIN | {"spectral_norm_surprises": True, "batch_size": 4}, split=(13,), engine="dense"
+    ),
     "general": case(PLAIN | {"model": "opaque", "accept_weight_residual": True}, engine="general", mask=True, seed=4),
     "paper": case(PAPER, mask=True),
     "paper, in no loop": case(PAPER | {"max_grad_norm": 0.5}, mask=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.mutants.breaking import complement, equations_become, factor_becomes, gates_become, mutant, wrapped
-from titans_pytorch.fast_weights import engine
+from titans_pytorch.fast_weights.blocks import dense
 from titans_pytorch.fast_weights.interface import Carry
 from titans_pytorch.fast_weights.rules import gates as gate_values
 from titans_pytorch.fast_weights.rules import rule as rule_module
@@ -156,11 +157,23 @@ def a_chunk_without_anything_to_store_moves_the_memory(patcher: pytest.MonkeyPat
 def steps_are_made_orthogonal_before_momentum(patcher: pytest.MonkeyPatch) -> None:
     """Each surprise in place of what they add up to."""
 
-    def change(original: Any, rule: Any, memory: Any, surprise: Tensor, gates: Any) -> Any:
-        surprise = orthogonalised(surprise) if surprise.ndim == 4 else surprise
-        return original(rule.rule, memory, surprise, gates)
+    def change(original: Any, rule: Any, memory: Any, surprises: Callable[[], Tensor], coefficients: Any) -> Any:
+        found = surprises()
+        found = orthogonalised(found) if found.ndim == 4 else found
+        return original(rule.rule, memory, lambda: found, coefficients)
 
-    wrapped(patcher, engine, "by_products", change)
+    wrapped(patcher, dense, "by_coefficients", change)
+
+
+@mutant("spectral, equal blocks")
+def blocks_take_the_coefficients_of_the_block_before(patcher: pytest.MonkeyPatch) -> None:
+    """Of those that are worked out for all equal blocks at once."""
+
+    def change(original: Any, self: Any, num: int) -> Any:
+        found = original(self, num)
+        return [found[max(block - 1, 0)] for block in range(num)]
+
+    wrapped(patcher, rule_module.Coefficients, "blocks", change)
 
 
 @mutant("towards the start", "towards the start, solved")

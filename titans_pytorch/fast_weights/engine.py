@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,13 +37,15 @@ from titans_pytorch.fast_weights.probe import ModelTraits
 from titans_pytorch.fast_weights.renewal import Renewal
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.omega import shares_of_window
-from titans_pytorch.fast_weights.rules.rule import Rule, Shares
+from titans_pytorch.fast_weights.rules.rule import Coefficients, Rule, Shares
 from titans_pytorch.fast_weights.solved.blocks import can_solve, solved_blocks
 from titans_pytorch.fast_weights.surprises import Surprises, surprises_of
 from titans_pytorch.fast_weights.ways import EngineName, fitting, runner
 from titans_pytorch.losses import is_quadratic
 
-BlockShares = PerParameter[Shares] | None
+BlockSums = PerParameter[Any] | None
+"""What gates alone say about the weights of a block: `Shares` of one that is factored, `Coefficients` of one that is
+built; None: not known yet, or of another kind"""
 
 
 class Engine:
@@ -74,11 +77,11 @@ class Engine:
         self.loop, self.loop_reads = renewals, False
 
     def store(
-        self, carry: Carry, writes: Writes, residual: Residual | None = None, shares: BlockShares = None
+        self, carry: Carry, writes: Writes, residual: Residual | None = None, sums: BlockSums = None
     ) -> tuple[Block, Tensor]:
         """A block of chunks, all surprised at the base.  -> the block, the loss of every write (r n c)
 
-        shares: what the block's weights are sums of, if that is known (`shares_of_blocks`)
+        sums: what the block's weights are sums of, if that is known (`sums_of_blocks`)
         """
         base = carry.base
         if self.rule.forgets_first:
@@ -86,7 +89,7 @@ class Engine:
         gradients, loss = self.gradients(base, writes, residual)
         surprises = surprises_of(gradients, writes, self.max_grad_norm)
         with full_precision(loss):
-            return self.block(carry, surprises, writes, shares), loss[:, writes.num_older :]
+            return self.block(carry, surprises, writes, sums), loss[:, writes.num_older :]
 
     def compile_loop(self) -> None:
         """Let `torch.compile` make each step of a loop, reading included."""
@@ -120,41 +123,49 @@ class Engine:
         with full_precision(writes.keys):
             return solved_blocks(self.model, self.rule, carry, writes, num_blocks)
 
-    def block(self, carry: Carry, surprises: Surprises, writes: Writes, shares: BlockShares) -> Block:
+    def block(self, carry: Carry, surprises: Surprises, writes: Writes, sums: BlockSums) -> Block:
         """The weights over the chunks of a block."""
         if self.name != "factored":
-            return build(self.rule, carry, surprises, writes.gates, self.evolve)
+            return build(self.rule, carry, surprises, writes.gates, self.evolve, sums)
         if writes.num_chunks == 1 and self.rule.window == 1:
             return SingleBlock(carry, surprises, writes.gates, self.rule)
         kind = FactoredBlock if writes.gates.any.channels is None else ChannelBlock
-        return kind(carry, surprises, writes.gates.map(self.shares) if shares is None else shares)
+        return kind(carry, surprises, writes.gates.map(self.shares) if sums is None else sums)
 
     def shares(self, gates: Gates) -> Shares:
         """What the weights after each chunk are sums of."""
         shares = self.rule.coefficients(gates).shares()
         return shares if self.rule.window == 1 else shares_of_window(shares, gates, self.rule.window)
 
-    def shares_of_blocks(self, gates: PerParameter[Gates], sizes: list[int]) -> list[BlockShares]:
-        """What the weights of blocks of so many chunks are sums of, equal blocks at once; None: not of that kind.
+    def sums_of_blocks(self, gates: PerParameter[Gates], sizes: list[int]) -> list[BlockSums]:
+        """What the weights of blocks of so many chunks are sums of, equal blocks at once; None: of another kind.
 
-        sizes: of one block after the other; negative: of those that need no shares
+        sizes: of one block after the other; negative: of those that are not asked for
         """
-        found: list[BlockShares] = []
+        found: list[BlockSums] = []
         first = 0
         for size, equal in groupby(sizes):
             num = len(list(equal))
-            if self.name != "factored" or size < 1 or (size == 1 and self.rule.window == 1):
-                found += [None] * num
-            else:
-                of_all = gates.map(partial(self.equal_shares, slice(first, first + num * size), num))
+            if self.has_sums(size):
+                of_all = gates.map(partial(self.equal_sums, slice(first, first + num * size), num))
                 found += [of_all.map(itemgetter(i)) for i in range(num)]
+            else:
+                found += [None] * num
             first += num * abs(size)
         return found
 
-    def equal_shares(self, chunks: slice, num_blocks: int, gates: Gates) -> list[Shares]:
+    def has_sums(self, num_chunks: int) -> bool:
+        """Whether the weights of a block of so many chunks are sums that gates decide."""
+        if self.name == "factored":
+            return num_chunks > 1 or (num_chunks == 1 and self.rule.window > 1)
+        return num_chunks > 0 and self.rule.is_linear and self.evolve is by_products
+
+    def equal_sums(self, chunks: slice, num_blocks: int, gates: Gates) -> list[Shares] | list[Coefficients]:
         """What the weights of blocks of equal length are sums of."""
         with full_precision(gates.like):
-            return self.shares(gates.select(chunks).blocks(num_blocks)).blocks(num_blocks)
+            of_all = gates.select(chunks).blocks(num_blocks)
+            of_rows = self.shares(of_all) if self.name == "factored" else self.rule.coefficients(of_all)
+            return of_rows.blocks(num_blocks)
 
     def gradients(self, base: Weights, writes: Writes, residual: Residual | None) -> tuple[Surprises, Tensor]:
         """Gradients of each chunk's loss, every parameter's weighted by its own rates if it has some."""

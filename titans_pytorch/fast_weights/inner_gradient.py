@@ -7,6 +7,7 @@ under `inference_mode`, in a graph that is being compiled, and inside somebody's
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,17 @@ def plain_autograd_works() -> bool:
 def written_gradients_work() -> bool:
     """Whether operations whose gradient is written out are to be used: a compiler makes its own."""
     return not (torch.compiler.is_compiling() or is_transformed())
+
+
+def by_hand(*tensors: Tensor) -> bool:
+    """Whether a gradient is to be written by hand: one may be asked for, by autograd alone."""
+    is_asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return is_asked and written_gradients_work()
+
+
+def plus_product(x: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """x + alpha left @ right, into x, which nobody else may need; no transform knows how to do that in place."""
+    return (x.baddbmm_ if written_gradients_work() else partial(torch.baddbmm, x))(left, right, alpha=alpha)
 
 
 def is_transformed() -> bool:

@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.inner_gradient import written_gradients_work
+from titans_pytorch.fast_weights.inner_gradient import by_hand
 from titans_pytorch.fast_weights.precision import full_precision, is_autocasting
 
 SMALLEST_LENGTH = 1e-12
 TOGETHER = 6 * 2**20
 """Numbers of candidates that a CPU mixes at once (24 MB in float32): allocators keep tensors of up to 32 MB"""
-
-
-def by_hand(*tensors: Tensor) -> bool:
-    """Whether a gradient may be asked for, by autograd alone: a compiler fuses for itself."""
-    is_asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return is_asked and written_gradients_work()
 
 
 def coefficients(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

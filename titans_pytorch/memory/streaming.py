@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.engine import BlockShares, Engine
+from titans_pytorch.fast_weights.engine import BlockSums, Engine
 from titans_pytorch.fast_weights.inner_gradient import plain_autograd_works
 from titans_pytorch.fast_weights.interface import Block, Carry, Residual, Writes
 from titans_pytorch.fast_weights.loop.tables import Series
@@ -118,7 +118,7 @@ class Stream:
         writes = None if projected is None else written(projected.writes, moment.recent)
         series = in_series(span, call.choice)
         blocks, losses = [], []
-        for each, shares in zip(series, self.shares(projected, series), strict=True):
+        for each, sums in zip(series, self.sums(projected, series), strict=True):
             if writes is None or each.num_chunks == 0:
                 done: Iterable[Done] = [(each.as_one(), self.engine.at_rest(carry), None)]
             else:
@@ -126,7 +126,7 @@ class Stream:
                 chosen = writes.select(slice(start, start + each.num_chunks))
                 residual = None if layer is None else Residual(layer, each.first_chunk)
                 if each.is_single:
-                    done = [(each.as_one(), *self.engine.store(carry, chosen, residual, shares))]
+                    done = [(each.as_one(), *self.engine.store(carry, chosen, residual, sums))]
                 elif each.is_solved:
                     done = [(each.as_one(), *self.engine.store_solved(carry, chosen, len(each.blocks)))]
                 elif each.renews_inside(call.choice.at_once):
@@ -188,12 +188,12 @@ class Stream:
         tokens = stored.select(start * chunk, (start + num_chunks) * chunk)
         return self.layers.project_writes(tokens, chunk, moment.dtype, moment.tails)
 
-    def shares(self, projected: ProjectedWrites | None, series: Sequence[SeriesPlan]) -> list[BlockShares]:
+    def sums(self, projected: ProjectedWrites | None, series: Sequence[SeriesPlan]) -> list[BlockSums]:
         """What the weights of each single block are sums of; they depend on gates alone, so all are had at once."""
         if projected is None:
             return [None] * len(series)
         sizes = [each.num_chunks if each.is_single else -each.num_chunks for each in series]
-        return self.engine.shares_of_blocks(projected.writes.gates, sizes)
+        return self.engine.sums_of_blocks(projected.writes.gates, sizes)
 
     def reader(self, seq: Tensor, moment: Moment, span: Sequence[BlockPlan], new: StoredTokens) -> SpanReader:
         """Whoever reads the span's tokens; the first span of a call begins with a group that may have begun earlier."""

@@ -81,4 +81,4 @@ def by_scan(rule: Rule, memory: Memory, surprise: Tensor, gates: Gates, use_acce
         step = rule.transform(step)
     weights = summed(rule.retain(memory.weights, step, of_all, start))
     entries = torch.cat((memory.weights.unsqueeze(1), weights), dim=1)
-    return Evolved(entries, tuple(summed(momentum)[:, -1] for momentum in momenta))
+    return Evolved(entries, entries[:, -1].clone(), tuple(summed(momentum)[:, -1] for momentum in momenta))

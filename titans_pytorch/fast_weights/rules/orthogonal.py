@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titans_pytorch.fast_weights.inner_gradient import is_transformed
+from titans_pytorch.fast_weights.inner_gradient import is_transformed, plus_product
 from titans_pytorch.fast_weights.norms import safe_norm
 from titans_pytorch.fast_weights.noted import current_notes
 from titans_pytorch.fast_weights.precision import full_precision
@@ -159,7 +159,7 @@ def gradient_of_iterated(
     whole = factor / norm if known is None else known
     along = (change * gram).add(whole * moves * norm, alpha=0.5).sum(dim=(-2, -1), keepdim=True)
     along = torch.where(norm > SMALLEST_NORM, along, 0.0)  # a norm that is clamped does not move
-    change = (change - along * eye_like(gram)) / norm.square()
+    change = torch.addcmul(change, along, eye_like(gram), value=-1) / norm.square()
     return torch.bmm(*on_small_side(whole, gradient), out=out).baddbmm_(*on_small_side(change, t))
 
 
@@ -168,11 +168,12 @@ def iterations(gram: Tensor, later: Sequence[Tensor] = (), last: Tensor | None =
 
     later: those that follow, if they are known; last: what is handed on as the factor after all iterations
     """
-    step = factor = polynomial(gram)
+    constant = COEFFICIENTS[0] * eye_like(gram)
+    step = factor = polynomial(gram, constant)
     yield Iteration(gram, step, factor)
     for number in range(NUM_ITERATIONS - 1):
         gram = later[number] if later else torch.bmm(torch.bmm(gram, step), step)
-        step = polynomial(gram)
+        step = polynomial(gram, constant)
         is_last = number == NUM_ITERATIONS - 2
         factor = torch.bmm(step, factor) if last is None or not is_last else last
         yield Iteration(gram, step, factor)
@@ -198,12 +199,10 @@ def factor_and_change(done: Iterable[Iteration], half_move: Tensor) -> tuple[Ten
     return last.factor, change
 
 
-def polynomial(gram: Tensor) -> Tensor:
-    """P = a + b A + c A A.  (m i i) -> same"""
-    a, b, c = COEFFICIENTS
-    step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    step.diagonal(dim1=-2, dim2=-1).add_(a)
-    return step
+def polynomial(gram: Tensor, constant: Tensor) -> Tensor:
+    """P = a + b A + c A A.  constant: a, (i i) -> (m i i)"""
+    _, b, c = COEFFICIENTS
+    return plus_product(torch.add(constant, gram, alpha=b), gram, gram, alpha=c)
 
 
 def scaled_gram(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ subclass, and register it in `rules` or hand it to `NeuralMemory(rule=...)`. doc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,17 @@ class Coefficients(NamedTuple):
     last_surprise: Tensor  # (o ... n)  of the surprises in those
     adds_last_momentum: bool = False  # whether the last of the momenta is what each chunk adds to the weights
 
+    def blocks(self, num: int) -> list[Coefficients]:
+        """Those of each of so many blocks, computed as one with more rows.  (... b·r ...) -> (... r ...) each"""
+        tensors = (*self.step, *self[1:-1])
+        axes = (1, 0, 0, 0, 2, 1)  # of the rows
+        return [
+            Coefficients(Sums(past, surprise), keep, start, last_past, last_surprise, self.adds_last_momentum)
+            for past, surprise, keep, start, last_past, last_surprise in zip(
+                *map(partial(unfolded, num=num), tensors, axes), strict=True
+            )
+        ]
+
     def shares(self) -> Shares:
         """The weights after each chunk, in place of what each adds to them."""
         handed, step = self.keep[..., 1:], self.step
@@ -98,13 +110,14 @@ class Shares(NamedTuple):
     last_surprise: Tensor  # (o ... n)  in the last momenta, of its surprises
 
     def blocks(self, num: int) -> list[Shares]:
-        """Shares of each of so many blocks, computed as one with more rows.  (... b·r ...) -> (... r ...) each"""
-
-        def unfolded(x: Tensor | None, axis: int) -> Sequence[Tensor | None]:
-            return [None] * num if x is None else x.unflatten(axis, (num, -1)).unbind(axis)
-
+        """Those of each of so many blocks, computed as one with more rows.  (... b·r ...) -> (... r ...) each"""
         axes = (0, 1, 0, 0, 2, 1)  # of the rows
-        return [Shares(*each) for each in zip(*map(unfolded, self, axes), strict=True)]
+        return [Shares(*each) for each in zip(*map(partial(unfolded, num=num), self, axes), strict=True)]
+
+
+def unfolded(x: Tensor | None, axis: int, num: int) -> Sequence[Any]:
+    """What each of so many blocks has of a tensor, or nothing.  axis: of the rows, (... b·r ...) -> (... r ...) each"""
+    return [None] * num if x is None else x.unflatten(axis, (num, -1)).unbind(axis)
 
 
 class Rule:
