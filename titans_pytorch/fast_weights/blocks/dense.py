@@ -6,19 +6,18 @@ Rules that act on each step as a matrix need them, and memory models that do mor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.blocks.sums import sums, sums_and_last
+from titans_pytorch.fast_weights.blocks.sums import Steps, sums, sums_and_last
 from titans_pytorch.fast_weights.interface import Block, Carry, Entries, PerParameter, Weights, record
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.omega import counted
 from titans_pytorch.fast_weights.rules.rule import Coefficients, Memory, Rule
-from titans_pytorch.fast_weights.surprises import Surprises
+from titans_pytorch.fast_weights.surprises import Factors, Surprises
 
 
 @record
@@ -80,9 +79,9 @@ def build(
     weights, last = {}, {}
     for name in carry.weights:
         memory = carry.memory(name, rule.num_momenta)
-        steps = partial(steps_of, rule, memory, surprises, gates[name], name)
+        steps = steps_of(rule, memory, surprises, gates[name], name)
         if coefficients is None:
-            evolved = evolve(rule, memory, steps(), gates[name])
+            evolved = evolve(rule, memory, built(steps, memory), gates[name])
         else:
             evolved = by_coefficients(rule, memory, steps, coefficients[name])
         weights[name] = evolved.weights
@@ -90,14 +89,18 @@ def build(
     return DenseBlock(weights, carry.with_memories(last))
 
 
-def steps_of(rule: Rule, memory: Memory, surprises: Surprises, gates: Gates, name: str) -> Tensor:
-    """What a parameter is surprised by at every chunk, windows counted.  -> (r n ...)"""
-    steps = surprises.steps(name)
+def steps_of(rule: Rule, memory: Memory, surprises: Surprises, gates: Gates, name: str) -> Steps:
+    """What a parameter is surprised by at every chunk, windows counted.  -> (r n ...), or factors"""
+    steps = surprises.factors.get(name, surprises.tensors.get(name))
     if steps is None:  # the model never uses it: it is only forgotten
         rows, *shape = memory.weights.shape
         steps = memory.weights.new_zeros(()).expand(rows, gates.num_chunks + rule.window - 1, *shape)
-    steps = steps.to(memory.weights.dtype)
-    return sums(counted(gates, rule.window), steps) if rule.window > 1 else steps
+    return sums(counted(gates, rule.window), built(steps, memory)) if rule.window > 1 else steps
+
+
+def built(steps: Steps, memory: Memory) -> Tensor:
+    """-> (r n ...), of the dtype of the weights"""
+    return (steps.matrices() if isinstance(steps, Factors) else steps).to(memory.weights.dtype)
 
 
 def chunk_by_chunk(rule: Rule, memory: Memory, surprise: Tensor, gates: Gates) -> Evolved:
@@ -113,25 +116,26 @@ def by_products(rule: Rule, memory: Memory, surprise: Tensor, gates: Gates) -> E
     """A block has few chunks: sums over them with the rule's coefficients are faster than any loop or scan."""
     if not rule.is_linear:
         return chunk_by_chunk(rule, memory, surprise, gates)
-    return by_coefficients(rule, memory, lambda: surprise, rule.coefficients(gates))
+    return by_coefficients(rule, memory, surprise, rule.coefficients(gates))
 
 
-def by_coefficients(rule: Rule, memory: Memory, surprises: Callable[[], Tensor], found: Coefficients) -> Evolved:
-    """The sums, whose shares are known.  surprises: makes (r n ...), which are let go of as soon as they are summed"""
-    momenta, surprise = memory.moved, surprises()
+def by_coefficients(rule: Rule, memory: Memory, surprise: Steps, found: Coefficients) -> Evolved:
+    """The sums, whose shares are known.  surprise: (r n ...), or its factors"""
+    momenta = memory.moved
     past = list(zip(found.step.past, momenta, strict=False))
     ends = list(zip(found.last_past, found.last_surprise, strict=True))
-    known: tuple[Tensor, ...] = ()
+    known: list[Tensor] = []
+    if len(ends) > 1:  # they are summed more than once
+        surprise = built(surprise, memory)
     if found.adds_last_momentum:
         step, last_momentum = sums_and_last(found.step.surprise, surprise, past)
-        known, ends = (last_momentum,), ends[:-1]
+        known, ends = [last_momentum], ends[:-1]
     else:
-        step = sums(found.step.surprise, surprise, past)
+        step = sums(found.step.surprise, built(surprise, memory), past)
     made = [
-        sums(of.unsqueeze(-2), surprise, [(p.unsqueeze(-1), m) for p, m in zip(shares, momenta, strict=False)])
+        sums(of.unsqueeze(-2), built(surprise, memory), list(zip(shares.unsqueeze(-1), momenta, strict=False)))
         for shares, of in ends
     ]
-    del surprise
     if rule.transform is not None and step.ndim == 4:
         step = rule.transform(step)
     parts = [(found.keep[..., 0], memory.weights)]

@@ -3,7 +3,8 @@
     out_m = sum_n share_{m,n} step_n + sum_k share_{m,k} part_k
 
 Their gradients are written by hand: the last sum is carried on alone, and autograd would make a tensor as large as all
-of them to say what its gradient adds.
+of them to say what its gradient adds. Steps that are products of factors are multiplied again on the way back, as
+they are as large as the weights of all chunks, and their factors are small.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from torch.nn import functional as F
 from titans_pytorch.fast_weights.blocks.factored import scaled_over_chunks, summed_over_chunks
 from titans_pytorch.fast_weights.inner_gradient import by_hand, plus_product
 from titans_pytorch.fast_weights.precision import full_precision
+from titans_pytorch.fast_weights.surprises import Factors
 
 Parts = Sequence[tuple[Tensor, Tensor]]
 """(r m) and (r ...) each: shares in every sum, and what they are shares of"""
+
+Steps = Tensor | Factors
+"""(r n ...), or what is multiplied for it"""
 
 
 def sums(share: Tensor, steps: Tensor, parts: Parts = ()) -> Tensor:
@@ -30,53 +35,90 @@ def sums(share: Tensor, steps: Tensor, parts: Parts = ()) -> Tensor:
     return shaped(products(share, flat(steps), *joined(parts)), steps.shape[2:])
 
 
-def sums_and_last(share: Tensor, steps: Tensor, parts: Parts = ()) -> tuple[Tensor, Tensor]:
+def sums_and_last(share: Tensor, steps: Steps, parts: Parts = ()) -> tuple[Tensor, Tensor]:
     """`sums`, and the last of them as a tensor of its own.  -> (r m ...), (r ...)"""
-    if share.ndim == 3 and by_hand(share, steps, *(tensor for part in parts for tensor in part)):
-        found, last = SumsAndLast.apply(share, flat(steps), *joined(parts))
-        return shaped(found, steps.shape[2:]), last.reshape(len(last), *steps.shape[2:])
-    found = sums(share, steps, parts)
-    return found, found[:, -1].clone()
+    factors = tuple(steps) if isinstance(steps, Factors) else (steps,)
+    if share.ndim == 3 and by_hand(share, *factors, *(tensor for part in parts for tensor in part)):
+        found: tuple[Tensor, Tensor] = SumsAndLast.apply(share, len(factors), *factors, *joined(parts))
+        return found
+    all_sums = sums(share, multiplied(factors, share.dtype), parts)
+    return all_sums, all_sums[:, -1].clone()
 
 
 class SumsAndLast(torch.autograd.Function):
-    """share: (r m n), steps: (r n p), of parts (r m k) and (r k p) -> (r m p), (r p)"""
+    """share: (r m n); tensors: steps or the factors of them, so many, and of parts (r m k) and (r k p)
+
+    -> (r m ...), (r ...)
+    """
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, steps: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(share, steps, *parts)
+    def forward(ctx: Any, share: Tensor, num_factors: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(share, *tensors)
+        ctx.num_factors = num_factors
         ctx.set_materialize_grads(False)
-        found = products(share, steps, *parts)
+        steps = multiplied(tensors[:num_factors], share.dtype)
+        found = shaped(products(share, flat(steps), *tensors[num_factors:]), steps.shape[2:])
         return found, found[:, -1].clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, of_last: Tensor | None) -> Any:
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad
-        found: list[Tensor | None] = []
-        with full_precision(tensors[0]):
-            for i in range(0, len(tensors), 2):  # shares, and what they are shares of
-                share, steps = tensors[i : i + 2]
-                found.append(gradient_of_share(share, steps, gradient, of_last) if needed[i] else None)
-                found.append(gradient_of_steps(share, gradient, of_last) if needed[i + 1] else None)
+        if gradient is None and of_last is None:
+            return (None,) * len(ctx.needs_input_grad)
+        share, *tensors = ctx.saved_tensors
+        factors, parts = tensors[: ctx.num_factors], tensors[ctx.num_factors :]
+        gradient = None if gradient is None else flat(gradient)
+        of_last = None if of_last is None else of_last.reshape(len(of_last), -1)
+        of_share, _, *needed = ctx.needs_input_grad
+        found: list[Tensor | None] = [None, None]
+        with full_precision(share):
+            if of_share:
+                found[0] = gradient_of_share(share, flat(multiplied(factors, share.dtype)), gradient, of_last)
+            if any(needed[: len(factors)]):
+                found += gradients_of_factors(factors, gradient_of_steps(share, gradient, of_last))
+            else:
+                found += [None] * len(factors)
+            if parts:
+                shares, tensor = parts
+                of_shares, of_tensor = needed[len(factors) :]
+                found.append(gradient_of_share(shares, tensor, gradient, of_last) if of_shares else None)
+                found.append(gradient_of_steps(shares, gradient, of_last) if of_tensor else None)
         return tuple(found)
 
 
-def gradient_of_share(share: Tensor, steps: Tensor, gradient: Tensor | None, of_last: Tensor | None) -> Tensor | None:
-    """-> (r m n)"""
-    found = None if gradient is None else torch.bmm(gradient, steps.mT)
-    if of_last is None:
-        return found
-    row = F.pad(torch.bmm(of_last.unsqueeze(1), steps.mT), (0, 0, share.shape[1] - 1, 0))
-    return row if found is None else found + row
+def multiplied(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Steps, given as they are or as factors.  -> (r n ...)"""
+    steps = factors[0] if len(factors) == 1 else Factors(*factors).matrices()
+    return steps.to(dtype)
 
 
-def gradient_of_steps(share: Tensor, gradient: Tensor | None, of_last: Tensor | None) -> Tensor | None:
-    """-> (r n p)"""
-    found = None if gradient is None else torch.bmm(share.mT, gradient)
+def gradients_of_factors(factors: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    """Of steps that are given as they are, or of both factors.  gradient: (r n p)"""
+    if len(factors) == 1:
+        (steps,) = factors
+        return [gradient.reshape(steps.shape).to(steps.dtype)]
+    left, right = factors
+    of_matrices = gradient.unflatten(2, (left.shape[-1], right.shape[-1])).to(right.dtype)
+    return [(right @ of_matrices.mT).to(left.dtype), left.to(right.dtype) @ of_matrices]
+
+
+def gradient_of_share(share: Tensor, steps: Tensor, gradient: Tensor | None, of_last: Tensor | None) -> Tensor:
+    """From the gradients of all sums (r m p) and of the last (r p), one of them at least.  -> (r m n)"""
+    found = torch.zeros_like(share) if gradient is None else torch.bmm(gradient, steps.mT)
     if of_last is None:
         return found
-    last, of_last = share[:, -1:].mT, of_last.unsqueeze(1)
-    return torch.bmm(last, of_last) if found is None else plus_product(found, last, of_last)
+    return found + F.pad(torch.bmm(of_last.unsqueeze(1), steps.mT), (0, 0, share.shape[1] - 1, 0))
+
+
+def gradient_of_steps(share: Tensor, gradient: Tensor | None, of_last: Tensor | None) -> Tensor:
+    """From the same.  -> (r n p)"""
+    tables, gradients = [], []
+    if gradient is not None:
+        tables, gradients = [share], [gradient]
+    if of_last is not None:
+        tables.append(share[:, -1:])
+        gradients.append(of_last.unsqueeze(1))
+    found = torch.bmm(tables[0].mT, gradients[0])
+    return found if len(tables) == 1 else plus_product(found, tables[1].mT, gradients[1])
 
 
 def products(share: Tensor, steps: Tensor, part_shares: Tensor | None = None, parts: Tensor | None = None) -> Tensor:
