@@ -172,5 +172,5 @@ def test_a_memory_with_spectral_steps_holds_no_more_than_before_its_factors_were
     memory = NeuralMemory(384, 4, batch_size=128, dim_head=64, heads=4, spectral_norm_surprises=True)
     seq = torch.randn(4, 512, 384)
     with torch.no_grad():
-        assert held_bytes(lambda: memory(seq)) <= 74e6, "88.9e6 at 564baa4"
-    assert held_bytes(lambda: memory(seq)[0].square().mean().backward()) <= 277e6, "277.0e6 at 564baa4"
+        assert held_bytes(lambda: memory(seq)) <= 68e6, "88.9e6 at 564baa4"
+    assert held_bytes(lambda: memory(seq)[0].square().mean().backward()) <= 251e6, "277.0e6 at 564baa4"

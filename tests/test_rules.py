@@ -130,6 +130,19 @@ def test_coefficients_of_all_blocks_at_once_are_those_of_each(name: str, channel
         assert_close(tuple(found), tuple(expected), **EXACT)
 
 
+@pytest.mark.parametrize("per_parameter", [False, True], ids=["shared gates", "gates of every parameter"])
+def test_coefficients_of_built_weights_are_worked_out_once_for_all_equal_blocks(
+    per_parameter: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And for all parameters, where these share their gates."""
+    closed_form, asked = Titans.coefficients, []
+    monkeypatch.setattr(Titans, "coefficients", lambda self, gates: asked.append(gates) or closed_form(self, gates))
+    memory = NeuralMemory(8, 2, 4, spectral_norm_surprises=True, per_parameter_gates=per_parameter)
+    memory(random(1, 32, 8).float())
+    assert len(asked) == (len(memory.init_weights(1)) if per_parameter else 1)
+    assert len(asked[0].like) == 32 // 4  # blocks of one row
+
+
 @pytest.mark.parametrize("inner", ["momentum", "orders combined", "towards the start"])
 def test_orthogonal_steps_are_a_wrapper_of_any_rule(inner: str) -> None:
     """Steps of matrices are orthogonal, those of vectors as they were; built in one go or one by one."""

@@ -54,7 +54,7 @@ def choose(
     if solved:
         why = "half a key's width is best for a triangular system"
         return Choice(solved // sizes.writes_per_chunk, why, max(2, span_chunks), solved_writes=solved)
-    most, why = block_chunks(sizes, rows, costs)
+    most, why = block_chunks(sizes, rows, costs, has_grad=has_grad)
     fit_together = costs.series_elements // (rows * sizes.num_elements * sizes.num_slots)
     at_once = costs.at_once and sizes.can_fold and layout.retrieve_chunk == layout.store_chunk
     longest_series, num_places = max(1, fit_together) if at_once else 1, None
@@ -88,7 +88,7 @@ def loop_blocks(batch: int, block: int, costs: Costs, fit_together: int, *, has_
     return fit_together if fit_together >= (fewest if has_grad else 2) else 0
 
 
-def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> tuple[int, str]:
+def block_chunks(sizes: Sizes, rows: int, costs: Costs, *, has_grad: bool) -> tuple[int, str]:
     """How many chunks make the cheapest block, and why.
 
     Products over pairs of writes grow with its square; the cost of a block itself (starting it, carrying the weights)
@@ -97,7 +97,8 @@ def block_chunks(sizes: Sizes, rows: int, costs: Costs) -> tuple[int, str]:
     elements, writes = rows * sizes.num_elements, max(sizes.writes_per_chunk, 1)
     block = costs.block_overhead + costs.carry_cost * elements
     if sizes.representation == "built":
-        return max(1, costs.built_elements // elements), "weights are built, as many as fit"
+        room = costs.built_in_training if has_grad else costs.built_elements
+        return max(1, room // elements), "weights are built, as many as fit"
     if sizes.representation == "channels":  # every group of queries scales all factors of its block for itself
         best = round(math.sqrt(block / (costs.channel_cost * rows * sizes.num_channels * writes)))
         fewest, most = costs.channel_chunks

@@ -15,7 +15,8 @@ class Costs(NamedTuple):
     carry_cost: float = 400  # of carrying an element of the weights through a block, in multiplications
     channel_cost: float = 400  # of scaling one factor of a write for one group
     channel_chunks: tuple[int, int] = (8, 16)  # fewer in a block are slower than one by one, more need too much memory
-    built_elements: int = 2**22  # of the weights of a block, where they are built
+    built_elements: int = 2**22  # of the weights of a block, where they are built (17 MB in float32)
+    built_in_training: int = 9 * 2**20  # the same where a backward pass may follow, with more operations to save
     span_tokens: int = 16_384  # of all rows together, that are projected at once
     span_elements: int = 2**26  # that training keeps of a span
     kept_elements: int = 2**28  # that training keeps of a call (1 GB in float32); more are computed again
@@ -40,6 +41,7 @@ COSTS = {
         block_overhead=0.0,
         carry_cost=7000.0,
         built_elements=2**26,
+        built_in_training=2**26,
         span_tokens=2**20,
         span_elements=2**30,
         kept_elements=2**31,

@@ -92,7 +92,7 @@ def multiplied(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def gradients_of_factors(factors: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
-    """Of steps that are given as they are, or of both factors.  gradient: (r n p)"""
+    """One for steps that are given as they are, one for each of two factors.  gradient: (r n p)"""
     if len(factors) == 1:
         (steps,) = factors
         return [gradient.reshape(steps.shape).to(steps.dtype)]
