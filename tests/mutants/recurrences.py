@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.mutants.breaking import complement, equations_become, factor_becomes, gates_become, mutant, wrapped
-from titans_pytorch.fast_weights.blocks import dense
+from titans_pytorch.fast_weights.blocks import dense, sums
 from titans_pytorch.fast_weights.interface import Carry
 from titans_pytorch.fast_weights.rules import gates as gate_values
 from titans_pytorch.fast_weights.rules import rule as rule_module
@@ -157,10 +156,10 @@ def a_chunk_without_anything_to_store_moves_the_memory(patcher: pytest.MonkeyPat
 def steps_are_made_orthogonal_before_momentum(patcher: pytest.MonkeyPatch) -> None:
     """Each surprise in place of what they add up to."""
 
-    def change(original: Any, rule: Any, memory: Any, surprises: Callable[[], Tensor], coefficients: Any) -> Any:
-        found = surprises()
+    def change(original: Any, rule: Any, memory: Any, surprise: Any, coefficients: Any) -> Any:
+        found = dense.built(surprise, memory)
         found = orthogonalised(found) if found.ndim == 4 else found
-        return original(rule.rule, memory, lambda: found, coefficients)
+        return original(rule.rule, memory, found, coefficients)
 
     wrapped(patcher, dense, "by_coefficients", change)
 
@@ -174,6 +173,35 @@ def blocks_take_the_coefficients_of_the_block_before(patcher: pytest.MonkeyPatch
         return [found[max(block - 1, 0)] for block in range(num)]
 
     wrapped(patcher, rule_module.Coefficients, "blocks", change)
+
+
+def without_the_last(original: Any, *args: Any) -> Any:
+    """One of the two gradients in sums, of what all of them are used for and of what is carried on, is dropped."""
+    *of_all, gradient, _ = args
+    return torch.zeros_like(original(*args)) if gradient is None else original(*of_all, gradient, None)
+
+
+@mutant("spectral, equal blocks")
+def steps_have_no_gradient_from_what_is_carried_on(patcher: pytest.MonkeyPatch) -> None:
+    """Into the next block, by the last sum."""
+    wrapped(patcher, sums, "gradient_of_steps", without_the_last)
+
+
+@mutant("spectral, equal blocks")
+def shares_have_no_gradient_from_what_is_carried_on(patcher: pytest.MonkeyPatch) -> None:
+    """Into the next block, by the last sum."""
+    wrapped(patcher, sums, "gradient_of_share", without_the_last)
+
+
+@mutant("spectral, equal blocks")
+def a_factor_of_a_surprise_has_the_gradient_of_the_other_sign(patcher: pytest.MonkeyPatch) -> None:
+    """On the way back, where the two are multiplied again."""
+
+    def change(original: Any, *args: Any) -> Any:
+        left, *right = original(*args)
+        return [left, *(-each for each in right)]
+
+    wrapped(patcher, sums, "gradients_of_factors", change)
 
 
 @mutant("towards the start", "towards the start, solved")

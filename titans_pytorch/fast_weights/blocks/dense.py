@@ -125,7 +125,7 @@ def by_coefficients(rule: Rule, memory: Memory, surprise: Steps, found: Coeffici
     past = list(zip(found.step.past, momenta, strict=False))
     ends = list(zip(found.last_past, found.last_surprise, strict=True))
     known: list[Tensor] = []
-    if len(ends) > 1:  # they are summed more than once
+    if len(ends) > 1 or not found.adds_last_momentum:  # built once for all who sum them
         surprise = built(surprise, memory)
     if found.adds_last_momentum:
         step, last_momentum = sums_and_last(found.step.surprise, surprise, past)
