@@ -308,6 +308,7 @@ def sharded_worker(rank: int, store: str, results: str, name: str) -> None:
     looped = {key: p.full_tensor() for key, p in model.named_parameters() if p.numel()}
     if rank == 0:
         torch.save((wholes, said, looped), results)
+    torch.distributed.barrier()  # nobody leaves while somebody is still being answered
     torch.distributed.destroy_process_group()
 
 
@@ -326,8 +327,8 @@ def test_shards_of_two_processes_begin_as_one_model(name: str, tmp_path: Path) -
         )
         for rank in range(2)
     ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), errors[0][-3000:]
+    errors = [worker.communicate(timeout=120)[1][-1500:] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
     wholes, said, looped = torch.load(results)
     expected = READERS[name].made(3)
     wanted = {key: p for key, p in expected.named_parameters() if p.numel()}

@@ -113,15 +113,16 @@ def test_long_chunks_are_blocks_of_their_own_and_short_ones_share_one() -> None:
     matrices = ((384, 1536), (1536, 384))
     sizes = Sizes(1, 1, matrices, 2 * 384 * 1536, 1920, "factored")
 
-    def longest(chunk: int, kind: Any = "factored") -> int:
+    def longest(chunk: int, kind: Any = "factored", has_grad: bool = True) -> int:
         of = sizes._replace(writes_per_chunk=chunk, representation=kind)
-        found = plan(Layout(chunk, chunk, None), of, batch=2, num_tokens=1024)
+        found = plan(Layout(chunk, chunk, None), of, batch=2, num_tokens=1024, has_grad=has_grad)
         return max(b.num_chunks for span in found.spans for b in span)
 
     assert longest(128) == 1
     assert longest(16) > 1
     assert longest(1) > longest(16)
-    assert longest(4, "built") == 1, "weights that are built fill memory"
+    assert longest(4, "built", has_grad=False) == 1, "weights that are built fill memory"
+    assert longest(4, "built") == 4, "in training each block is many operations more"
     assert longest(1, "channels") <= Costs().channel_chunks[1]
 
 
