@@ -66,6 +66,17 @@ def test_gradients_of_sums_are_differentiable_again(kind: str) -> None:
     assert torch.autograd.gradgradcheck(run, leaves(share, steps, parts))
 
 
+@pytest.mark.parametrize("kind", ["vectors", "factors"])
+def test_many_gradients_of_sums_can_be_asked_for_at_once(kind: str) -> None:
+    share, steps, parts = drawn(kind, 2)
+    found, last = sums_and_last(share, steps, parts)
+    total, many = found.sin() + last.sin().unsqueeze(1), torch.randn(3, *found.shape, dtype=found.dtype)
+    given = leaves(share, steps, parts)
+    at_once = torch.autograd.grad(total, given, many, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(total, given, each, retain_graph=True) for each in many]
+    assert_close(at_once, tuple(map(torch.stack, zip(*one_by_one, strict=True))))
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     share, steps, parts = drawn("factors", 1)
     found, last = sums_and_last(share.detach(), Factors(*(factor.detach() for factor in steps)), parts)

@@ -97,7 +97,7 @@ def gradients_of_factors(factors: Sequence[Tensor], gradient: Tensor) -> list[Te
         (steps,) = factors
         return [gradient.reshape(steps.shape).to(steps.dtype)]
     left, right = factors
-    of_matrices = gradient.unflatten(2, (left.shape[-1], right.shape[-1])).to(right.dtype)
+    of_matrices = gradient.reshape(*gradient.shape[:2], left.shape[-1], right.shape[-1]).to(right.dtype)
     return [(right @ of_matrices.mT).to(left.dtype), left.to(right.dtype) @ of_matrices]
 
 
@@ -129,7 +129,9 @@ def products(share: Tensor, steps: Tensor, part_shares: Tensor | None = None, pa
 
 def flat(steps: Tensor) -> Tensor:
     """(r n ...) -> (r n p)"""
-    return steps.flatten(2) if steps.ndim > 2 else steps.unsqueeze(-1)
+    return steps.reshape(
+        *steps.shape[:2], steps.shape[2:].numel()
+    )  # which knows of batched gradients, as flatten does not
 
 
 def shaped(found: Tensor, shape: torch.Size) -> Tensor:
