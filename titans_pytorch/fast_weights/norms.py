@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from titans_pytorch.fast_weights.inner_gradient import by_hand
 from titans_pytorch.memory_models import NORM_EPS
 
 
@@ -54,7 +55,52 @@ def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def norm_gradient(of_normed: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """From the gradient with respect to norm(x) to that with respect to x, differentiable once more.  (... d) each"""
+    """From the gradient with respect to norm(x) to that with respect to x, differentiable again.  (... d) each"""
+    if by_hand(of_normed, x):
+        found: Tensor = NormGradient.apply(of_normed, x, mean, scale)
+        return found
+    return projected(of_normed, x, mean, scale)
+
+
+class NormGradient(torch.autograd.Function):
+    """N(p) = (p - mean(p) - y mean(p y)) / deviation, for the norm y of x: symmetric, and with a derivative at x
+
+        -N((p mean(q y) + q mean(p y)) / deviation) - y mean(q N(p)) / deviation
+
+    in the direction q. torch's own takes more operations, and is wrong if it is differentiated once more, as mean and
+    deviation are constants to it (pytorch issue 175754).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        found = projected(p, x, mean, scale)
+        ctx.save_for_backward(p, x, mean, scale, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, q: Tensor) -> Any:
+        p, x, mean, scale, found = ctx.saved_tensors
+        project = projected
+        if torch.is_grad_enabled():  # it will be differentiated itself, so all is made of x again
+            project = projected_plainly
+            mean = x.mean(dim=-1, keepdim=True)
+            scale = ((x - mean).square().mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt()
+            found = project(p, x, mean, scale)
+        y = (x - mean) * scale
+        bent = p * (q * y).mean(dim=-1, keepdim=True) + q * (p * y).mean(dim=-1, keepdim=True)
+        along = (q * found).mean(dim=-1, keepdim=True)
+        of_x = -project((bent * scale).to(x.dtype), x, mean, scale) - y * (along * scale)
+        return project(q, x, mean, scale), of_x.to(x.dtype), None, None
+
+
+def projected(p: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """N(p), in one operation."""
     only_x = [True, False, False]
-    args = (of_normed, x, x.shape[-1:], mean, scale, None, None, only_x)
+    args = (p, x, x.shape[-1:], mean, scale, None, None, only_x)
     return cast(Tensor, torch.ops.aten.native_layer_norm_backward(*args)[0])
+
+
+def projected_plainly(p: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """N(p), differentiable as often as one likes."""
+    y = (x - mean) * scale
+    return scale * (p - p.mean(dim=-1, keepdim=True) - y * (p * y).mean(dim=-1, keepdim=True))
