@@ -39,10 +39,13 @@ def written_gradients_work() -> bool:
     return not (torch.compiler.is_compiling() or is_transformed())
 
 
-def by_hand(*tensors: Tensor) -> bool:
-    """Whether a gradient is to be written by hand: one may be asked for, by autograd alone."""
+def by_hand(*tensors: Tensor, compiled: bool = False) -> bool:
+    """Whether a gradient is to be written by hand: one may be asked for, by autograd alone.
+
+    compiled: also in a compiler, so that it rounds there as it does without one
+    """
     is_asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return is_asked and written_gradients_work()
+    return is_asked and (not is_transformed() if compiled else written_gradients_work())
 
 
 def plus_product(x: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:

@@ -56,7 +56,7 @@ def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def norm_gradient(of_normed: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """From the gradient with respect to norm(x) to that with respect to x, differentiable again.  (... d) each"""
-    if by_hand(of_normed, x):
+    if by_hand(of_normed, x, compiled=True):
         found: Tensor = NormGradient.apply(of_normed, x, mean, scale)
         return found
     return projected(of_normed, x, mean, scale)

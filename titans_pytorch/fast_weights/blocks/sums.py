@@ -38,7 +38,8 @@ def sums(share: Tensor, steps: Tensor, parts: Parts = ()) -> Tensor:
 def sums_and_last(share: Tensor, steps: Steps, parts: Parts = ()) -> tuple[Tensor, Tensor]:
     """`sums`, and the last of them as a tensor of its own.  -> (r m ...), (r ...)"""
     factors = tuple(steps) if isinstance(steps, Factors) else (steps,)
-    if share.ndim == 3 and by_hand(share, *factors, *(tensor for part in parts for tensor in part)):
+    tensors = (share, *factors, *(tensor for part in parts for tensor in part))
+    if share.ndim == 3 and by_hand(*tensors, compiled=True):
         found: tuple[Tensor, Tensor] = SumsAndLast.apply(share, len(factors), *factors, *joined(parts))
         return found
     all_sums = sums(share, multiplied(factors, share.dtype), parts)
