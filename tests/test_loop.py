@@ -273,6 +273,15 @@ class TestOperations:
         assert self.per_renewal(False, **options) <= forward
         assert self.per_renewal(True, **options) <= training
 
+    @pytest.mark.parametrize("chunk, forward, training", [(16, 55, 259), (8, 84.5, 412)])
+    def test_of_a_renewal_that_goes_block_by_block(
+        self, chunk: int, forward: float, training: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(COSTS, "cpu", COSTS["cpu"]._replace(series_elements=0))
+        options = dict(chunk_size=chunk, batch_size=16)
+        assert self.per_renewal(False, **options) <= forward
+        assert self.per_renewal(True, **options) <= training
+
     def test_of_gates_of_every_token(self) -> None:
         """Momenta are read as well, so there are more than with those of chunks, though not with every token."""
         of_chunks, of_tokens = (

@@ -157,7 +157,7 @@ def steps_are_made_orthogonal_before_momentum(patcher: pytest.MonkeyPatch) -> No
     """Each surprise in place of what they add up to."""
 
     def change(original: Any, rule: Any, memory: Any, surprise: Any, coefficients: Any) -> Any:
-        found = dense.built(surprise, memory)
+        found = dense.built(surprise, memory.weights.dtype)
         found = orthogonalised(found) if found.ndim == 4 else found
         return original(rule.rule, memory, found, coefficients)
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.blocks.sums import Steps, sums, sums_and_last
+from titans_pytorch.fast_weights.blocks.sums import Steps, built, sums, sums_and_last
 from titans_pytorch.fast_weights.interface import Block, Carry, Entries, PerParameter, Weights, record
 from titans_pytorch.fast_weights.rules.gates import Gates
 from titans_pytorch.fast_weights.rules.omega import counted
 from titans_pytorch.fast_weights.rules.rule import Coefficients, Memory, Rule
-from titans_pytorch.fast_weights.surprises import Factors, Surprises
+from titans_pytorch.fast_weights.surprises import Surprises
 
 
 @record
@@ -81,7 +81,7 @@ def build(
         memory = carry.memory(name, rule.num_momenta)
         steps = steps_of(rule, memory, surprises, gates[name], name)
         if coefficients is None:
-            evolved = evolve(rule, memory, built(steps, memory), gates[name])
+            evolved = evolve(rule, memory, built(steps, memory.weights.dtype), gates[name])
         else:
             evolved = by_coefficients(rule, memory, steps, coefficients[name])
         weights[name] = evolved.weights
@@ -95,12 +95,7 @@ def steps_of(rule: Rule, memory: Memory, surprises: Surprises, gates: Gates, nam
     if steps is None:  # the model never uses it: it is only forgotten
         rows, *shape = memory.weights.shape
         steps = memory.weights.new_zeros(()).expand(rows, gates.num_chunks + rule.window - 1, *shape)
-    return sums(counted(gates, rule.window), built(steps, memory)) if rule.window > 1 else steps
-
-
-def built(steps: Steps, memory: Memory) -> Tensor:
-    """-> (r n ...), of the dtype of the weights"""
-    return (steps.matrices() if isinstance(steps, Factors) else steps).to(memory.weights.dtype)
+    return sums(counted(gates, rule.window), steps) if rule.window > 1 else steps
 
 
 def chunk_by_chunk(rule: Rule, memory: Memory, surprise: Tensor, gates: Gates) -> Evolved:
@@ -126,15 +121,14 @@ def by_coefficients(rule: Rule, memory: Memory, surprise: Steps, found: Coeffici
     ends = list(zip(found.last_past, found.last_surprise, strict=True))
     known: list[Tensor] = []
     if len(ends) > 1 or not found.adds_last_momentum:  # built once for all who sum them
-        surprise = built(surprise, memory)
+        surprise = built(surprise, memory.weights.dtype)
     if found.adds_last_momentum:
         step, last_momentum = sums_and_last(found.step.surprise, surprise, past)
         known, ends = [last_momentum], ends[:-1]
     else:
-        step = sums(found.step.surprise, built(surprise, memory), past)
+        step = sums(found.step.surprise, surprise, past)
     made = [
-        sums(of.unsqueeze(-2), built(surprise, memory), list(zip(shares.unsqueeze(-1), momenta, strict=False)))
-        for shares, of in ends
+        sums(of.unsqueeze(-2), surprise, list(zip(shares.unsqueeze(-1), momenta, strict=False))) for shares, of in ends
     ]
     if rule.transform is not None and step.ndim == 4:
         step = rule.transform(step)

@@ -28,8 +28,9 @@ Steps = Tensor | Factors
 """(r n ...), or what is multiplied for it"""
 
 
-def sums(share: Tensor, steps: Tensor, parts: Parts = ()) -> Tensor:
+def sums(share: Tensor, steps: Steps, parts: Parts = ()) -> Tensor:
     """share: (r m n), or of channels (r j m n); steps: (r n ...) -> (r m ...)"""
+    steps = built(steps, share.dtype)
     if share.ndim == 4:
         return sum((scaled_over_chunks(*part) for part in parts), summed_over_chunks(share, steps))
     return shaped(products(share, flat(steps), *joined(parts)), steps.shape[2:])
@@ -42,7 +43,7 @@ def sums_and_last(share: Tensor, steps: Steps, parts: Parts = ()) -> tuple[Tenso
     if share.ndim == 3 and by_hand(*tensors, compiled=True):
         found: tuple[Tensor, Tensor] = SumsAndLast.apply(share, len(factors), *factors, *joined(parts))
         return found
-    all_sums = sums(share, multiplied(factors, share.dtype), parts)
+    all_sums = sums(share, steps, parts)
     return all_sums, all_sums[:, -1].clone()
 
 
@@ -57,7 +58,7 @@ class SumsAndLast(torch.autograd.Function):
         ctx.save_for_backward(share, *tensors)
         ctx.num_factors = num_factors
         ctx.set_materialize_grads(False)
-        steps = multiplied(tensors[:num_factors], share.dtype)
+        steps = built(from_factors(tensors[:num_factors]), share.dtype)
         found = shaped(products(share, flat(steps), *tensors[num_factors:]), steps.shape[2:])
         return found, found[:, -1].clone()
 
@@ -73,7 +74,8 @@ class SumsAndLast(torch.autograd.Function):
         found: list[Tensor | None] = [None, None]
         with full_precision(share):
             if of_share:
-                found[0] = gradient_of_share(share, flat(multiplied(factors, share.dtype)), gradient, of_last)
+                steps = flat(built(from_factors(factors), share.dtype))
+                found[0] = gradient_of_share(share, steps, gradient, of_last)
             if any(needed[: len(factors)]):
                 found += gradients_of_factors(factors, gradient_of_steps(share, gradient, of_last))
             else:
@@ -86,10 +88,14 @@ class SumsAndLast(torch.autograd.Function):
         return tuple(found)
 
 
-def multiplied(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Steps, given as they are or as factors.  -> (r n ...)"""
-    steps = factors[0] if len(factors) == 1 else Factors(*factors).matrices()
-    return steps.to(dtype)
+def built(steps: Steps, dtype: torch.dtype) -> Tensor:
+    """-> (r n ...)"""
+    return (steps.matrices() if isinstance(steps, Factors) else steps).to(dtype)
+
+
+def from_factors(factors: Sequence[Tensor]) -> Steps:
+    """Steps of which there is one tensor, or two to be multiplied."""
+    return factors[0] if len(factors) == 1 else Factors(*factors)
 
 
 def gradients_of_factors(factors: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
