@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from benchmarks.operations import held_bytes
 from tests.support.mac_configurations import NUM_TOKENS, SEGMENT, build
 from titans_pytorch import MemoryMLP, audit
 from titans_pytorch.mac.axial import AxialPositions
@@ -22,6 +23,24 @@ def random_ids(batch: int, count: int) -> Tensor:
 
 def stream(model: nn.Module, piece: Tensor, cache: Any) -> tuple[Tensor, Any]:
     return model(piece, cache=cache, return_cache=True)
+
+
+@pytest.mark.parametrize(
+    "options, most, before",
+    [
+        ({}, 23.1e6, "24.4e6 at bed63c2"),
+        (dict(neural_memory_layers=(2,), neural_memory_qkv_receives_diff_views=True), 20.3e6, "24.4e6 at bed63c2"),
+    ],
+    ids=["a memory in every layer", "one memory with views"],
+)
+@torch.no_grad()
+def test_what_layers_hand_on_does_not_keep_what_it_was_a_part_of(
+    options: dict[str, Any], most: float, before: str
+) -> None:
+    torch.manual_seed(0)
+    model = MemoryAsContextTransformer(num_tokens=32, dim=64, depth=4, segment_len=32, **options)
+    ids = torch.randint(0, 32, (2, 256))
+    assert held_bytes(lambda: model(ids)) <= most, before
 
 
 @pytest.mark.parametrize(

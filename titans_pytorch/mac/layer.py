@@ -46,6 +46,10 @@ class Passed(NamedTuple):
     memory: NeuralMemState | None = None  # of the last memory so far
     seen: tuple[Tensor, ...] | None = None  # (b n d) each  what attentions and feed-forwards saw and said; None: unused
 
+    def has_seen(self, *tokens: Tensor) -> Passed:
+        """More for later memories to be given, without what it is a part of: (b n d) each."""
+        return self if self.seen is None else self._replace(seen=(*self.seen, *(x.contiguous() for x in tokens)))
+
 
 class MACLayer(nn.ModuleList):
     """A memory (in some layers), attention and a feed-forward network, each with its connection to the streams."""
@@ -61,7 +65,7 @@ class MACLayer(nn.ModuleList):
     def __init__(self, config: MACConfig, number: int) -> None:
         """number: of the layer, from 1"""
         super().__init__()
-        self.gates_attention = config.neural_mem_gate_attn_output
+        self.gates_attention, self.hands_on = config.neural_mem_gate_attn_output, config.neural_mem_weight_residual
         parts: dict[str, nn.Module] = {}  # in the order in which a seed's random numbers are drawn
         if config.has_memory(number):
             if config.has_views(number):
@@ -93,7 +97,7 @@ class MACLayer(nn.ModuleList):
             branch = open_branch(self.memory_connection, streams, ahead.memory_connection)
             before = None if cache is None else cache.memory
             streams, gates, state = self.remember(self.memory, branch, passed, before)
-            passed = passed._replace(memory=state)
+            passed = passed._replace(memory=state if self.hands_on else None)
 
         branch = open_branch(self.attention_connection, streams, ahead.attention_connection)
         attended, (values, key_values) = self.attention(
@@ -105,15 +109,12 @@ class MACLayer(nn.ModuleList):
             turns=ahead.turns,
         )
         streams = branch.add(attended)
-        ff_branch = open_branch(self.ff_connection, streams, ahead.ff_connection)
-        answer = self.ff(ff_branch.input)
-        streams = ff_branch.add(answer)
-        passed = Passed(
-            values if passed.values is None else passed.values,
-            passed.memory,
-            None if passed.seen is None else (*passed.seen, branch.input, attended, ff_branch.input, answer),
-        )
-        return streams, passed, LayerCache(key_values, state)
+        passed = passed._replace(values=values if passed.values is None else passed.values)
+        passed = passed.has_seen(branch.input, attended)
+        branch = open_branch(self.ff_connection, streams, ahead.ff_connection)
+        answer = self.ff(branch.input)
+        after = LayerCache(key_values, None if state is None else state.at_rest())
+        return branch.add(answer), passed.has_seen(branch.input, answer), after
 
     def remember(
         self, memory: NeuralMemory, branch: Branch, passed: Passed, state: NeuralMemState | None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from titans_pytorch.checks import tensor_checks
 from titans_pytorch.layers.calling import Call, plainly
-from titans_pytorch.mac.ahead import NOTHING_AHEAD, Ahead
+from titans_pytorch.mac.ahead import NOTHING_AHEAD, Ahead, LayerAhead
 from titans_pytorch.mac.axial import AxialPositions, Factors
 from titans_pytorch.mac.cache import LayerCache, MACCache
 from titans_pytorch.mac.layer import Passed
@@ -55,18 +55,23 @@ class Stack(NamedTuple):
         place: of the first of them; befores: what layers kept of the tokens before; factors: of positions, computed
         before; ahead: what was worked out before for all tokens that follow; call: how a layer is called
         """
-        of_layers = [NOTHING_AHEAD] * len(self.layers)
-        if ahead is None:
-            embedded = self.positions(place, x.shape[1], factors)
-        else:
-            embedded, of_layers = ahead.at(place, x.shape[1])
-        streams = expand(self.expand_streams, x + embedded)
+        streams, of_layers = self.begun(x, place, factors, ahead)
         passed = Passed(seen=() if self.gives_views else None)
         kept: list[LayerCache] = []
         for layer, before, part in zip(self.layers, befores, of_layers, strict=True):
             streams, passed, after = call(layer, streams, passed, before, disable_flex_attn, part)
-            kept.append(after if after.memory is None else after._replace(memory=after.memory.at_rest()))
+            kept.append(after)
         return streams.sum(dim=2), kept
+
+    def begun(
+        self, x: Tensor, place: int, factors: Factors | None, ahead: Ahead | None
+    ) -> tuple[Tensor, Sequence[LayerAhead]]:
+        """What the first layer sees of tokens, (b n' dim) -> (b n' s dim), and every layer's part of what is known."""
+        if ahead is None:
+            embedded, of_layers = self.positions(place, x.shape[1], factors), [NOTHING_AHEAD] * len(self.layers)
+        else:
+            embedded, of_layers = ahead.at(place, x.shape[1])
+        return expand(self.expand_streams, x + embedded), of_layers
 
     def check_cache(self, cache: MACCache, batch: int) -> None:
         """Refuse a cache of another model or another number of sequences."""
