@@ -113,7 +113,8 @@ class TitansBackbone(Pretrained, nn.Module):
         layers = []
         for number, block in enumerate(self.blocks):
             x, layer = call(block, x, start, None if state is None else state.layers[number])
-            layers.append(resting(layer))
+            layer = resting(layer)  # or the next block would run beside what only the call before held
+            layers.append(layer)
         return self.norm(x), TitansState(start + x.shape[1], x.shape[0], tuple(layers))
 
     def check_state(self, state: TitansState, batch: int) -> None:
