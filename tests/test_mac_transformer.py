@@ -43,6 +43,23 @@ def test_what_layers_hand_on_does_not_keep_what_it_was_a_part_of(
     assert held_bytes(lambda: model(ids)) <= most, before
 
 
+@pytest.mark.parametrize("mixes, expected", [(True, [True, False, False]), (False, [False, False, False])])
+@torch.no_grad()
+def test_a_memory_is_handed_on_as_long_as_a_later_one_mixes_in_its_weights(mixes: bool, expected: list[bool]) -> None:
+    model = MemoryAsContextTransformer(
+        num_tokens=32, dim=16, depth=3, segment_len=8, neural_memory_layers=(1, 2), neural_mem_weight_residual=mixes
+    )
+    handed_on = []
+
+    def call(layer: nn.Module, *arguments: Any) -> Any:
+        result = layer(*arguments)
+        handed_on.append(result[1].memory is not None)
+        return result
+
+    model.hidden_of(torch.randn(2, 16, 16), call=call)
+    assert handed_on == expected
+
+
 @pytest.mark.parametrize(
     "chosen",
     [

@@ -87,3 +87,7 @@ class MACConfig:
     def mixes_weights(self, number: int) -> bool:
         """Whether its memory mixes in the weights of the memory before it, of which the first has none."""
         return self.neural_mem_weight_residual and number != min(self.memory_layers, default=None)
+
+    def is_mixed_in(self, number: int) -> bool:
+        """Whether a memory after this layer's mixes in its weights."""
+        return self.neural_mem_weight_residual and number < max(self.memory_layers, default=number)

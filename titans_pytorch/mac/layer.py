@@ -65,7 +65,7 @@ class MACLayer(nn.ModuleList):
     def __init__(self, config: MACConfig, number: int) -> None:
         """number: of the layer, from 1"""
         super().__init__()
-        self.gates_attention, self.hands_on = config.neural_mem_gate_attn_output, config.neural_mem_weight_residual
+        self.gates_attention, self.is_mixed_in = config.neural_mem_gate_attn_output, config.is_mixed_in(number)
         parts: dict[str, nn.Module] = {}  # in the order in which a seed's random numbers are drawn
         if config.has_memory(number):
             if config.has_views(number):
@@ -97,7 +97,7 @@ class MACLayer(nn.ModuleList):
             branch = open_branch(self.memory_connection, streams, ahead.memory_connection)
             before = None if cache is None else cache.memory
             streams, gates, state = self.remember(self.memory, branch, passed, before)
-            passed = passed._replace(memory=state if self.hands_on else None)
+            passed = passed._replace(memory=state if self.is_mixed_in else None)
 
         branch = open_branch(self.attention_connection, streams, ahead.attention_connection)
         attended, (values, key_values) = self.attention(
