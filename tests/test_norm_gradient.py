@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import jacfwd, jacrev, vmap
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from benchmarks.operations import operations
 from titans_pytorch import NeuralMemory
-from titans_pytorch.fast_weights.norms import norm, norm_gradient, projected
+from titans_pytorch.fast_weights.norms import NORM_EPS, layer_norm, norm, norm_gradient, projected
 from titans_pytorch.memory.costs import COSTS
 
 
@@ -40,13 +45,62 @@ def test_it_takes_fewer_operations() -> None:
     assert training(norm_gradient) <= 19 < training(projected)
 
 
+def plain(x: Tensor) -> Tensor:
+    """A layer norm as it is written in books."""
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred * (centred.square().mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt()
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"batch_size": None}, {"spectral_norm_surprises": True}, {"engine": "dense"}],
-    ids=["renewed", "one base", "orthogonal steps", "built"],
+    "transforms", [(jacrev,) * 3, (jacfwd,) * 3, (jacrev, jacfwd, jacrev), (jacfwd, jacrev, jacfwd)]
 )
+def test_its_third_derivative_is_right_forwards_and_backwards(transforms: tuple[Any, ...]) -> None:
+    _, x, w = given(5)
+
+    def derivative(way: Callable[[Tensor], Tensor]) -> Tensor:
+        def wanted(x: Tensor) -> Tensor:
+            return (way(x).sin() * w).sum()
+
+        for transform in transforms:
+            wanted = transform(wanted)
+        return wanted(x.detach())
+
+    assert_close(derivative(layer_norm), derivative(plain))
+    assert_close(derivative(lambda x: vmap(layer_norm)(x.expand(2, 5))[1]), derivative(plain))
+
+
+@torch.no_grad()
+def test_it_is_the_norm_of_torch_over_any_axes() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(layer_norm(x, 2, 0.1), F.layer_norm(x, (4, 5), eps=0.1))
+
+
+class Normed(nn.Module):
+    """A memory model of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x))
+
+
+MEMORIES: dict[str, dict[str, Any]] = {
+    "renewed": {},
+    "one base": {"batch_size": None},
+    "orthogonal steps": {"spectral_norm_surprises": True},
+    "built": {"engine": "dense"},
+    "general": {"engine": "general"},
+    "swiglu": {"model": "swiglu"},
+    "attention": {"model": "attention"},
+    "one's own": {"model": Normed()},
+}
+
+
+@pytest.mark.parametrize("options", MEMORIES.values(), ids=MEMORIES)
 def test_a_memory_with_a_norm_can_be_differentiated_twice(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Outside of loops, as the error of a loop says; it differentiates the norm a third time."""
     monkeypatch.setitem(COSTS, "cpu", COSTS["cpu"]._replace(series_elements=0))
@@ -54,6 +108,19 @@ def test_a_memory_with_a_norm_can_be_differentiated_twice(
     memory = NeuralMemory(4, 2, **{"batch_size": 4, **options}).double()
     seq = torch.randn(1, 8, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda seq: memory(seq)[0], (seq,))
+
+
+@pytest.mark.parametrize("name", ["renewed", "general", "swiglu", "one's own"])
+def test_transforms_find_the_second_derivative_of_a_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COSTS, "cpu", COSTS["cpu"]._replace(series_elements=0))
+    torch.manual_seed(0)
+    memory = NeuralMemory(4, 2, **{"batch_size": 4, **MEMORIES[name]}).double()
+    seq = torch.randn(1, 6, 4, dtype=torch.float64)
+
+    def objective(seq: Tensor) -> Tensor:
+        return memory(seq)[0].sin().sum()
+
+    assert_close(jacrev(jacrev(objective))(seq), torch.autograd.functional.hessian(objective, seq))
 
 
 def test_half_precision_stays_close() -> None:

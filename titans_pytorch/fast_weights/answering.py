@@ -7,13 +7,15 @@ The mode is local to its thread and leaves the module alone, so one module can b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from titans_pytorch.fast_weights import norms
 
 Product = Callable[[str, Tensor, bool], Tensor]
 """(name, x, is_transposed) -> x @ weight, or x @ weight.T;  x: (r n c i)"""
@@ -24,6 +26,34 @@ CASTS = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.contiguous}
 METADATA = {
     getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.numel, torch.Tensor.is_floating_point}
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm` with a gain for every chunk, as often differentiable as one likes."""
+    x = norms.layer_norm(input, len(normalized_shape), eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """`F.rms_norm` with a gain for every chunk."""
+    x = F.rms_norm(input, normalized_shape, eps=eps)
+    return x if weight is None else x * weight
+
+
+NORMS = {F.layer_norm: layer_norm, F.rms_norm: rms_norm}
+"""What is called instead of torch's"""
 
 
 class UnknownUse(Exception):
@@ -55,7 +85,7 @@ class Answer(TorchFunctionMode):
                 return self.substitute(func, args, kwargs)
             if isinstance(arg, (tuple, list)) and any(id(a) in self.matrices or id(a) in self.vectors for a in arg):
                 raise UnknownUse(f"{func.__name__} of a list of memory weights")
-        return func(*args, **kwargs)
+        return NORMS.get(func, func)(*args, **kwargs)
 
     def multiply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A registered matrix is among the arguments."""
@@ -79,21 +109,8 @@ class Answer(TorchFunctionMode):
 
     def substitute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A registered vector is among the arguments."""
-        if func in (F.layer_norm, F.rms_norm):
-            return self.normalise(func, *args, **kwargs)
         swapped = {name: self.vectors.get(id(value), value) for name, value in kwargs.items()}
-        return func(*(self.vectors.get(id(arg), arg) for arg in args), **swapped)
-
-    def normalise(
-        self, func: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: Any = None
-    ) -> Tensor:
-        """The norms take one gain for all chunks; ours has one for each."""
-        if func is F.rms_norm:
-            x, bias = F.rms_norm(x, shape, eps=bias if eps is None else eps), None  # eps is its fourth argument
-        else:
-            x = F.layer_norm(x, shape, eps=1e-5 if eps is None else eps)
-        x = x if weight is None else x * self.vectors.get(id(weight), weight)
-        return x if bias is None else x + self.vectors.get(id(bias), bias)
+        return NORMS.get(func, func)(*(self.vectors.get(id(arg), arg) for arg in args), **swapped)
 
     def einsum(self, equation: str, x: Tensor, y: Tensor) -> Tensor:
         """An einsum that is a product of tokens with one matrix, at any axis of the tokens."""
@@ -128,8 +145,8 @@ class Substitute(TorchFunctionMode):
         self.values = {id(parameters[name]): value for name, value in values.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        args = tuple(self.lend(arg) for arg in args)
-        return func(*args, **{name: self.lend(value) for name, value in (kwargs or {}).items()})
+        lent = {name: self.lend(value) for name, value in (kwargs or {}).items()}
+        return NORMS.get(func, func)(*(self.lend(arg) for arg in args), **lent)
 
     def lend(self, arg: Any) -> Any:
         if isinstance(arg, (tuple, list)):

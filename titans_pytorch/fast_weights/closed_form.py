@@ -61,7 +61,8 @@ class ClosedMLP:
             if NORM_GAIN in base:
                 of_gain = error * normed if rates.is_shared else error * normed * rates[NORM_GAIN][..., None]
                 tensors[NORM_GAIN] = of_gain.sum(dim=2)
-            error = norm_gradient(error * gain, out, *moments)
+            mean, scale = moments
+            error = norm_gradient(error * gain, out, mean, scale)
         factors = {}
         for layer in reversed(range(len(self.matrices))):
             name = self.matrices[layer]

@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.inner_gradient import by_hand
+from titans_pytorch.fast_weights.inner_gradient import by_hand, is_transformed
 from titans_pytorch.memory_models import NORM_EPS
 
 
@@ -49,17 +50,47 @@ def with_length(weight: Tensor, length: Tensor | None) -> Tensor:
     return weight * (length / torch.where(own > 0, own, 1.0))
 
 
-def norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm(x: Tensor, eps: float = NORM_EPS) -> tuple[Tensor, Tensor, Tensor]:
     """norm(x) over the last axis, with the mean and the inverse deviation that its gradient needs."""
-    return torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
 
 
-def norm_gradient(of_normed: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+def layer_norm(x: Tensor, num_axes: int = 1, eps: float = NORM_EPS) -> Tensor:
+    """norm(x) over so many last axes, whose gradient is right however often it is differentiated; torch's is not."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):  # they have a way of their own
+        return F.layer_norm(x, x.shape[-num_axes:], eps=eps)
+    flat = x.flatten(-num_axes)
+    if is_transformed():
+        mean, scale = moments(flat, eps)
+        return ((flat - mean) * scale).view(x.shape)
+    found: Tensor = Norm.apply(flat, eps)
+    return found.view(x.shape)
+
+
+def norm_gradient(of_normed: Tensor, x: Tensor, mean: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
     """From the gradient with respect to norm(x) to that with respect to x, differentiable again.  (... d) each"""
+    if is_transformed():
+        return projected_plainly(of_normed, x, *moments(x, eps))
     if by_hand(of_normed, x, compiled=True):
-        found: Tensor = NormGradient.apply(of_normed, x, mean, scale)
+        found: Tensor = NormGradient.apply(of_normed, x, mean, scale, eps)
         return found
     return projected(of_normed, x, mean, scale)
+
+
+class Norm(torch.autograd.Function):
+    """`norm` by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        found, mean, scale = norm(x, eps)
+        ctx.save_for_backward(x, mean, scale)
+        ctx.eps = eps
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, of_normed: Tensor) -> Any:
+        x, mean, scale = ctx.saved_tensors
+        return norm_gradient(of_normed, x, mean, scale, ctx.eps), None
 
 
 class NormGradient(torch.autograd.Function):
@@ -72,9 +103,10 @@ class NormGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, p: Tensor, x: Tensor, mean: Tensor, scale: Tensor, eps: float) -> Tensor:
         found = projected(p, x, mean, scale)
         ctx.save_for_backward(p, x, mean, scale, found)
+        ctx.eps = eps
         return found
 
     @staticmethod
@@ -83,14 +115,19 @@ class NormGradient(torch.autograd.Function):
         project = projected
         if torch.is_grad_enabled():  # it will be differentiated itself, so all is made of x again
             project = projected_plainly
-            mean = x.mean(dim=-1, keepdim=True)
-            scale = ((x - mean).square().mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt()
+            mean, scale = moments(x, ctx.eps)
             found = project(p, x, mean, scale)
         y = (x - mean) * scale
         bent = p * (q * y).mean(dim=-1, keepdim=True) + q * (p * y).mean(dim=-1, keepdim=True)
         along = (q * found).mean(dim=-1, keepdim=True)
         of_x = -project((bent * scale).to(x.dtype), x, mean, scale) - y * (along * scale)
-        return project(q, x, mean, scale), of_x.to(x.dtype), None, None
+        return project(q, x, mean, scale), of_x.to(x.dtype), None, None, None
+
+
+def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The mean and the inverse deviation of x, differentiable as often as one likes.  (... d) -> (... 1) each"""
+    mean = x.mean(dim=-1, keepdim=True)
+    return mean, ((x - mean).square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def projected(p: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
