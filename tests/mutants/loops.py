@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from titans_pytorch.fast_weights.loop.equations import Source
 from titans_pytorch.fast_weights.loop.evolution import Others
 from titans_pytorch.fast_weights.loop.loop import Loop
 from titans_pytorch.fast_weights.loop.mlp import MLPSurprise
+from titans_pytorch.fast_weights.loop.reading import ReadBars
 from titans_pytorch.fast_weights.loop.storing import SeriesStore
 
 ALL = ("loop", "loop of two", "loop of shares")
@@ -165,7 +167,14 @@ def weights_do_not_hand_on_to_momenta(patcher: pytest.MonkeyPatch) -> None:
 @mutant("loop", "loop of two")
 def the_table_of_a_gain_is_used_once(patcher: pytest.MonkeyPatch) -> None:
     """The gradient of a gain does not pass from one renewal to the one before."""
-    wrapped(patcher, ByTable, "start_bar", lambda original, self, n: None)
+
+    def change(original: Any, self: ByTable, n: int) -> tuple[Tensor, Tensor]:
+        before = self.head_bars[n].clone()
+        found = original(self, n)
+        self.head_bars[n].copy_(before)
+        return found  # type: ignore[no-any-return]
+
+    wrapped(patcher, ByTable, "factor_bars", change)
 
 
 @mutant("grown loop")
@@ -191,10 +200,37 @@ def the_first_place_keeps_what_it_began_with(patcher: pytest.MonkeyPatch) -> Non
 
 @mutant("loop of two")
 def blocks_inside_a_renewal_trade_what_is_read(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, self: Loop, together: slice, queries: Tensor, out: Tensor) -> None:
-        original(self, together, queries.roll(1, dims=2), out)
+    wrapped(patcher, loop, "read", lambda original, queries, *args: original(queries.roll(1, dims=2), *args))
 
-    wrapped(patcher, Loop, "read", change)
+
+def reading_goes_back_by(patcher: pytest.MonkeyPatch, change: Callable[[ReadBars], ReadBars]) -> None:
+    wrapped(patcher, loop, "read_backward", lambda original, *args: change(original(*args)))
+
+
+@mutant("loop", "loop of two")
+def what_is_read_does_not_hear_of_queries(patcher: pytest.MonkeyPatch) -> None:
+    reading_goes_back_by(patcher, lambda bars: bars._replace(queries=torch.zeros_like(bars.queries)))
+
+
+@mutant("loop", "loop of two")
+def what_is_read_moves_the_gain_the_other_way(patcher: pytest.MonkeyPatch) -> None:
+    reading_goes_back_by(patcher, lambda bars: bars._replace(gain=None if bars.gain is None else -bars.gain))
+
+
+@mutant("loop", "loop of two")
+def what_is_read_moves_matrices_of_the_renewal_before(patcher: pytest.MonkeyPatch) -> None:
+    def late(bars: ReadBars) -> ReadBars:
+        return bars._replace(products=[(left, right.roll(1, dims=0)) for left, right in bars.products])
+
+    reading_goes_back_by(patcher, late)
+
+
+@mutant("loop of two")
+def what_is_read_moves_matrices_of_the_other_block(patcher: pytest.MonkeyPatch) -> None:
+    def crossed(bars: ReadBars) -> ReadBars:
+        return bars._replace(products=[(left.flip(1), right) for left, right in bars.products])
+
+    reading_goes_back_by(patcher, crossed)
 
 
 @mutant("loop cut in a batch")
@@ -226,11 +262,11 @@ def scaled_factors_are_those_of_the_first_slot(patcher: pytest.MonkeyPatch) -> N
 
 @mutant("loop of two")
 def a_gain_between_blocks_is_that_of_the_renewal(patcher: pytest.MonkeyPatch) -> None:
-    def change(original: Any, self: ByTable, slot: int, index: int) -> Tensor:
-        found = original(self, slot, index)
-        return found[:, :1].expand_as(found)
+    def change(original: Any, self: ByTable, *args: Any) -> Tensor:
+        found = original(self, *args)
+        return found[:, :, :1].expand_as(found)  # type: ignore[no-any-return]
 
-    wrapped(patcher, by_table.ByTable, "of_slot", change)
+    wrapped(patcher, by_table.ByTable, "weights_of", change)
 
 
 @mutant("gated loop")

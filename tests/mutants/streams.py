@@ -12,6 +12,7 @@ from tests.mutants.breaking import mutant, with_gate, wrapped
 from titans_pytorch import neural_memory
 from titans_pytorch.fast_weights import renewal
 from titans_pytorch.fast_weights.engine import Engine
+from titans_pytorch.fast_weights.loop.loop import Loop
 from titans_pytorch.fast_weights.rules import orthogonal
 from titans_pytorch.memory import plan
 from titans_pytorch.memory.head_norms import MultiheadRMSNorm
@@ -112,7 +113,14 @@ def shifted_reads(patcher: pytest.MonkeyPatch, shift: int) -> None:
             entries = (entries + shift).clamp(0, block.num_chunks)
         return original(self, block, queries, entries, slow)
 
+    def in_loops(original: Any, self: Loop, *args: int) -> Any:
+        """matrices and a gain, (N r k ...) each"""
+        matrices, gain = original(self, *args)
+        rolled = [w.movedim(2, 1).flatten(0, 1).roll(-shift, 0).unflatten(0, w.shape[:3:2]) for w in matrices]
+        return [w.movedim(1, 2) for w in rolled], gain
+
     wrapped(patcher, Engine, "read", change)
+    wrapped(patcher, Loop, "weights_of", in_loops)
 
 
 @mutant("read apart")

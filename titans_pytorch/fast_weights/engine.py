@@ -74,7 +74,7 @@ class Engine:
         # whether many blocks can be stored by one loop, `store_series`, and many renewals solved for, `store_solved`
         self.has_loop = is_known and type(self.model) is ClosedMLP and can_loop(rule)
         self.can_solve = is_known and can_solve(self.model, rule)
-        self.loop, self.loop_reads = renewals, False
+        self.loop = renewals
 
     def store(
         self, carry: Carry, writes: Writes, residual: Residual | None = None, sums: BlockSums = None
@@ -93,7 +93,7 @@ class Engine:
 
     def compile_loop(self) -> None:
         """Let `torch.compile` make each step of a loop, reading included."""
-        self.loop, self.loop_reads = compiled_renewals, True
+        self.loop = compiled_renewals
 
     def store_series(
         self, carry: Carry, writes: Writes, series: Series, renewal: Renewal, longest: int

@@ -162,16 +162,13 @@ class Stream:
         keeps_blocks: bool,
     ) -> Iterator[Done]:
         """A series in loops, each read before the next one runs, or while it runs."""
-        num_places, queries, longest = (
-            None if keeps_blocks else call.choice.num_places,
-            None,
-            call.choice.longest_series,
-        )
-        if reader is not None and (self.engine.loop_reads or num_places is not None):
+        num_places, longest = None if keeps_blocks else call.choice.num_places, call.choice.longest_series
+        chunks, queries = series.blocks[0].num_chunks, None
+        if reader is not None and chunks == 1:  # a loop reads what blocks of one chunk begin with
             queries = reader.ahead(series.as_one())
             num_places = None if queries is None else num_places
         form = Series(len(series.blocks), series.per_renewal, series.blocks[-1].renews_base, queries, num_places)
-        first, chunks = 0, series.blocks[0].num_chunks
+        first = 0
         for block, loss in self.engine.store_series(
             carry, writes, form, renewal or Renewal(), longest // series.per_renewal
         ):

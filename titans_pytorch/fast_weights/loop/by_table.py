@@ -56,7 +56,8 @@ class ByTable(Evolution):
             by_renewal = others[0].parts[0][:, :, :, 0]  # (N k r d)
             self.bar[:-1, :, 0] = by_renewal[:, 0]
             self.bar[1:, :, self.num_slots : self.head] = by_renewal[:, 1:].movedim(1, 2)
-        self.head_bars = [each[:, : self.head] for each in self.bar.unbind(0)]
+        self.each_bar = self.bar.unbind(0)
+        self.head_bars = [each[:, : self.head] for each in self.each_bar]
         self.bars = [self.by_block(self.head_bars, slot) for slot in range(self.num_slots)]
 
     def of_readers(self, n: int) -> Tensor:
@@ -66,12 +67,12 @@ class ByTable(Evolution):
         return self.head_bars[n + 1][:, : self.num_slots].unsqueeze(2).transpose(0, 1)
 
     def factor_bars(self, n: int) -> tuple[Tensor, Tensor]:
-        self.before_bar = torch.bmm(self.each_table[n].mT, self.head_bars[n + 1])
-        right_bar = self.before_bar[:, self.head :]
+        self.each_bar[n].baddbmm_(self.each_table[n].mT, self.head_bars[n + 1])  # the gradient of its start, too
+        right_bar = self.each_bar[n][:, self.head :]
         return right_bar, right_bar
 
     def start_bar(self, n: int) -> None:
-        self.head_bars[n][:, : self.num_slots].add_(self.before_bar[:, : self.num_slots])
+        """It is there."""
 
     def gate_bars(self) -> list[Tensor]:
         found = torch.bmm(self.bar[1:, :, : self.head].flatten(0, 1), self.rows[:-1].flatten(0, 1).mT)

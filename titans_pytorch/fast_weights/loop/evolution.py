@@ -36,23 +36,45 @@ class PackFactors(NamedTuple):
     right: Tensor  # (N g·r L q)
 
 
+Products = list[tuple[Tensor, Tensor]]
+"""(N k r c p) and (N k r c q) of every parameter of a pack, or of all side by side, (N k g·r ...): left^T right each"""
+
+
+def side_by_side(products: Products) -> Products:
+    """All parameters as the rows of one."""
+    left, right = (torch.stack(side, dim=2).flatten(2, 3) for side in zip(*products, strict=True))
+    return [(left, right)]
+
+
 class Others:
     """Gradients of what blocks begin with, of one slot, from whoever reads it.
 
-    parts: of each parameter of a pack, (N k r p q); None: nobody reads it
+    parts: of each parameter of a pack, (N k r p q); None: nobody reads it, or by products alone;
+    products: none, or of all parameters; like: a pack's slot where a block begins (g r p q)
     """
 
-    def __init__(self, parts: list[Tensor | None], like: tuple[int, ...], form: Tensor) -> None:
-        nothing = form.new_zeros(()).expand(like)
-        self.parts = [nothing if part is None else part for part in parts]
+    def __init__(self, parts: list[Tensor | None], products: Products, like: Tensor, num: tuple[int, int]) -> None:
+        nothing = like.new_zeros(()).expand(*num, *like.shape[1:])
+        self.is_there = any(part is not None for part in parts)
+        self.parts, self.products = [nothing if part is None else part for part in parts], products
+        # of the first block of a renewal, and of another one, which nobody needs any longer when the next is asked for
+        self.room = torch.empty(2, *like.shape, dtype=like.dtype, device=like.device).unbind(0) if products else ()
 
     def of_renewal(self, n: int) -> Tensor:
-        """-> (k g r p q), ours to add to"""
+        """Those that are no products.  -> (k g r p q), ours to add to"""
         return torch.stack([part[n] for part in self.parts], dim=1)
 
     def of_block(self, n: int, place: int) -> Tensor:
         """Those of one block of a renewal.  -> (g r p q), ours to add to"""
-        return torch.stack([part[n, place] for part in self.parts])
+        if not self.products:
+            return torch.stack([part[n, place] for part in self.parts])
+        found = self.room[min(place, 1)]
+        rows = found.flatten(0, 1).chunk(len(self.products))
+        for out, (left, right) in zip(rows, self.products, strict=True):
+            torch.bmm(left[n, place].mT, right[n, place], out=out)
+        if self.is_there:
+            found.add_(torch.stack([part[n, place] for part in self.parts]))
+        return found
 
 
 class Evolution(ABC):

@@ -10,7 +10,7 @@ from torch import Tensor
 from titans_pytorch.fast_weights.loop.by_equations import ByEquations
 from titans_pytorch.fast_weights.loop.by_shares import ByShares
 from titans_pytorch.fast_weights.loop.by_table import ByTable
-from titans_pytorch.fast_weights.loop.evolution import Evolution, Others
+from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, Products, side_by_side
 from titans_pytorch.fast_weights.loop.limits import (
     approach,
     approach_backward,
@@ -19,8 +19,9 @@ from titans_pytorch.fast_weights.loop.limits import (
     limit_growth,
     may_have_acted,
 )
-from titans_pytorch.fast_weights.loop.mlp import Base, MLPSurprise, Normed, read
+from titans_pytorch.fast_weights.loop.mlp import Base, MLPSurprise, Normed
 from titans_pytorch.fast_weights.loop.parts import Inputs, Kept, Results, Shape, begin
+from titans_pytorch.fast_weights.loop.reading import ReadBars, Reading, read, read_backward
 from titans_pytorch.memory_models import NORM_GAIN
 
 
@@ -37,9 +38,7 @@ class Loop:
         self.errors_of = [self.rows_of(side[1], place.number) for side, place in zip(sides, places, strict=True)]
         self.gain_pack = shape.packing.places[NORM_GAIN].pack if NORM_GAIN in shape.packing.places else None
         of_gain = None if self.gain_pack is None else kept.factors[self.gain_pack].right
-        self.reads = None
-        if inputs.queries is not None and shape.num_places is not None:
-            self.reads = torch.empty_like(inputs.queries)
+        self.reads: Tensor | None = None
         self.surprise = MLPSurprise(inputs.tokens, kept.products, self.inputs_of, self.errors_of, of_gain)
         self.matrices = [self.bases_of(name) for name in shape.matrices]
         self.fast_gains = None if self.gain_pack is None else self.bases_of(NORM_GAIN)
@@ -101,6 +100,8 @@ class Loop:
         keeps_all: for a backward pass; else what was predicted is all that is left
         """
         left, scales, norms = [], [], []
+        if self.inputs.queries is not None:
+            self.reads = torch.empty_like(self.inputs.queries)
         norms_of_matrices = self.inputs.tokens.keys.new_empty(len(self.shape.packing.places), self.rows)
         for n in range(self.shape.num_renewals):
             found = self.surprise.forward(n, self.base(n))
@@ -114,6 +115,8 @@ class Loop:
                 scales.append(scale)
                 norms.append(norm)
             self.leave_places(n)
+        if self.shape.num_places is None:
+            self.kept = self.kept._replace(read=self.read(0, self.shape.num_renewals, keeps_all))
         return left, scales, norms
 
     def leave_places(self, n: int) -> None:
@@ -121,24 +124,31 @@ class Loop:
         num_places, is_last = self.shape.num_places, n + 1 == self.shape.num_renewals
         if num_places is None or not (is_last or (n + 1) % num_places == 0):
             return
-        if self.reads is not None and self.inputs.queries is not None:
-            together = slice(n // num_places * num_places, n + 1)
-            self.read(together, self.inputs.queries[together], self.reads[together])
+        first = n // num_places * num_places
+        self.read(first, n + 1 - first)
         for evolution in self.evolutions:
             if not is_last and evolution.num_places == num_places:
                 evolution.start_again()
 
-    def read(self, together: slice, queries: Tensor, out: Tensor) -> None:
-        """What the blocks of some renewals begin with.  queries, out: (num r k c d)"""
+    def read(self, first: int, num: int, keeps_all: bool = False) -> Reading | None:
+        """What the blocks of some renewals begin with.  -> what is kept of it, if all is"""
+        if self.reads is None or self.inputs.queries is None:
+            return None
+        together = slice(first, first + num)
+        weights = self.weights_of(first, num)
+        return read(self.inputs.queries[together], *weights, self.reads[together], keeps_all)
+
+    def weights_of(self, first: int, num: int) -> tuple[list[Tensor], Tensor | None]:
+        """What the blocks of some renewals read with: matrices (num r k i j), the norm's gain (num|1 r k|1 1 d)."""
 
         def weights(name: str) -> Tensor:
             place = self.shape.packing.places[name]
-            found = self.evolutions[place.pack].weights_of(place.number, together.start, len(queries))
+            found = self.evolutions[place.pack].weights_of(place.number, first, num)
             return self.shape.packing.turned(name, found)
 
         gain = self.inputs.gain
-        gain = weights(NORM_GAIN) + 1 if self.gain_pack is not None else None if gain is None else gain.unsqueeze(1)
-        read(queries, [weights(name) for name in self.shape.matrices], gain, out)
+        gain = weights(NORM_GAIN) + 1 if self.gain_pack is not None else None if gain is None else gain[:, None]
+        return [weights(name) for name in self.shape.matrices], gain
 
     def after(self, n: int) -> list[Tensor]:
         """The weights after a renewal, of all packs.  -> (g r p q) each"""
@@ -217,12 +227,16 @@ class Loop:
         if gains is not None and self.gain_pack is not None:
             self.all_gains = gains.unbind(0)
         self.surprise.begin_backward(normed, gains, bars.error)
+        of_reads = self.read_backward(bars.reads)
         for pack, evolution in enumerate(self.evolutions):
             last = bars.last[pack]
             of_slots: list[Tensor | None] = [None] * len(evolution.ends) if last is None else [*last.unbind(2)]
-            evolution.begin_backward(of_slots, self.others(bars, pack))
+            evolution.begin_backward(of_slots, self.others(bars, pack, of_reads))
         may_have_limited = may_have_acted(self.kept.scales)
-        gain_bars, limit_bars, share_bars, base_bars = [], [], [], None
+        gain_bars: list[Tensor | None] = []
+        limit_bars, share_bars, base_bars = [], [], None
+        if of_reads is not None and of_reads.gain is not None:
+            gain_bars.append(of_reads.gain.sum(dim=(0, 1)))
         for n in reversed(range(self.shape.num_renewals)):
             of_bases: list[Tensor] = []
             if self.shape.renews(n):
@@ -252,17 +266,39 @@ class Loop:
             ],
             total(limit_bars),
             total(share_bars),
+            None if of_reads is None else of_reads.queries,
         )
 
-    def others(self, bars: Results, pack: int) -> list[Others | None]:
-        """Gradients of what blocks begin with, slot by slot."""
-        of_names = [bars.starts[name] for name in self.shape.packing.packs[pack]]
+    def read_backward(self, bar: Tensor | None) -> ReadBars | None:
+        """From the gradient of what was read; None: nobody has one."""
+        if bar is None or self.inputs.queries is None or self.kept.read is None:
+            return None
+        return read_backward(bar, self.inputs.queries, *self.weights_of(0, self.shape.num_renewals), self.kept.read)
+
+    def others(self, bars: Results, pack: int, of_reads: ReadBars | None) -> list[Others | None]:
+        """Gradients of what blocks begin with, slot by slot, from whoever looks at it and from what was read."""
+        names = self.shape.packing.packs[pack]
         found: list[Others | None] = []
         for slot, like in enumerate(self.evolutions[pack].starts):
-            parts = [slots[slot] if slot < len(slots) else None for slots in of_names]
-            shape = (self.shape.num_renewals, self.shape.per_renewal, *like[0].shape[1:])
-            found.append(None if all(part is None for part in parts) else Others(parts, shape, like[0]))
+            parts = [slots[slot] if slot < len(slots) else None for slots in (bars.starts[name] for name in names)]
+            products: Products = []
+            if slot == 0 and of_reads is not None:
+                if pack == self.gain_pack:
+                    parts = [total([of_reads.gain, parts[0]])]
+                else:
+                    products = self.products_of(names, of_reads)
+            num = self.shape.num_renewals, self.shape.per_renewal
+            is_there = bool(products) or any(part is not None for part in parts)
+            found.append(Others(parts, products, like[0], num) if is_there else None)
         return found
+
+    def products_of(self, names: Sequence[str], of_reads: ReadBars) -> Products:
+        """Gradients of a pack's matrices from what was read; a CPU takes longer to copy them than to multiply twice."""
+        found: Products = []
+        for name in names:
+            left, right = of_reads.products[self.shape.matrices.index(name)]
+            found.append((right, left) if self.shape.packing.places[name].is_turned else (left, right))
+        return found if self.inputs.tokens.keys.device.type == "cpu" else side_by_side(found)
 
     def surprise_backward(
         self, n: int, factor_bars: list[tuple[Tensor, Tensor]], bars: Results, targets: list[Tensor]

@@ -187,17 +187,6 @@ class MLPSurprise:
         return Tokens(torch.stack(self.key_bars[::-1]), offset_bar, step_bar)
 
 
-def read(queries: Tensor, matrices: Sequence[Tensor], gain: Tensor | None, out: Tensor) -> None:
-    """Queries through an MLP of their own each.  queries, out: (... c d), matrices: (... i j), gain: (... 1 d)"""
-    x = queries.flatten(0, -3)
-    for layer, weight in enumerate(matrices):
-        x = torch.bmm(aten.gelu(x) if layer > 0 else x, weight.flatten(0, -3))
-    if gain is None:
-        out.copy_(x.view_as(out))
-    else:
-        torch.addcmul(queries, norm(x)[0].view_as(queries), gain, out=out)
-
-
 def bends(left: Normed, gains: Tensor, error: Tensor) -> list[tuple[Tensor, Tensor]]:
     """What the derivative of N with respect to z_D needs: -mean(p y) / deviation, and -(y, d_D) / (width deviation)."""
     minus_mean = (left.weighted * gains * left.normed).mean(dim=-1, keepdim=True).mul_(left.scale).neg_()

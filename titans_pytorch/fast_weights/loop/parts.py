@@ -12,6 +12,7 @@ from titans_pytorch.fast_weights.loop.equations import Equation, gates_new_momen
 from titans_pytorch.fast_weights.loop.evolution import PackFactors
 from titans_pytorch.fast_weights.loop.mlp import Normed, Products, Tokens
 from titans_pytorch.fast_weights.loop.packing import Packing
+from titans_pytorch.fast_weights.loop.reading import Reading
 from titans_pytorch.memory_models import NORM_GAIN
 
 
@@ -25,7 +26,7 @@ class Shape(NamedTuple):
     num_slots: int  # a: weights and momenta
     equations: tuple[Equation, ...] | None  # of blocks of one chunk; None: by shares
     renews_last: bool  # whether the base is renewed after the last block
-    num_places: int | None = None  # renewals whose starts are kept until they are read, inside the loop; None: all
+    num_places: int | None = None  # renewals whose starts are kept until they are read; None: all
 
     @property
     def takes_states(self) -> bool:
@@ -80,6 +81,7 @@ class Kept(NamedTuple):
     left: Normed | Tensor  # (N r L .)  of a norm; Tensor: its output alone, without a backward pass, or no norm
     scales: Tensor | None  # (N r)  by which a base was made smaller, 1 where it was not
     norms: Tensor | None  # (N r)
+    read: Reading | None = None  # of queries
 
     def for_backward(self, shape: Shape) -> Kept:
         """Without momenta inside of renewals, which are worked out again, and those that only come out."""

@@ -1,8 +1,8 @@
 """The loop over renewals as one differentiable operation.
 
-Only what is sequential is in it; what is read is read afterwards, for all blocks at once. Its backward pass is written
-out as well, so a renewal is a few dozen operations on tensors that stay where they are. What is kept for it are the
-weights at the start of every block, the momenta at the start of every renewal and a few numbers of every token.
+What is sequential is in it, and what is read, for all blocks at once. Its backward pass is written out as well, so a
+renewal is a few dozen operations on tensors that stay where they are. What is kept for it are the weights at the start
+of every block, the momenta at the start of every renewal and a few numbers of every token.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class SeriesStore:
         if not starts:
             return ReadBlock(piece.num * k, last, reads)
         if tables.of_blocks is None:
-            return StartsBlock({name: slots[0] for name, slots in starts.items()}, last)
+            return StartsBlock({name: slots[0] for name, slots in starts.items()}, last, reads)
         per_renewal = k * self.tokens.keys.shape[1]
         rows = slice(piece.first * per_renewal, (piece.first + piece.num) * per_renewal)
         shares = tables.of_blocks.map(lambda shares: of_rows(shares, rows))
