@@ -141,6 +141,9 @@ class Unrolled(NamedTuple):
 class Block(ABC):
     """The weights before each of a block's chunks, and after the last, however they are represented."""
 
+    reads: Tensor | None = None
+    """What was read while they were made, if anything was, a group for each chunk  (r n c d)"""
+
     @property
     @abstractmethod
     def num_chunks(self) -> int: ...

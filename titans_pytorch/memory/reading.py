@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_pytorch.fast_weights.blocks.series import ListedBlock, ReadBlock, StartsBlock
 from titans_pytorch.fast_weights.engine import Engine
 from titans_pytorch.fast_weights.interface import Block, Carry, Entries
 from titans_pytorch.memory.key_span import KeySpan, Told, on_keys
@@ -67,7 +66,7 @@ class SpanReader:
         stop = min(plan.last_group * chunk - self.first_token, self.queries.shape[1])
         queries, entries = self.queries[:, num_read:stop], self.entries(plan)
         front = first - plan.first_group * chunk
-        if isinstance(block, ListedBlock | ReadBlock | StartsBlock) and block.reads is not None:
+        if block.reads is not None:
             reads = block.reads[:, entries]
         elif self.engine.mixes_tokens:
             reads = self.read_mixing(block, self.in_groups(queries, front, plan.num_groups), entries)
