@@ -16,7 +16,7 @@ from benchmarks.operations import held_bytes, operations
 from tests.support.configurations import Case, cases
 from tests.test_exactness import check
 from titans_pytorch import MemoryAsContextTransformer, NeuralMemory
-from titans_pytorch.fast_weights.loop.evolution import Products, side_by_side
+from titans_pytorch.fast_weights.loop.evolution import PackProducts, side_by_side
 from titans_pytorch.fast_weights.loop.loop import Loop
 from titans_pytorch.fast_weights.loop.storing import SeriesStore
 from titans_pytorch.fast_weights.rules.atlas import SteppedByLength
@@ -252,13 +252,30 @@ def test_gradients_of_what_is_read_are_the_same_side_by_side(name: str, monkeypa
     memory, seq = NeuralMemory(**REAL, **OPTIONS[name]).double(), torch.randn(2, 64, 128, dtype=torch.float64)
     apart, plain, found = results(memory, seq), Loop.products_of, []
 
-    def products_of(self: Loop, *args: Any) -> Products:
+    def products_of(self: Loop, *args: Any) -> PackProducts:
         found.append(side_by_side(plain(self, *args)))
         return found[-1]
 
     monkeypatch.setattr(Loop, "products_of", products_of)
     assert_close(results(memory, seq), apart)
     assert found
+
+
+def test_where_only_reading_is_trained_a_loop_keeps_nothing_for_its_way_back() -> None:
+    torch.manual_seed(0)
+    memory, seq = NeuralMemory(**REAL, **OPTIONS["two chunks"]), torch.randn(2, 128, 128)
+    weight = memory.to_queries.weight
+
+    def loss() -> Tensor:
+        return memory(seq)[0].square().mean()
+
+    (expected,), held = torch.autograd.grad(loss(), weight), held_bytes(lambda: loss().backward())
+    memory.requires_grad_(False)
+    weight.requires_grad_()
+    (found,) = torch.autograd.grad(loss(), weight, create_graph=True)
+    assert_close(found, expected)
+    assert found.requires_grad, "reading alone can be differentiated again"
+    assert held_bytes(lambda: loss().backward()) < 0.6 * held
 
 
 RENEWALS = [("cpu", 16, 26.5, 73.5), ("cpu", 8, 29.5, 86), ("cuda", 16, 24.5, 66.5), ("cuda", 8, 28.5, 86.5)]

@@ -69,6 +69,21 @@ def test_its_third_derivative_is_right_forwards_and_backwards(transforms: tuple[
     assert_close(derivative(lambda x: vmap(layer_norm)(x.expand(2, 5))[1]), derivative(plain))
 
 
+@pytest.mark.parametrize("is_autocasting", [False, True])
+def test_so_are_those_of_autograd(is_autocasting: bool) -> None:
+    _, x, w = given(3, 5)
+
+    def third(way: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.autocast("cpu", enabled=is_autocasting):
+            found = (way(x).sin() * w).sum()
+            for _ in range(3):
+                (gradient,) = torch.autograd.grad(found, x, create_graph=True)
+                found = (gradient.cos() * w).sum()
+        return gradient
+
+    assert_close(third(layer_norm), third(plain))
+
+
 @torch.no_grad()
 def test_it_is_the_norm_of_torch_over_any_axes() -> None:
     x = torch.randn(2, 3, 4, 5)
@@ -121,6 +136,12 @@ def test_transforms_find_the_second_derivative_of_a_memory(name: str, monkeypatc
         return memory(seq)[0].sin().sum()
 
     assert_close(jacrev(jacrev(objective))(seq), torch.autograd.functional.hessian(objective, seq))
+
+
+@pytest.mark.parametrize("name", ["general", "swiglu", "attention"])
+def test_memories_have_shapes_where_nothing_else_is_there(name: str) -> None:
+    with torch.device("meta"):
+        assert NeuralMemory(4, 2, **MEMORIES[name])(torch.randn(1, 8, 4))[0].shape == (1, 8, 4)
 
 
 def test_half_precision_stays_close() -> None:

@@ -35,8 +35,11 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.layer_norm` with a gain for every chunk, as often differentiable as one likes."""
-    x = norms.layer_norm(input, len(normalized_shape), eps)
+    """`F.layer_norm`, as often differentiable as one likes; its gain may be another one for every chunk."""
+    num_axes = len(normalized_shape)
+    if num_axes == 0 or input.shape[-num_axes:] != tuple(normalized_shape):
+        return F.layer_norm(input, list(normalized_shape), eps=eps)  # which says what is wrong
+    x = norms.layer_norm(input, num_axes, eps)
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
 
@@ -47,7 +50,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """`F.rms_norm` with a gain for every chunk."""
+    """`F.rms_norm`, whose gain may be another one for every chunk."""
     x = F.rms_norm(input, normalized_shape, eps=eps)
     return x if weight is None else x * weight
 

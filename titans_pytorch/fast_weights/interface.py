@@ -142,7 +142,7 @@ class Block(ABC):
     """The weights before each of a block's chunks, and after the last, however they are represented."""
 
     reads: Tensor | None = None
-    """What was read while they were made, if anything was, a group for each chunk  (r n c d)"""
+    """What whoever stored them has read with them, if anything, a group for each chunk  (r n c d)"""
 
     @property
     @abstractmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans_pytorch.fast_weights.inner_gradient import by_hand, is_transformed
+from titans_pytorch.fast_weights.precision import at_least_float32, is_autocasting
 from titans_pytorch.memory_models import NORM_EPS
 
 
@@ -57,8 +58,10 @@ def norm(x: Tensor, eps: float = NORM_EPS) -> tuple[Tensor, Tensor, Tensor]:
 
 def layer_norm(x: Tensor, num_axes: int = 1, eps: float = NORM_EPS) -> Tensor:
     """norm(x) over so many last axes, whose gradient is right however often it is differentiated; torch's is not."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):  # they have a way of their own
+    if torch.compiler.is_compiling():  # which makes gradients of its own
         return F.layer_norm(x, x.shape[-num_axes:], eps=eps)
+    if is_autocasting(x) and x.device.type != "cpu":  # as autocast has it there
+        x = x.to(at_least_float32(x.dtype))
     flat = x.flatten(-num_axes)
     if is_transformed():
         mean, scale = moments(flat, eps)

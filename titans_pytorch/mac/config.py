@@ -84,6 +84,10 @@ class MACConfig:
         """Whether its memory sees mixes of what earlier layers saw, of which the first has none."""
         return self.neural_memory_qkv_receives_diff_views and number > 1
 
+    def is_viewed(self, number: int) -> bool:
+        """Whether a memory after this layer sees mixes of what this layer and those before it saw."""
+        return self.neural_memory_qkv_receives_diff_views and number < max(self.memory_layers, default=number)
+
     def mixes_weights(self, number: int) -> bool:
         """Whether its memory mixes in the weights of the memory before it, of which the first has none."""
         return self.neural_mem_weight_residual and number != min(self.memory_layers, default=None)

@@ -66,6 +66,7 @@ class MACLayer(nn.ModuleList):
         """number: of the layer, from 1"""
         super().__init__()
         self.gates_attention, self.is_mixed_in = config.neural_mem_gate_attn_output, config.is_mixed_in(number)
+        self.is_viewed = config.is_viewed(number)
         parts: dict[str, nn.Module] = {}  # in the order in which a seed's random numbers are drawn
         if config.has_memory(number):
             if config.has_views(number):
@@ -98,6 +99,8 @@ class MACLayer(nn.ModuleList):
             before = None if cache is None else cache.memory
             streams, gates, state = self.remember(self.memory, branch, passed, before)
             passed = passed._replace(memory=state if self.is_mixed_in else None)
+        if not self.is_viewed:
+            passed = passed._replace(seen=None)
 
         branch = open_branch(self.attention_connection, streams, ahead.attention_connection)
         attended, (values, key_values) = self.attention(

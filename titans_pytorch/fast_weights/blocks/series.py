@@ -19,7 +19,7 @@ class StartsBlock(Block):
 
     starts: Weights  # (N k r i j), vectors (N k r 1 d), of n = N k chunks; rows lie before k
     last: Carry
-    reads: Tensor | None = None  # (r n c d)  what was read while they were made
+    reads: Tensor | None = None  # (r n c d)
 
     @property
     def num_chunks(self) -> int:

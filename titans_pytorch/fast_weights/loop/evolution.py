@@ -36,11 +36,11 @@ class PackFactors(NamedTuple):
     right: Tensor  # (N g·r L q)
 
 
-Products = list[tuple[Tensor, Tensor]]
+PackProducts = list[tuple[Tensor, Tensor]]
 """(N k r c p) and (N k r c q) of every parameter of a pack, or of all side by side, (N k g·r ...): left^T right each"""
 
 
-def side_by_side(products: Products) -> Products:
+def side_by_side(products: PackProducts) -> PackProducts:
     """All parameters as the rows of one."""
     left, right = (torch.stack(side, dim=2).flatten(2, 3) for side in zip(*products, strict=True))
     return [(left, right)]
@@ -53,7 +53,7 @@ class Others:
     products: none, or of all parameters; like: a pack's slot where a block begins (g r p q)
     """
 
-    def __init__(self, parts: list[Tensor | None], products: Products, like: Tensor, num: tuple[int, int]) -> None:
+    def __init__(self, parts: list[Tensor | None], products: PackProducts, like: Tensor, num: tuple[int, int]) -> None:
         nothing = like.new_zeros(()).expand(*num, *like.shape[1:])
         self.is_there = any(part is not None for part in parts)
         self.parts, self.products = [nothing if part is None else part for part in parts], products

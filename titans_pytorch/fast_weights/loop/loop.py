@@ -10,7 +10,7 @@ from torch import Tensor
 from titans_pytorch.fast_weights.loop.by_equations import ByEquations
 from titans_pytorch.fast_weights.loop.by_shares import ByShares
 from titans_pytorch.fast_weights.loop.by_table import ByTable
-from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, Products, side_by_side
+from titans_pytorch.fast_weights.loop.evolution import Evolution, Others, PackProducts, side_by_side
 from titans_pytorch.fast_weights.loop.limits import (
     approach,
     approach_backward,
@@ -281,7 +281,7 @@ class Loop:
         found: list[Others | None] = []
         for slot, like in enumerate(self.evolutions[pack].starts):
             parts = [slots[slot] if slot < len(slots) else None for slots in (bars.starts[name] for name in names)]
-            products: Products = []
+            products: PackProducts = []
             if slot == 0 and of_reads is not None:
                 if pack == self.gain_pack:
                     parts = [total([of_reads.gain, parts[0]])]
@@ -292,9 +292,9 @@ class Loop:
             found.append(Others(parts, products, like[0], num) if is_there else None)
         return found
 
-    def products_of(self, names: Sequence[str], of_reads: ReadBars) -> Products:
+    def products_of(self, names: Sequence[str], of_reads: ReadBars) -> PackProducts:
         """Gradients of a pack's matrices from what was read; a CPU takes longer to copy them than to multiply twice."""
-        found: Products = []
+        found: PackProducts = []
         for name in names:
             left, right = of_reads.products[self.shape.matrices.index(name)]
             found.append((right, left) if self.shape.packing.places[name].is_turned else (left, right))

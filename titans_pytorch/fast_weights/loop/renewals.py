@@ -58,9 +58,15 @@ class LoopOperation(torch.autograd.Function):
 
 
 def renewals(shape: Shape, inputs: Inputs) -> Results:
-    """All renewals of a loop."""
+    """All renewals of a loop; reading is left to others where nothing else is to be trained."""
+    if inputs.queries is not None and inputs.queries.requires_grad and not needs_grad(inputs._replace(queries=None)):
+        inputs = inputs._replace(queries=None)
     leaves, structure = tree_flatten(inputs)
     forms: list[TreeSpec] = []
     found = LoopOperation.apply(shape, structure, forms, *leaves)
     results: Results = tree_unflatten(list(found), forms[0])
     return results
+
+
+def needs_grad(inputs: Inputs) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_flatten(inputs)[0])
